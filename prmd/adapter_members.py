@@ -7,7 +7,6 @@ draws the start of adapter and head and the order of batches. r_0 is none of the
 Their training is in `reward_modeling`, through the same code as that of r_0; heads on frozen features are in `ensemble`.
 """
 
-import gc
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from prmd import io
+from prmd.adapters import ADAPTER_FOLDER
 from prmd.checkpoints import PREFIX, copy_model
 from prmd.config import ModelConfig
 from prmd.ensemble import bootstrap_weights
@@ -27,7 +27,6 @@ from prmd.preferences import PreferencePair, hash_share
 from prmd.sequence_models import SequenceRewards
 
 MEMBERS_FOLDER = "members"
-ADAPTER_FOLDER = "adapter"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
@@ -54,14 +53,11 @@ class AdapterMembers:
 
     def load(self, model: ModelConfig, paths: ArtifactPaths, *, pad_token_id: int) -> "AdapterScorer":
         """One base in memory with all adapters attached to it."""
-        base = load_base_classifier(model, paths, pad_token_id=pad_token_id)
-        first, *others = [directory / ADAPTER_FOLDER for directory in self.directories]
-        adapted = load_adapted(base, first)
-        names = [adapted.active_adapter]
-        for number, folder in enumerate(others, start=1):
-            adapted.load_adapter(str(folder), adapter_name=f"member-{number}")
-            names.append(f"member-{number}")
-        return AdapterScorer(adapted.eval(), SequenceRewards(adapted).eval(), tuple(names))
+        adapted = load_base_classifier(model, paths, pad_token_id=pad_token_id)
+        names = tuple(f"member-{number}" for number in range(self.members))
+        for name, directory in zip(names, self.directories, strict=True):
+            adapted = load_adapted(adapted, directory / ADAPTER_FOLDER, name=name)
+        return AdapterScorer(adapted.eval(), SequenceRewards(adapted).eval(), names)
 
 
 @dataclass(frozen=True)
@@ -126,10 +122,3 @@ def drop_checkpoints(folder: Path) -> None:
     """Delete the trainer's checkpoints of a finished member."""
     for leftover in folder.glob(f"{PREFIX}*"):
         shutil.rmtree(leftover)
-
-
-def free_memory() -> None:
-    """Let go of models that nothing refers to any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

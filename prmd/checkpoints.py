@@ -5,6 +5,7 @@ While a training runs, its working directory holds the trainer's resumable `chec
 (`start`, `33`, `66`, `end`) beside `best`.
 """
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,10 @@ from prmd import io
 
 MARKER = "COMPLETE"
 PREFIX = "checkpoint-"
-TRAINER_FILES = ("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "trainer_state.json", MARKER)
+TRAINER_FILES = (
+    *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "trainer_state.json", MARKER),
+    *("pytorch_model_fsdp.bin", "latest", "zero_to_fp32.py"),  # FSDP2's and DeepSpeed's own
+)
 
 
 def checkpoint_steps(shares: Sequence[float], total_steps: int) -> dict[int, str]:
@@ -98,6 +102,8 @@ def name_checkpoints(directory: Path, steps: dict[int, str], best: int | None = 
             continue
         for leftover in (*TRAINER_FILES, *(p.name for p in source.glob("rng_state*.pth"))):
             (source / leftover).unlink(missing_ok=True)
+        for states in source.glob("global_step*"):  # DeepSpeed's
+            shutil.rmtree(states)
         io.publish_directory(source, directory / "checkpoints" / name)
     if best is not None:
         copy_model(directory / "checkpoints" / steps[best], directory / "checkpoints" / "best")

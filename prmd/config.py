@@ -78,6 +78,7 @@ class ModelConfig(Section):
     name: str = "Qwen/Qwen2.5-3B-Instruct"
     revision: str | None = "aa8e72537993ba99e69dfaafa59ed015b17504d1"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["auto", "sdpa", "flex_attention"] = "auto"
     trust_remote_code: bool = False
 
 
@@ -285,6 +286,7 @@ class GenerationConfig(Section):
     samples_per_prompt: Annotated[int, Field(ge=2)] = 4
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 32
+    engine: Literal["transformers", "vllm"] = "transformers"
 
 
 class HhHoldoutConfig(Section):

@@ -5,10 +5,9 @@ lacks. A LoRA policy and the reference are one model in memory (its adapters are
 needs the reference beside it. What the numbers say is in `policy_metrics`, to be read next; judging is in `judges`.
 """
 
-import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +21,7 @@ from prmd import io
 from prmd.cache import JsonTable, ScoreTable
 from prmd.config import EvaluationConfig
 from prmd.errors import DataError
-from prmd.generation import GeneratedResponse, generate, sample_rows
+from prmd.generation import Engine, GeneratedResponse, generate, sample_rows
 from prmd.kl import k1, k3_per_token, token_kl
 from prmd.models import load_causal_lm, load_policy
 from prmd.objectives import OBJECTIVES
@@ -32,9 +31,10 @@ from prmd.provenance import read_run
 from prmd.reference import reference_key, reference_logps
 from prmd.reward_models import weights_key
 from prmd.runtime import get_device
-from prmd.scoring import lookup, score_logps, score_rows
+from prmd.scoring import free_memory, lookup, score_logps, score_rows
 from prmd.sequence_models import LOGITS_AT_ONCE, SequenceLogps, supports_shared_prompts
 from prmd.tokenization import PrefixRow, Tokens, fit_messages, render
+from prmd.vllm_engine import require_vllm, vllm_engine
 
 logger = logging.getLogger(__name__)
 
@@ -103,10 +103,14 @@ def evaluation_prompts(
     No two share their first human turn, so prompts are independent units for every interval.
 
     Raises:
+        ConfigError: `generation.engine` cannot answer them here.
         DataError: the data is not prepared, a test split is empty, or a prompt cannot be cut to `training.max_length`.
     """
+    if config.generation.engine == "vllm":
+        require_vllm()
     wanted, max_length = config.generation.prompts, config.shared.training.max_length
-    queues = [iter(_in_hash_order(read_pairs(config.paths, objective, "test"))) for objective in OBJECTIVES]
+    tests = [read_pairs(config.paths, objective, "test") for objective in OBJECTIVES]
+    queues = [iter(sorted(pairs, key=lambda p: hash_share("evaluation prompts", p.id))) for pairs in tests]
     chosen: dict[str, PreferencePair] = {}
     while queues and len(chosen) < wanted:
         for queue in list(queues):
@@ -122,10 +126,6 @@ def evaluation_prompts(
     return [_fitted(pair, tokenizer, max_length) for pair in chosen.values()]
 
 
-def _in_hash_order(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
-    return sorted(pairs, key=lambda pair: hash_share("evaluation prompts", pair.id))
-
-
 def _fitted(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EvaluationPrompt:
     messages = fit_messages(tokenizer, pair.prompt, max_length)
     if messages is None:
@@ -137,7 +137,7 @@ def _fitted(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, max_length
 
 
 # ------------------------------------------------------------------ what a contender computes
-class ContenderModels:
+class ContenderModels(AbstractContextManager["ContenderModels"]):
     """A contender's policy and the reference, loaded when first needed and let go by `close`.
 
     Args:
@@ -154,9 +154,6 @@ class ContenderModels:
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self.config, self.contender, self.reference, self.tokenizer = config, contender, reference, tokenizer
-
-    def __enter__(self) -> "ContenderModels":
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -192,29 +189,37 @@ class ContenderModels:
         """Free the models' memory."""
         self.__dict__.pop("policy", None)
         self.__dict__.pop("_full_reference", None)
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def samples(self, prompts: Sequence[EvaluationPrompt]) -> list[list[GeneratedResponse]]:
         """`generation.samples_per_prompt` responses to every prompt, at temperature 1 and top-p 1."""
         settings, seed = self.config.generation, self.config.shared.seed
         key = [self.contender.fingerprint, settings.max_new_tokens, settings.samples_per_prompt, seed]
+        key += [settings.engine] if settings.engine != "transformers" else []  # equal seeds, other samples
         table = JsonTable(self.config.paths.cache("samples", io.fingerprint(key)))
         tokens = [prompt.token_ids for prompt in prompts]
-        return generate(
-            None if table.holds(tokens) else self.policy,
-            self.tokenizer,
-            tokens,
-            samples_per_prompt=settings.samples_per_prompt,
-            max_new_tokens=settings.max_new_tokens,
-            # Every method has its own noise: equal noise would couple sample i of a policy with sample i of the
-            # reference, and a win rate is over independent samples.
-            seed=int(io.fingerprint([seed, self.contender.method])[:8], 16),
-            batch_size=settings.batch_size,
-            description=f"{self.contender.method}: sampling",
-            table=table,
-        )
+        with self._sampler(needed=not table.holds(tokens)) as sampler:
+            return generate(
+                sampler,
+                self.tokenizer,
+                tokens,
+                samples_per_prompt=settings.samples_per_prompt,
+                max_new_tokens=settings.max_new_tokens,
+                # Every method has its own noise: equal noise would couple sample i of a policy with sample i of the
+                # reference, and a win rate is over independent samples.
+                seed=int(io.fingerprint([seed, self.contender.method])[:8], 16),
+                batch_size=settings.batch_size,
+                description=f"{self.contender.method}: sampling",
+                table=table,
+            )
+
+    def _sampler(self, *, needed: bool) -> AbstractContextManager[nn.Module | Engine | None]:
+        """The policy, or vLLM with its own copy of it, which is gone before anything is scored."""
+        shared, settings = self.config.shared, self.config.generation
+        if not needed or settings.engine == "transformers":
+            return nullcontext(self.policy if needed else None)
+        length = shared.training.max_length + settings.max_new_tokens
+        return vllm_engine(self.contender.directory, shared, max_length=length)
 
     def logps(self, rows: Sequence[PrefixRow]) -> list[Tensor]:
         """log pi(y|x) of every response: one [n_responses] float32 tensor per row, nats."""

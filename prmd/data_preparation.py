@@ -84,11 +84,7 @@ def split_objectives(config: RewardModelConfig, *, force: bool = False, dry_run:
     clock = provenance.start_run()
     names = required_sources(config.data)
     manifests = {name: read_manifest(name, config.data, config.paths) for name in names}
-    inputs = {
-        f"{source}/{name}": entry["sha256"]
-        for source, manifest in manifests.items()
-        for name, entry in manifest["files"].items()
-    }
+    inputs = _input_hashes(manifests)
     fingerprint = io.fingerprint(
         {"data": config.data.model_dump(mode="json"), "inputs": inputs, "splitter": SPLITTER_VERSION}
     )
@@ -112,12 +108,18 @@ def split_objectives(config: RewardModelConfig, *, force: bool = False, dry_run:
         extra={"sizes": stats["sizes"]},
     )
     io.publish_directory(partial, target)
-    provenance.write_step_result(
-        config.paths,
-        "split_objectives",
-        {**stats, "seconds": clock.seconds(), "visualizations": [p.name for p in written]},
-    )
+    summary = {**stats, "seconds": clock.seconds(), "visualizations": [p.name for p in written]}
+    provenance.write_step_result(config.paths, "split_objectives", summary)
     return target
+
+
+def _input_hashes(manifests: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """sha256 of every raw file, by source and name."""
+    return {
+        f"{source}/{name}": entry["sha256"]
+        for source, manifest in manifests.items()
+        for name, entry in manifest["files"].items()
+    }
 
 
 def _collect(config: RewardModelConfig) -> PairCollection:

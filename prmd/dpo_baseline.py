@@ -19,6 +19,7 @@ from prmd.config import PolicyConfig
 from prmd.models import load_causal_lm, lora_config
 from prmd.pair_batches import MicroBatch, plan_batches
 from prmd.policy_data import PolicyPairs
+from prmd.precision import Precision
 from prmd.preferences import PreferencePair
 from prmd.reporting import reporting_callbacks
 from prmd.runtime import get_device, get_runtime, is_main_process, set_seed
@@ -80,23 +81,51 @@ def train_trl_dpo(
     Returns:
         TRL's log rows.
     """
-    training, runtime = config.training, get_runtime()
-    plan = plan_batches(
+    rows = baseline_rows(pairs.tokenized.pairs, _batch_plan(config, pairs))
+    precision = choose_precision(config.shared, config.tuning, config.training, "policy")
+    set_seed(config.shared.seed)
+    lora = config.tuning.method == "lora"
+    trainer = DPOTrainer(
+        model=load_causal_lm(config.shared.model, config.paths, master_weights=precision.master_weights),
+        args=_dpo_arguments(config, precision, directory, len(rows)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        peft_config=lora_config(config.tuning.lora, task="CAUSAL_LM") if lora else None,
+        callbacks=[
+            _OurColumns(
+                config.policy.beta, get_runtime().world_size
+            ),  # before the loggers: they read its values
+            *reporting_callbacks(config.shared.report_to, log_directory, "policy baseline_dpo (TRL)"),
+        ],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.train()
+    if is_main_process():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    return trainer.state.log_history
+
+
+def _batch_plan(config: PolicyConfig, pairs: PolicyPairs) -> list[MicroBatch]:
+    """The micro-batches of our own trainer, so that TRL sees the same pairs in the same order."""
+    training, world_size = config.training, get_runtime().world_size
+    return plan_batches(
         [row.shared_length for row in pairs.tokenized.rows],
         pairs.stream,
         rows_per_batch=training.pairs_per_device,
-        batches_per_step=training.gradient_accumulation_steps * runtime.world_size,
+        batches_per_step=training.gradient_accumulation_steps * world_size,
         seed=config.shared.seed,
-        world_size=runtime.world_size,
+        world_size=world_size,
     )
-    rows = baseline_rows(pairs.tokenized.pairs, plan)
-    step_pairs = training.pairs_per_device * training.gradient_accumulation_steps * runtime.world_size
-    steps = math.ceil(len(rows) / step_pairs)
-    precision = choose_precision(config.shared, config.tuning, training, "policy")
-    on_gpu = get_device().type == "cuda"
-    set_seed(config.shared.seed)
+
+
+def _dpo_arguments(config: PolicyConfig, precision: Precision, directory: Path, rows: int) -> DPOConfig:
+    """TRL's arguments for the configured training over `rows` pairs in the order given."""
+    training, on_gpu = config.training, get_device().type == "cuda"
+    step_pairs = training.pairs_per_device * training.gradient_accumulation_steps * get_runtime().world_size
     eight_bit = precision.optimizer == "adamw_8bit_stochastic"
-    arguments = DPOConfig(
+    return DPOConfig(
         output_dir=str(directory),
         beta=config.policy.beta,
         max_length=training.max_length + TEMPLATE_TAIL,
@@ -107,7 +136,7 @@ def train_trl_dpo(
         train_sampling_strategy="sequential",
         learning_rate=precision.learning_rate,
         lr_scheduler_type=training.lr_scheduler,
-        warmup_steps=math.ceil(training.warmup_ratio * steps),
+        warmup_steps=math.ceil(training.warmup_ratio * math.ceil(rows / step_pairs)),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim="adamw_torch_8bit" if eight_bit else "adamw_torch_fused",
@@ -124,22 +153,3 @@ def train_trl_dpo(
         use_cpu=not on_gpu,
         seed=config.shared.seed,
     )
-    lora = config.tuning.method == "lora"
-    trainer = DPOTrainer(
-        model=load_causal_lm(config.shared.model, config.paths, master_weights=precision.master_weights),
-        args=arguments,
-        train_dataset=Dataset.from_list(rows),
-        processing_class=tokenizer,
-        peft_config=lora_config(config.tuning.lora, task="CAUSAL_LM") if lora else None,
-        callbacks=[
-            _OurColumns(config.policy.beta, runtime.world_size),  # before the loggers, which read its values
-            *reporting_callbacks(config.shared.report_to, log_directory, "policy baseline_dpo (TRL)"),
-        ],
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.train()
-    if is_main_process():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
-    return trainer.state.log_history

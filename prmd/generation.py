@@ -1,22 +1,29 @@
 """Sampling responses from a policy: batched, sorted by length, from a recorded seed.
 
 The model's own generation settings are never used: temperature, top-p and length are arguments, so that samples at
-temperature 1 and top-p 1 really come from the policy. Judging and scoring of samples are elsewhere.
+temperature 1 and top-p 1 really come from the policy. The optional engine is in `vllm_engine`; judging and scoring of
+samples are elsewhere.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from prmd.cache import JsonTable, tokens_key
-from prmd.runtime import is_main_process, progress
+from prmd.runtime import is_main_process, progress, wait_for_everyone
+from prmd.scoring import gather, place_among_processes
 from prmd.tokenization import PrefixRow, Tokens, end_of_turn, render
 
 SHARD_BATCHES = 8
+"""A table is saved after this many turns, so that an interruption costs little."""
+
+Batch = Sequence[tuple[str, Tokens]]
+Sampled = tuple[str, list[list[int]]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,42 @@ def stop_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return rendered[end_of_turn(tokenizer, rendered)]
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are sampled.
+
+    Attributes:
+        seed: every batch has its own seed, made of this one and of its prompts.
+        temperature: 0 decodes greedily.
+        stop: token that ends a response.
+        pad: token in front of the shorter prompts of a batch.
+    """
+
+    samples_per_prompt: int
+    max_new_tokens: int
+    seed: int
+    temperature: float
+    top_p: float
+    stop: int
+    pad: int
+
+    def seed_of(self, keys: Sequence[str]) -> int:
+        """The seed of the prompts with these keys, whoever samples them and whatever was sampled before."""
+        digest = hashlib.sha256(f"{self.seed}-{'-'.join(keys)}".encode()).digest()
+        return int.from_bytes(digest[:7], "little")
+
+
+class Engine(Protocol):
+    """What samples in place of a transformers model (`vllm_engine`)."""
+
+    def sample(
+        self, prompts: Sequence[Tokens], seeds: Sequence[int], decoding: Decoding
+    ) -> list[list[list[int]]]:
+        """For each prompt the tokens of its responses, the stop token included where one was reached."""
+
+
 def generate(
-    model: nn.Module | None,
+    model: nn.Module | Engine | None,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Tokens],
     *,
@@ -56,78 +97,102 @@ def generate(
 ) -> list[list[GeneratedResponse]]:
     """Sample `samples_per_prompt` responses to each prompt.
 
+    Under several processes each samples its share of the batches, the main one writes the table, and every process
+    returns everything: the same responses as a single process, because a batch brings its own seed.
+
     Args:
-        model: the policy; None where `table` already holds every prompt.
+        model: the policy, or an engine that serves it; None where `table` already holds every prompt.
         prompts: rendered prompts with the generation prompt (`tokenization.tokenize_prompt`).
         batch_size: responses generated together.
         temperature: 0 decodes greedily.
         table: finished prompts are read from it and new ones are added, so that an interruption costs little; its
-            folder must be keyed by the model and by the arguments above.
+            folder must be keyed by the model, by the engine and by the arguments above.
 
     Returns:
         For each prompt, in order, its responses.
     """
+    stop, pad = stop_token(tokenizer), tokenizer.pad_token_id
+    decoding = Decoding(samples_per_prompt, max_new_tokens, seed, temperature, top_p, stop, pad)
     keys = [tokens_key(prompt).hex() for prompt in prompts]
     found = {key: table[key] for key in keys if table is not None and key in table}
-    todo = sorted(
-        {k: p for k, p in zip(keys, prompts, strict=True) if k not in found}.items(),
-        key=lambda kp: -len(kp[1]),
+    batches = _batches(
+        {k: p for k, p in zip(keys, prompts, strict=True) if k not in found},
+        max(1, batch_size // samples_per_prompt),
     )
-    per_batch = max(1, batch_size // samples_per_prompt)
-    batches = [todo[i : i + per_batch] for i in range(0, len(todo), per_batch)]
-    settings = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=temperature > 0,
-        temperature=temperature if temperature > 0 else None,
-        top_p=top_p if temperature > 0 else None,
-        top_k=0 if temperature > 0 else None,
-        repetition_penalty=1.0,
-        num_return_sequences=samples_per_prompt,
-        eos_token_id=[stop_token(tokenizer)],
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    fresh: list[tuple[str, list[list[int]]]] = []
-    for number, batch in enumerate(progress(batches, len(batches), description)):
-        torch.manual_seed(_batch_seed(seed, [key for key, _ in batch]))
-        tokens = _generate_batch(model, [prompt for _, prompt in batch], settings)
-        fresh += [
-            (key, tokens[i * samples_per_prompt : (i + 1) * samples_per_prompt])
-            for i, (key, _) in enumerate(batch)
-        ]
-        if table is not None and (number % SHARD_BATCHES == SHARD_BATCHES - 1 or number == len(batches) - 1):
-            table.append(fresh, write=is_main_process())
-            found.update(fresh)
-            fresh = []
-    found.update(fresh)
-    stop = stop_token(tokenizer)
+    fresh: list[Sampled] = []
+    for turn, done in enumerate(_sample_in_turns(model, batches, decoding, description)):
+        fresh += done
+        if turn % SHARD_BATCHES == SHARD_BATCHES - 1:
+            fresh = _keep(fresh, found, table)
+    _keep(fresh, found, table)
+    wait_for_everyone()  # no process may open this table again before the main one has written it
     return [[_response(tokenizer, ids, stop) for ids in found[key]] for key in keys]
 
 
-def _batch_seed(seed: int, keys: Sequence[str]) -> int:
-    digest = hashlib.sha256(f"{seed}-{'-'.join(keys)}".encode()).digest()
-    return int.from_bytes(digest[:7], "little")
+def _batches(missing: dict[str, Tokens], prompts_per_batch: int) -> list[Batch]:
+    """(key, prompt) in batches of like length, the longest first: what does not fit the memory fails at once."""
+    todo = sorted(missing.items(), key=lambda item: -len(item[1]))
+    return [todo[i : i + prompts_per_batch] for i in range(0, len(todo), prompts_per_batch)]
+
+
+def _sample_in_turns(
+    model: nn.Module | Engine | None, batches: Sequence[Batch], decoding: Decoding, description: str
+) -> Iterator[list[Sampled]]:
+    """In every turn each process samples one batch; yields what all of them have, in the order of the batches."""
+    rank, world = place_among_processes()
+    for turn in progress(range(0, len(batches), world), -(-len(batches) // world), description):
+        batch = batches[turn + rank] if turn + rank < len(batches) else []
+        yield gather(_sample(model, batch, decoding) if batch else [])
+
+
+def _sample(model: nn.Module | Engine, batch: Batch, decoding: Decoding) -> list[Sampled]:
+    keys, prompts = [key for key, _ in batch], [prompt for _, prompt in batch]
+    if isinstance(model, nn.Module):
+        torch.manual_seed(decoding.seed_of(keys))
+        tokens = _generate_batch(model, prompts, decoding)
+    else:
+        tokens = model.sample(prompts, [decoding.seed_of([key]) for key in keys], decoding)
+    return list(zip(keys, tokens, strict=True))
+
+
+def _keep(fresh: list[Sampled], found: dict[str, list[list[int]]], table: JsonTable | None) -> list[Sampled]:
+    found.update(fresh)
+    if table is not None:
+        table.append(fresh, write=is_main_process())
+    return []
 
 
 @torch.inference_mode()
-def _generate_batch(
-    model: nn.Module, prompts: Sequence[Tokens], settings: GenerationConfig
-) -> list[list[int]]:
+def _generate_batch(model: nn.Module, prompts: Sequence[Tokens], decoding: Decoding) -> list[list[list[int]]]:
     device = next(model.parameters()).device
     width = max(map(len, prompts))
-    input_ids = torch.tensor(
-        [[settings.pad_token_id] * (width - len(p)) + list(p) for p in prompts], device=device
-    )
+    input_ids = torch.tensor([[decoding.pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    own, model.generation_config = (
-        model.generation_config,
-        settings,
-    )  # its defaults would fill every unset field
+    settings = _transformers_settings(decoding)
+    own = model.generation_config
+    model.generation_config = settings  # its defaults would fill every unset field
     try:
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
     finally:
         model.generation_config = own
-    stop = settings.eos_token_id[0]
-    return [_cut(row, stop) for row in output[:, width:].tolist()]
+    rows = [_cut(row, decoding.stop) for row in output[:, width:].tolist()]
+    n = decoding.samples_per_prompt
+    return [rows[i : i + n] for i in range(0, len(rows), n)]
+
+
+def _transformers_settings(decoding: Decoding) -> GenerationConfig:
+    sampled = decoding.temperature > 0
+    return GenerationConfig(
+        max_new_tokens=decoding.max_new_tokens,
+        do_sample=sampled,
+        temperature=decoding.temperature if sampled else None,
+        top_p=decoding.top_p if sampled else None,
+        top_k=0 if sampled else None,
+        repetition_penalty=1.0,
+        num_return_sequences=decoding.samples_per_prompt,
+        eos_token_id=[decoding.stop],
+        pad_token_id=decoding.pad,
+    )
 
 
 def _cut(tokens: list[int], stop: int) -> list[int]:

@@ -260,24 +260,6 @@ def paired_bootstrap(
     return bootstrap_mean(first - second, clusters=clusters, **options)
 
 
-def win_rate_estimate(win_probabilities: np.ndarray, *, seed: int = 0, confidence: float = 0.95) -> Estimate:
-    """Win rate over prompts with an interval that survives unanimity.
-
-    Args:
-        win_probabilities: per prompt, [X], from `pairwise_win_rate`.
-        seed: of the bootstrap.
-        confidence: coverage aimed at.
-
-    Returns:
-        Bootstrap interval over prompts; Wilson where all prompts agree, because resampling equal numbers would
-        claim certainty.
-    """
-    wins = np.asarray(win_probabilities, dtype=np.float64)
-    if wins.size and np.ptp(wins) == 0:
-        return wilson_interval(float(wins.sum()), wins.size, confidence)
-    return bootstrap_mean(wins, seed=seed, confidence=confidence)
-
-
 def minimum_band(estimates: Sequence[Estimate]) -> Estimate:
     """Interval of the minimum over K objectives.
 

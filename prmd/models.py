@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from prmd import io
+from prmd.attention import attention_implementation
 from prmd.config import LoraConfig, ModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.paths import PROJECT_ROOT, ArtifactPaths
@@ -171,10 +172,12 @@ def _load(
     auto_class: Any, model: ModelConfig, paths: ArtifactPaths, *, master_weights: bool, **arguments: Any
 ) -> PreTrainedModel:
     source = model_source(model, paths)
+    attention = attention_implementation(model.attention, load_model_config(model, paths))
     try:
         loaded = _from_pretrained(
             auto_class,
             source,
+            attention=attention,
             revision=_revision(source, model.revision),
             dtype=_dtype(model, master_weights),
             trust_remote_code=model.trust_remote_code,
@@ -185,10 +188,10 @@ def _load(
     return loaded.to(get_device())
 
 
-def _from_pretrained(auto_class: Any, source: str | Path, **arguments: Any) -> Any:
-    """`from_pretrained` with `sdpa` attention, or eager for an architecture that has none (Gemma 2)."""
+def _from_pretrained(auto_class: Any, source: str | Path, *, attention: str, **arguments: Any) -> Any:
+    """`from_pretrained` with `attention`, or eager for an architecture that has no `sdpa` attention (Gemma 2)."""
     try:
-        return auto_class.from_pretrained(source, attn_implementation="sdpa", **arguments)
+        return auto_class.from_pretrained(source, attn_implementation=attention, **arguments)
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
@@ -196,8 +199,11 @@ def _from_pretrained(auto_class: Any, source: str | Path, **arguments: Any) -> A
         return auto_class.from_pretrained(source, attn_implementation="eager", **arguments)
 
 
-def load_classifier(directory: Path, dtype: str) -> PreTrainedModel:
+def load_classifier(directory: Path, dtype: str, *, attention: str = "sdpa") -> PreTrainedModel:
     """A trained one-logit classifier in evaluation mode, as any transformers user would load it.
+
+    Args:
+        attention: as `model.attention` of the configuration.
 
     Raises:
         DataError: the folder has no trained `score` head (a base model, or an adapter without its head).
@@ -205,6 +211,7 @@ def load_classifier(directory: Path, dtype: str) -> PreTrainedModel:
     loaded, info = _from_pretrained(
         AutoModelForSequenceClassification,
         directory,
+        attention=attention_implementation(attention, load_folder_config(directory)),
         dtype=getattr(torch, dtype),
         output_loading_info=True,
     )
@@ -242,7 +249,10 @@ def load_policy(directory: Path, model: ModelConfig, paths: ArtifactPaths) -> Pr
     """A trained policy: a folder with a LoRA adapter for the base model, or with full weights."""
     if (directory / "adapter_config.json").is_file():
         return PeftModel.from_pretrained(load_causal_lm(model, paths), directory).eval()
-    loaded = _from_pretrained(AutoModelForCausalLM, directory, dtype=getattr(torch, model.dtype))
+    attention = attention_implementation(model.attention, load_folder_config(directory))
+    loaded = _from_pretrained(
+        AutoModelForCausalLM, directory, attention=attention, dtype=getattr(torch, model.dtype)
+    )
     return loaded.to(get_device()).eval()
 
 
@@ -272,9 +282,16 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, *, task: str) -> PeftMode
     return adapted
 
 
-def load_adapted(model: PreTrainedModel, adapter: Path) -> PeftModel:
-    """`model` with a saved adapter (and, for a classifier, its trained head)."""
-    return PeftModel.from_pretrained(model, adapter)
+def load_adapted(model: PreTrainedModel | PeftModel, adapter: Path, *, name: str = "default") -> PeftModel:
+    """`model` with a saved adapter (and, for a classifier, its trained head), beside those that it has already.
+
+    Args:
+        name: by which `set_adapter` switches to it; the first one is on from the start.
+    """
+    if isinstance(model, PeftModel):
+        model.load_adapter(str(adapter), adapter_name=name)
+        return model
+    return PeftModel.from_pretrained(model, adapter, adapter_name=name)
 
 
 def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, dtype: str) -> None:

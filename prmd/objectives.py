@@ -1,6 +1,6 @@
 """The objectives K that are aligned together, in the one order every `[K, ...]` tensor uses.
 
-To add an objective: add its name here, a source for its pairs in `data_preparation`, and a training script.
+To add an objective, follow CONTRIBUTING.md ("Adding an objective"): pairs, a weight, a script and its name here.
 """
 
 OBJECTIVES: tuple[str, ...] = ("helpful", "harmless", "honest")

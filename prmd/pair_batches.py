@@ -164,7 +164,7 @@ def collate_rows(rows: Sequence[PrefixRow], *, pad_id: int, share_prompt: bool =
 
 
 def attention_mask(segment_ids: Tensor) -> Tensor:
-    """Boolean mask for `sdpa`, True where a query may look.
+    """Boolean mask for `sdpa`, True where a query may look (`attention.block_mask` is the same for `flex_attention`).
 
     A token looks at itself, at earlier prompt tokens and at earlier tokens of its own response. Padding looks at
     itself alone, so that no softmax row is empty.
@@ -177,12 +177,25 @@ def attention_mask(segment_ids: Tensor) -> Tensor:
     """
     if segment_ids.max() <= 1:
         return (segment_ids != PADDING).long()
-    query, key = segment_ids[:, :, None], segment_ids[:, None, :]
-    length = segment_ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
-    allowed = causal & ((key == 0) | (key == query)) & (key != PADDING)
-    allowed |= torch.eye(length, dtype=torch.bool, device=segment_ids.device)
+    position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+    allowed = may_look(
+        query=position[:, None],
+        key=position[None, :],
+        query_segment=segment_ids[:, :, None],
+        key_segment=segment_ids[:, None, :],
+    )
     return allowed[:, None]
+
+
+def may_look(*, query: Tensor, key: Tensor, query_segment: Tensor, key_segment: Tensor) -> Tensor:
+    """Whether the token at `query` looks at the one at `key`, see `attention_mask`.
+
+    Args:
+        query: places in the row, from 0.
+        query_segment: their segment ids; all four broadcast together.
+    """
+    own = (key_segment == 0) | (key_segment == query_segment)
+    return (query == key) | ((query > key) & own & (key_segment != PADDING))
 
 
 def padding_share(batch: dict[str, Tensor]) -> tuple[int, Tensor]:

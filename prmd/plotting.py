@@ -3,8 +3,8 @@
 What lives here: the palette, `canvas` (the only place that imports matplotlib; figures are closed by going out of scope,
 because pyplot's global list is never used) and the plots of stages 1 and 3. Each function is a pure function of its file
 and returns what it wrote. Figures are 4.6 inches wide, so that 11-point text stays readable on a 390-pixel phone.
-What does not: numbers are never computed here that a table does not also hold. Figures of reward models are in
-`plotting_rewards`, those of stage 4 in `plotting_evaluation`; read `report` next.
+No number is computed here that a table does not also hold. Figures of reward models are in `plotting_rewards`, those of
+stage 4 in `plotting_evaluation`; read `report` next.
 """
 
 from collections.abc import Iterator, Sequence
@@ -158,7 +158,7 @@ def _draw_lengths(path: Path, unit: str, objectives: dict[str, dict[str, list[in
             axes.set_ylabel("share ≤ length")
             axes.set_title(f"{objective} (n = {len(parts.get('chosen', [])):,})")
             if axes.lines:
-                axes.legend(fontsize=9, loc="upper left", handlelength=1.2)
+                axes.legend(fontsize=9, loc="lower right", handlelength=1.2)
         axes.set_xlabel(f"length + 1, {unit} (log scale)")
 
 
@@ -190,10 +190,11 @@ def _draw_policy_curve(path: Path, metrics: dict[str, Any]) -> None:
         top.set_ylabel("loss")
         bottom.set_ylabel("mean margin (β · nats)")
         bottom.set_xlabel("optimiser step")
-        top.set_title(f"{metrics['method']}: training (n = {len(curve)} logged rows)")
+        top.set_title(f"{metrics['method']} (n = {len(curve)} logged rows)")
         for axes in (top, bottom):
             if axes.get_legend_handles_labels()[0]:
-                axes.legend()
+                axes.margins(y=0.25)  # room for the legend
+                axes.legend(loc="upper left", ncols=2)
 
 
 def _draw_targets(path: Path, metrics: dict[str, Any]) -> None:
@@ -206,5 +207,5 @@ def _draw_targets(path: Path, metrics: dict[str, Any]) -> None:
         axes.set_xlabel("target margin Δ* (β · nats)")
         axes.set_ylabel("training pairs")
         axes.set_title(
-            f"{metrics['method']}: targets (n = {sum(counts):,}, {targets.get('clipped_share') or 0:.0%} clipped)"
+            f"{metrics['method']} (n = {sum(counts):,}, {targets.get('clipped_share') or 0:.0%} clipped)"
         )

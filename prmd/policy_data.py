@@ -1,19 +1,20 @@
 """What policy training reads: pooled pairs, calibrated rewards of all members, reference log-probabilities.
 
-Everything here is computed once for all methods, one model in memory at a time, and cached by content. Methods, beta,
-losses and scales are applied to these tensors in `policy_training` at no forward cost.
+Everything here is computed once for all methods, one model in memory at a time (reward models that are adapters of one
+base take turns on it), and cached by content. Methods, beta, losses and scales are applied to these tensors in
+`policy_training` at no forward cost.
 """
 
-import gc
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from prmd.adapters import shared_base
 from prmd.calibration import calibrate, prompt_means
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.errors import DataError
@@ -184,7 +185,8 @@ def load_reward_models(config: RewardModelConfig) -> list[RewardModel]:
         raise DataError(
             f"reward models have ensembles of different size {sizes}; train them with one ensemble.members"
         )
-    return found
+    base = shared_base(config, [model.directory for model in found])
+    return [replace(model, shared_base=base) for model in found]
 
 
 def score_pairs(
@@ -208,10 +210,16 @@ def score_pairs(
         values = calibrate(raw, scale=model.calibration.scale, offset=offset)
         _refuse_missing(values, objective, tokenized)
         calibrated.append(values.permute(2, 0, 1))  # [n, 2, M] -> [M, n, 2]
-        _release(model)
+        model.release()
+    _release_base(models)  # before the reference model is loaded
     logps = torch.stack(reference_logps(shared, tokenizer, tokenized.rows))
     labelled_for = torch.tensor([OBJECTIVES.index(pair.objective) for pair in tokenized.pairs])
     return PairScores(stack_objectives(calibrated), logps, labelled_for)
+
+
+def _release_base(models: Sequence[RewardModel]) -> None:
+    if (base := models[0].shared_base) is not None:
+        base.release()
 
 
 def scale_responses(
@@ -257,7 +265,8 @@ def score_samples(
         offset = raw.mean(dim=1, keepdim=True) if by_prompt else model.calibration.offset
         values = calibrate(raw, scale=model.calibration.scale, offset=offset)
         calibrated.append(values.flatten(0, 1).T)
-        _release(model)
+        model.release()
+    _release_base(models)
     index = torch.arange(len(prompts)).repeat_interleave(n)
     return ScaleResponses(stack_objectives(calibrated), index, f"reference samples of the {source}", n)
 
@@ -324,11 +333,3 @@ def _centres(model: RewardModel, rows: Sequence[PrefixRow], objective: str) -> T
     values = model.rewards(rows, description=f"{objective} rewards of reference samples")
     index = torch.tensor([i for i, rewards in enumerate(values) for _ in rewards])
     return prompt_means(torch.cat(values), index, len(values))
-
-
-def _release(model: RewardModel) -> None:
-    """Free the backbone: policy training holds no reward model."""
-    model.__dict__.pop("model", None)
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -64,6 +64,7 @@ class Evaluation:
             TEMPERATURE,
             self.config.shared.seed,
         ]
+        decoding += [generation.engine] if generation.engine != "transformers" else []
         return {
             "prompts": io.fingerprint([list(prompt.token_ids) for prompt in self.prompts]),
             "decoding": io.fingerprint(decoding),
@@ -100,6 +101,7 @@ class Evaluation:
             "samples_per_prompt": generation.samples_per_prompt,
             "max_new_tokens": generation.max_new_tokens,
             "temperature": TEMPERATURE,
+            "engine": generation.engine,
             "judges": {judge.objective: judge.card() for judge in self.judges},
         }
 

@@ -259,7 +259,7 @@ def _step(model: nn.Module, shape: BatchShape, *, autocast: bool) -> StepBytes:
         batch = _batch(shape)
         with torch.autocast(get_device().type, torch.bfloat16, enabled=autocast):
             loss = model(**batch).square().mean()
-            phases.end("head")
+        phases.end("head")  # behind autocast, whose bfloat16 copies of weights are no part of what follows
         kept = phases.alive - phases.mask
         loss.backward()
         phases.end("embedding")

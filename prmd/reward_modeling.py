@@ -21,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from prmd import io
 from prmd.adapter_members import (
     drop_checkpoints,
-    free_memory,
     is_trained,
     keep_adapter,
     member_folder,
@@ -46,6 +45,7 @@ from prmd.reward_data import RewardPairs, RewardTask, read_reward_pairs, tokeniz
 from prmd.reward_fitting import calibrate_reward_model, fit_heads, measure
 from prmd.reward_models import load_reward_model
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
+from prmd.scoring import free_memory
 from prmd.sequence_models import SequenceRewards
 from prmd.trainer import Columns, PairData, PairLoss
 from prmd.training import TrainingRun, check_training, run_training
@@ -95,23 +95,7 @@ def train_judge(
 
 def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
     if dry_run:
-        config = task.config
-        describe_training(
-            config,
-            name=task.name,
-            trained_on=[config.paths.split(task.objective, task.split)],
-            also_read=[config.paths.split(task.objective, split) for split in ("val", "test")],
-            tuning=config.tuning,
-            training=config.training,
-            task="reward_model",
-            output=task.directory,
-        )
-        if task.has_adapters:
-            members = config.ensemble.members
-            logger.info(
-                "would train %d members more, each on its own resample of these pairs: %d trainings in all",
-                *(members, members + 1),
-            )
+        _say_what_would_be_trained(task)
         return task.directory
     data = read_reward_pairs(task)
     tokenizer = load_tokenizer(task.config.model, task.config.paths)
@@ -128,6 +112,34 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
     check_training(
         config, config.tuning, config.training, task="reward_model", directory=task.directory.parent
     )
+    _build(task, data, tokenizer, fingerprint, force)
+    return task.directory
+
+
+def _say_what_would_be_trained(task: RewardTask) -> None:
+    config = task.config
+    describe_training(
+        config,
+        name=task.name,
+        trained_on=[config.paths.split(task.objective, task.split)],
+        also_read=[config.paths.split(task.objective, split) for split in ("val", "test")],
+        tuning=config.tuning,
+        training=config.training,
+        task="reward_model",
+        output=task.directory,
+    )
+    if task.has_adapters:
+        members = config.ensemble.members
+        logger.info(
+            "would train %d members more, each on its own resample of these pairs: %d trainings in all",
+            *(members, members + 1),
+        )
+
+
+def _build(
+    task: RewardTask, data: RewardPairs, tokenizer: PreTrainedTokenizerBase, fingerprint: str, force: bool
+) -> None:
+    """Backbone, heads, measurements and calibration, published when everything is there."""
     clock = start_run()
     partial = partial_directory(task.directory, fingerprint, force)
     facts = _train_backbone(task, data, tokenizer, partial)
@@ -150,9 +162,8 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
         headline = {
             k: metrics[k] for k in ("accuracy", "mean_member_accuracy", "sizes", "member_correlation")
         }
-        step = f"{'train_judge' if task.split == 'judge' else 'train'}_{task.objective}{'_rm' if task.split == 'train' else ''}"
+        step = f"train_judge_{task.objective}" if task.split == "judge" else f"train_{task.objective}_rm"
         write_step_result(task.config.paths, step, {"artifact": str(task.directory), **headline})
-    return task.directory
 
 
 # ------------------------------------------------------------------ backbone
@@ -246,6 +257,15 @@ def _train(
         task="reward_model",
     )
     history, steps = run_training(run, tokenizer)
+    sizes = {"train": len(train.rows), "fit": len(data.fit), "val": len(data.val), "test": len(data.test)}
+    counts = {"sizes": sizes, "dropped": train.dropped, "truncated": train.truncated}
+    return _checkpoint_facts(task, history, steps) | counts
+
+
+def _checkpoint_facts(
+    task: RewardTask, history: list[dict[str, float]], steps: dict[int, str]
+) -> dict[str, Any]:
+    """The held-out curve and which of the checkpoints `steps` (step -> name) is best."""
     curve = [
         {"step": row["step"], "eval_loss": row["eval_loss"], "eval_accuracy": row["eval_rewards/accuracies"]}
         for row in history
@@ -253,15 +273,11 @@ def _train(
     ]
     best = best_step(curve)
     logger.info("%s: best checkpoint is %r by held-out accuracy", task.name, steps[best])
-    sizes = {"train": len(train.rows), "fit": len(data.fit), "val": len(data.val), "test": len(data.test)}
     return {
         "curve": curve,
         "best": steps[best],
         "best_step": best,
         "checkpoints": {str(step): name for step, name in steps.items()},
-        "sizes": sizes,
-        "dropped": train.dropped,
-        "truncated": train.truncated,
     }
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prmd import io
-from prmd.adapter_members import AdapterMembers, find_members, free_memory
+from prmd.adapter_members import AdapterMembers, find_members
+from prmd.adapters import SharedBase
 from prmd.cache import ScoreTable
 from prmd.calibration import Calibration
 from prmd.config import ModelConfig, RewardModelConfig
@@ -24,7 +25,7 @@ from prmd.ensemble import Ensemble
 from prmd.errors import DataError
 from prmd.models import base_model_key, load_classifier, load_folder_config, load_tokenizer_from
 from prmd.paths import ArtifactPaths
-from prmd.scoring import lookup, score_rows
+from prmd.scoring import free_memory, lookup, score_rows
 from prmd.sequence_models import SequenceRewards, supports_shared_prompts
 from prmd.tokenization import PrefixRow, template_fingerprint
 
@@ -43,10 +44,12 @@ class RewardModel:
 
     Attributes:
         ensemble: the M heads, or None for r_0 alone (M = 1) and for adapters.
-        adapters: the M adapters, or None; they are scored on the base model `base`.
+        adapters: the M adapters, or None; they are scored on `base_model`.
         calibration: scale and offset per member, or None where none was stored.
         fingerprint: key of weights, ensemble, template and precision; names the cache table of rewards.
         backbone_fingerprint: the same without the ensemble; names the cache table of features.
+        base_model: what it was trained from, and in which precision it is scored.
+        shared_base: where its weights may be had as an adapter of a base that other reward models share.
     """
 
     directory: Path
@@ -57,23 +60,29 @@ class RewardModel:
     fingerprint: str
     backbone_fingerprint: str
     paths: ArtifactPaths
-    base: ModelConfig
+    base_model: ModelConfig
     scoring_tokens: int
+    shared_base: SharedBase | None = None
+
+    @property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """The backbone with its head, loaded when something really has to be scored."""
+        adapted = self.shared_base.switch_to(self.directory) if self.shared_base else None
+        return self._merged if adapted is None else adapted
 
     @cached_property
-    def model(self) -> PreTrainedModel:
-        """The backbone with its head, loaded when something really has to be scored."""
-        return load_classifier(self.directory, self.base.dtype)
+    def _merged(self) -> PreTrainedModel:
+        return load_classifier(self.directory, self.base_model.dtype, attention=self.base_model.attention)
+
+    def release(self) -> None:
+        """Free the memory of the weights; a base that others share stays until it is released itself."""
+        self.__dict__.pop("_merged", None)
+        free_memory()
 
     @property
     def members(self) -> int:
         members = self.ensemble or self.adapters
         return members.members if members else 1
-
-    def release(self) -> None:
-        """Free the memory of the backbone."""
-        self.__dict__.pop("model", None)
-        free_memory()
 
     def rewards(self, rows: Sequence[PrefixRow], *, description: str) -> list[Tensor]:
         """Raw rewards r_m of every response of every row, cached by content.
@@ -108,7 +117,7 @@ class RewardModel:
 
     def _open_adapters(self) -> Opened:
         self.release()  # one base in memory at a time
-        scorer = self.adapters.load(self.base, self.paths, pad_token_id=self.tokenizer.pad_token_id)
+        scorer = self.adapters.load(self.base_model, self.paths, pad_token_id=self.tokenizer.pad_token_id)
         return scorer.model, lambda batch: scorer.rewards(**batch)
 
     def _score(
@@ -161,7 +170,7 @@ def load_reward_model(directory: Path, *, config: RewardModelConfig) -> RewardMo
         fingerprint=keys[0],
         backbone_fingerprint=keys[1],
         paths=config.paths,
-        base=config.model,
+        base_model=config.model,
         scoring_tokens=config.scoring_tokens,
     )
 

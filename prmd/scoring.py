@@ -4,8 +4,10 @@ Rows are sorted by length, the prompt of a row is encoded once for all its respo
 does not hold are computed. Under several processes each scores its share and the main process writes the table.
 """
 
+import gc
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 
 from prmd.cache import ScoreTable, tokens_key
 from prmd.pair_batches import collate_rows, plan_scoring
-from prmd.runtime import is_main_process, progress
+from prmd.runtime import is_main_process, progress, wait_for_everyone
 from prmd.sequence_models import SequenceLogps, supports_shared_prompts
 from prmd.tokenization import PrefixRow
 
@@ -21,6 +23,7 @@ SHARD_SECONDS = 60.0
 """A table is saved about this often, so that an interruption costs at most a minute."""
 
 Compute = Callable[[dict[str, Tensor]], Tensor]
+Item = TypeVar("Item")
 
 
 def score_rows(
@@ -45,7 +48,7 @@ def score_rows(
     """
     missing = _missing_rows(rows, table)
     groups = plan_scoring(missing, tokens_per_batch=tokens_per_batch, share_prompt=share_prompt)
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = place_among_processes()
     pending: list[tuple[bytes, Tensor]] = []
     saved = time.monotonic()
     for number, turn in enumerate(
@@ -58,13 +61,27 @@ def score_rows(
             with torch.inference_mode():
                 values = compute({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu()
             done = list(zip(_keys(group), values.clone(), strict=True))
-        pending += _gather(done, world)
+        pending += gather(done)
         if _time_to_save(number, saved, world):
             pending, saved = _flush(table, pending), time.monotonic()
     _flush(table, pending)
-    if world > 1:
-        dist.barrier()  # no process may open this table again before the main one has written it
+    wait_for_everyone()  # no process may open this table again before the main one has written it
     return [lookup(table, row) for row in rows]
+
+
+def place_among_processes() -> tuple[int, int]:
+    """(rank, number of processes) of a distributed run, (0, 1) of a single process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(items: list[Item]) -> list[Item]:
+    """The items of all processes in the order of their ranks, on every process."""
+    _, world = place_among_processes()
+    if world == 1:
+        return items
+    parts: list[list[Item]] = [[] for _ in range(world)]
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
 
 
 def lookup(table: ScoreTable, row: PrefixRow) -> Tensor:
@@ -95,14 +112,6 @@ def _missing_rows(rows: Sequence[PrefixRow], table: ScoreTable) -> list[PrefixRo
         if wanted:
             missing.append(PrefixRow(row.prompt_ids, tuple(wanted)))
     return missing
-
-
-def _gather(done: list[tuple[bytes, Tensor]], world: int) -> list[tuple[bytes, Tensor]]:
-    if world == 1:
-        return done
-    parts: list[list[tuple[bytes, Tensor]]] = [[] for _ in range(world)]
-    dist.all_gather_object(parts, done)
-    return [item for part in parts for item in part]
 
 
 def _flush(table: ScoreTable, pending: list[tuple[bytes, Tensor]]) -> list[tuple[bytes, Tensor]]:
@@ -145,3 +154,10 @@ def score_logps(
         description=description,
     )
     return [value[:, 0] for value in values]
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nothing refers to any more, before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

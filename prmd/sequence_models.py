@@ -1,18 +1,20 @@
 """What a language model computes for a batch of prefix-shared rows: log-probabilities or rewards of every response.
 
 `SequenceLogps` and `SequenceRewards` wrap a model so that everything happens inside one `forward`: a backbone called
-beside its distributed wrapper would train silently wrong. Loading and saving are in `models`, batches in `pair_batches`.
+beside its distributed wrapper would train silently wrong. Loading and saving are in `models`, batches in `pair_batches`,
+masks in `attention`.
 """
 
 import functools
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from prmd.pair_batches import attention_mask
+from prmd.attention import SDPA_OR_FASTER_FLEX, SDPA_OR_FLEX, rows_mask
 
 LOGITS_AT_ONCE = 2**25
 """Elements of one float32 block of logits (128 MiB): 220 tokens at a vocabulary of 151,936."""
@@ -35,7 +37,7 @@ class _SequenceModel(nn.Module):
         backbone = getattr(self.unwrapped, self.unwrapped.base_model_prefix)
         output = backbone(
             input_ids=input_ids,
-            attention_mask=attention_mask(segment_ids),
+            attention_mask=rows_mask(self.unwrapped, segment_ids),
             position_ids=position_ids,
             use_cache=False,
         )
@@ -73,16 +75,25 @@ class SequenceLogps(_SequenceModel):
 
         No float32 tensor of (all tokens, vocabulary) ever exists: a block holds `LOGITS_AT_ONCE` elements.
         """
-        vocabulary = self.unwrapped.get_output_embeddings().weight.shape[0]
-        block = max(1, LOGITS_AT_ONCE // vocabulary)
+        blocks = self._block_count(hidden)
         parts = []
-        for start in range(0, hidden.shape[0], block):
-            arguments = (hidden[start : start + block], target_ids[start : start + block])
+        for arguments in zip(hidden.tensor_split(blocks), target_ids.tensor_split(blocks), strict=True):
             if torch.is_grad_enabled() and hidden.requires_grad:
                 parts.append(checkpoint(self._block_logps, *arguments, use_reentrant=False))
             else:
                 parts.append(self._block_logps(*arguments))
-        return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)
+        return torch.cat(parts)
+
+    def _block_count(self, hidden: Tensor) -> int:
+        """Blocks of logits of this batch; under ZeRO-3 as many on every process, for each call gathers the head."""
+        head = self.unwrapped.get_output_embeddings()
+        block = max(1, LOGITS_AT_ONCE // head.out_features)
+        blocks = max(1, -(-hidden.shape[0] // block))
+        if dist.is_initialized() and hasattr(head.weight, "ds_id"):
+            most = torch.tensor(blocks, device=hidden.device)
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+            blocks = int(most)
+        return blocks
 
     def _block_logps(self, hidden: Tensor, target_ids: Tensor) -> Tensor:
         logits = self.logits(hidden)
@@ -148,14 +159,15 @@ def _float32_linear(layer: nn.Linear, features: Tensor) -> Tensor:
 def supports_shared_prompts(model_config: Any, longest: int) -> bool:
     """Whether rows of several responses are exact for this model.
 
-    They need full attention under `sdpa` with a 4-D mask. An attention window shorter than the longest conversation
-    is silently wrong with such a mask, and linear or chunked attention cannot take one.
+    They need full attention under `sdpa` with a 4-D mask, or under `flex_attention`. An attention window shorter than
+    the longest conversation is silently wrong with such a mask, and linear or chunked attention cannot take one.
 
     Args:
         model_config: the transformers configuration of the loaded model.
         longest: tokens of the longest single conversation.
     """
-    if getattr(model_config, "_attn_implementation", "sdpa") != "sdpa":
+    attention = getattr(model_config, "_attn_implementation", "sdpa")
+    if attention not in ("sdpa", SDPA_OR_FLEX, SDPA_OR_FASTER_FLEX):
         return False
     text_config = model_config.get_text_config()  # of a multimodal model, that of its language part
     layer_types = getattr(text_config, "layer_types", None)

@@ -20,7 +20,6 @@ from prmd.intervals import (
     minimum_band,
     paired_bootstrap,
     wilson_interval,
-    win_rate_estimate,
 )
 from prmd.outcomes import (
     best_of_n_expectation,
@@ -57,5 +56,4 @@ __all__ = [
     "sign_flip_test",
     "violation_rate",
     "wilson_interval",
-    "win_rate_estimate",
 ]

@@ -5,11 +5,11 @@ trainings is data: the wrapped model's output (rewards or log-probabilities), co
 Checkpoint names are in `checkpoints`; the losses themselves in `losses`.
 """
 
-import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from transformers import (
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prmd.checkpoints import mark_complete
 from prmd.config import TrainingConfig
+from prmd.errors import DataError
 from prmd.pair_batches import MicroBatch, collate_rows, padding_share, plan_scoring
 from prmd.runtime import get_device
+from prmd.sharding import RefuseUnsharded, in_step, prepare_fsdp
 from prmd.tokenization import PrefixRow
-
-logger = logging.getLogger(__name__)
 
 Columns = Mapping[str, Tensor]
 
@@ -77,10 +72,6 @@ class _PlannedBatches(Dataset):
         micro = self.plan[index]
         batch = self.data.batch(micro.rows, pad_id=self.pad_id, share_prompt=self.share_prompt)
         return batch | {"weight": torch.tensor(micro.weight), "pair_index": torch.tensor(micro.rows)}
-
-
-def _only_item(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return items[0]
 
 
 class _Means:
@@ -140,10 +131,10 @@ class PairTrainer(Trainer):
         self.pad_id, self.share_prompt = tokenizer.pad_token_id, share_prompt
         dataset = _PlannedBatches(data, plan, pad_id=self.pad_id, share_prompt=share_prompt)
         super().__init__(model=model, args=args, train_dataset=dataset, callbacks=list(callbacks))
-        self.model_accepts_loss_kwargs = (
-            False  # our loss is a plain mean, to be divided by the accumulation steps
-        )
+        self.model_accepts_loss_kwargs = False  # our loss is a mean, to be divided by the accumulation steps
         self.loss_is_scaled_for_ga = False
+        prepare_fsdp(self.accelerator, model)
+        self.add_callback(RefuseUnsharded)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.plan, self.tokenizer, self.loss_function = plan, tokenizer, loss_function
@@ -157,7 +148,7 @@ class PairTrainer(Trainer):
             self.train_dataset,
             batch_size=1,
             shuffle=False,
-            collate_fn=_only_item,
+            collate_fn=itemgetter(0),
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and get_device().type == "cuda",
         )
@@ -168,7 +159,9 @@ class PairTrainer(Trainer):
         columns = {k.removeprefix("column/"): v for k, v in inputs.items() if k.startswith("column/")}
         skipped = ("weight", "pair_index")
         tensors = {k: v for k, v in inputs.items() if not k.startswith("column/") and k not in skipped}
-        return self.loss_function(model(**tensors).reshape(-1, 2), columns)
+        with self.accelerator.autocast():  # FSDP2 brings none of its own
+            outputs = model(**tensors)
+        return self.loss_function(outputs.reshape(-1, 2), columns)
 
     def compute_loss(
         self,
@@ -218,19 +211,16 @@ class PairTrainer(Trainer):
         if self.eval_data is None:
             return {}
         started = time.monotonic()
-        groups = plan_scoring(
-            self.eval_data.rows, tokens_per_batch=self.eval_tokens, share_prompt=self.share_prompt
-        )
+        rows = self.eval_data.rows
+        groups = plan_scoring(rows, tokens_per_batch=self.eval_tokens, share_prompt=self.share_prompt)
         means = _Means()
         self.model.eval()
-        shared_out = (
-            len(groups) >= self.args.world_size
-        )  # else every process takes all: the means stay the same
-        for group in groups[self.args.process_index :: self.args.world_size] if shared_out else groups:
+        for group, counts in in_step(groups, rank=self.args.process_index, processes=self.args.world_size):
             batch = self.eval_data.batch(group, pad_id=self.pad_id, share_prompt=self.share_prompt)
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with torch.no_grad():
                 result = self.pair_loss(self.model, self._prepare_inputs(batch))
-            means.add({"loss": result.loss, **result.metrics})
+            if counts:
+                means.add({"loss": result.loss, **result.metrics})
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.drain().items()}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -238,15 +228,18 @@ class PairTrainer(Trainer):
         return metrics
 
     # -------------------------------------------------------------- saving and resuming
+    def save_start(self, directory: Path) -> None:
+        """Save the model before `train` has prepared it: every process still holds all of it, nothing is gathered."""
+        self._save(str(directory))
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save the wrapped model as transformers or PEFT would, and no pickled arguments."""
         if not self.args.should_save:
             return
         directory = output_dir or self.args.output_dir
-        stripped = (
-            None if state_dict is None else {k.removeprefix("model."): v for k, v in state_dict.items()}
-        )
-        self.model.model.save_pretrained(directory, state_dict=stripped)
+        if state_dict is not None:
+            state_dict = {name.removeprefix("model."): value for name, value in state_dict.items()}
+        self.model.model.save_pretrained(directory, state_dict=state_dict)
         self.tokenizer.save_pretrained(directory)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -255,10 +248,17 @@ class PairTrainer(Trainer):
             mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, self.model.model)
+        target = model if self.is_fsdp_enabled else self.model.model
+        super()._load_from_checkpoint(resume_from_checkpoint, target)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Tied weights are saved under one of their names; anything else that is missing is a broken checkpoint."""
+        missing = set(load_result.missing_keys) - set(self.model.unwrapped._tied_weights_keys or ())
+        if missing or load_result.unexpected_keys:
+            raise DataError(
+                f"{self.args.output_dir}: the checkpoint to resume from lacks {sorted(missing)} and has besides "
+                f"{load_result.unexpected_keys}; delete it, and start again"
+            )
 
 
 def training_arguments(

@@ -12,12 +12,13 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from prmd import io
+from prmd.attention import attention_implementation
 from prmd.checkpoints import ShareCheckpoints, checkpoint_steps, newest_complete
 from prmd.config import RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.memory import plan_memory
 from prmd.memory_plan import device_memory
 from prmd.models import load_model_config
-from prmd.pair_batches import plan_batches, total_steps
+from prmd.pair_batches import MicroBatch, plan_batches, total_steps
 from prmd.precision import Precision, refuse_if_stuck, resolve_precision
 from prmd.rehearsal import enable_gradient_checkpointing, meta_model
 from prmd.reporting import reporting_callbacks
@@ -89,12 +90,14 @@ def check_training(
         directory: where it will be written; it need not exist.
 
     Raises:
-        ConfigError: as `choose_precision`, `refuse_if_stuck` and `require_disk`.
+        ConfigError: as `attention_implementation`, `choose_precision`, `refuse_if_stuck` and `require_disk`.
     """
+    model_config = load_model_config(shared.model, shared.paths)
+    attention_implementation(shared.model.attention, model_config)
     precision = choose_precision(shared, tuning, training, task)
     refuse_if_stuck(precision)
     model = meta_model(
-        load_model_config(shared.model, shared.paths),
+        model_config,
         task=task,
         dtype=precision.weights_dtype,
         lora=tuning.lora if tuning.method == "lora" else None,
@@ -113,41 +116,70 @@ def run_training(
 
     Returns:
         Every logged row (`eval_...` keys are held out) and the names of the checkpoints by step.
+
+    Raises:
+        ConfigError: as `refuse_if_stuck`, here on the model's own weights.
     """
     training, runtime = run.training, get_runtime()
     precision = choose_precision(run.shared, run.tuning, training, run.task)
+    step_batches = training.gradient_accumulation_steps * runtime.world_size
     plan = plan_batches(
         [row.shared_length for row in run.data.rows],
         run.stream,
         rows_per_batch=training.pairs_per_device,
-        batches_per_step=training.gradient_accumulation_steps * runtime.world_size,
+        batches_per_step=step_batches,
         seed=run.shared.seed,
         world_size=runtime.world_size,
     )
-    steps_total = total_steps(plan, training.gradient_accumulation_steps * runtime.world_size)
+    steps_total = total_steps(plan, step_batches)
     steps = checkpoint_steps(training.checkpoints, steps_total)
+    model = _load(run, precision, on_card=runtime.device.type == "cuda")
+    trainer = _trainer(run, model, precision, plan, tokenizer, steps)
+    logger.info(
+        "%s: %d pairs, %d optimiser steps of %d pairs, learning rate %g, %s, logs in %s",
+        *(run.name, len(run.stream), steps_total, training.pairs_per_device * step_batches),
+        *(precision.learning_rate, precision.optimizer, run.log_directory),
+    )
+    return _train(trainer, run, steps), steps
+
+
+def _load(run: TrainingRun, precision: Precision, *, on_card: bool) -> SequenceRewards | SequenceLogps:
+    """The model to train, which the optimiser moves, with layers recomputed where the YAML or a card asks for it."""
     model = run.load_model(precision.master_weights)
-    if training.gradient_checkpointing is True or (
-        training.gradient_checkpointing == "auto" and runtime.device.type == "cuda"
-    ):
+    refuse_if_stuck(precision, model)
+    checkpointing = run.training.gradient_checkpointing
+    if on_card if checkpointing == "auto" else checkpointing:
         enable_gradient_checkpointing(model.unwrapped)
-    longest = max(row.longest for row in run.data.rows)
-    share_prompt = supports_shared_prompts(model.unwrapped.config, longest)
+    return model
+
+
+def _trainer(
+    run: TrainingRun,
+    model: SequenceRewards | SequenceLogps,
+    precision: Precision,
+    plan: Sequence[MicroBatch],
+    tokenizer: PreTrainedTokenizerBase,
+    steps: dict[int, str],
+) -> PairTrainer:
+    share_prompt = supports_shared_prompts(model.unwrapped.config, max(row.longest for row in run.data.rows))
     if not share_prompt:
         logger.info(
             "%s: this model cannot share a prompt between responses exactly; each gets its own row", run.name
         )
-    trainer = PairTrainer(
+    arguments = training_arguments(
+        run.training,
+        directory=run.directory,
+        learning_rate=precision.learning_rate,
+        optimizer=precision.optimizer,
+        bf16=precision.autocast,
+        seed=run.shared.seed,
+        steps=max(steps),
+    )
+    resumed = newest_complete(run.directory) is not None
+    reporting = reporting_callbacks(run.shared.report_to, run.log_directory, run.name, resumed=resumed)
+    return PairTrainer(
         model,
-        training_arguments(
-            training,
-            directory=run.directory,
-            learning_rate=precision.learning_rate,
-            optimizer=precision.optimizer,
-            bf16=precision.autocast,
-            seed=run.shared.seed,
-            steps=steps_total,
-        ),
+        arguments,
         data=run.data,
         plan=plan,
         eval_data=run.eval_data,
@@ -155,23 +187,8 @@ def run_training(
         tokenizer=tokenizer,
         share_prompt=share_prompt,
         eval_tokens=run.shared.scoring_tokens,
-        callbacks=[
-            ShareCheckpoints(steps),
-            *reporting_callbacks(
-                run.shared.report_to,
-                run.log_directory,
-                run.name,
-                resumed=newest_complete(run.directory) is not None,
-            ),
-        ],
+        callbacks=[ShareCheckpoints(steps), *reporting],
     )
-    logger.info(
-        "%s: %d pairs, %d optimiser steps of %d pairs, learning rate %g, %s, logs in %s",
-        *(run.name, len(run.stream), steps_total),
-        training.pairs_per_device * training.gradient_accumulation_steps * runtime.world_size,
-        *(precision.learning_rate, precision.optimizer, run.log_directory),
-    )
-    return _train(trainer, run, steps), steps
 
 
 def _train(trainer: PairTrainer, run: TrainingRun, steps: dict[int, str]) -> list[dict[str, float]]:
@@ -180,7 +197,7 @@ def _train(trainer: PairTrainer, run: TrainingRun, steps: dict[int, str]) -> lis
         logger.info("%s: resuming from %s", run.name, resume.name)
     elif 0 in steps:
         metrics = trainer.evaluate()
-        trainer.save_model(str(run.directory / "checkpoint-0"))
+        trainer.save_start(run.directory / "checkpoint-0")
         if is_main_process():
             io.write_json(start_file, {"step": 0, **metrics})
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)

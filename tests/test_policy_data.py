@@ -170,11 +170,15 @@ class StandIn:
     shift: Tensor = field(default_factory=lambda: torch.zeros(M, dtype=torch.float64))
     by_prompt: float = 0.0
     calibration: Calibration | None = None
+    base: None = None
     seen: list[PrefixRow] = field(default_factory=list)
 
     def rewards(self, rows: list[PrefixRow], *, description: str) -> list[Tensor]:
         self.seen += rows
         return [torch.stack([self._reward(row.prompt_ids, r) for r in row.responses]) for row in rows]
+
+    def release(self) -> None:
+        """It has no weights."""
 
     def _reward(self, prompt: Tokens, response: Tokens) -> Tensor:
         key = hash((self.seed, prompt, response)) % 2**31
@@ -205,9 +209,6 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(policy_data, "reference_samples", samples)
     monkeypatch.setattr(policy_data, "reference_logps", logps)
-    monkeypatch.setattr(
-        policy_data.gc, "collect", lambda: 0
-    )  # half a second each among the objects of a test run
 
 
 def with_source(config: PolicyConfig, source: str) -> PolicyConfig:

@@ -161,3 +161,11 @@ def test_estimators_of_one_kl_that_contradict_each_other_are_pointed_out() -> No
     (note,) = notes(noisy + 0.5, noisy)
     assert note.startswith("KL by k1 is") and "standard errors apart" in note
     assert notes(exact + 1e-6, exact) == []  # rounding is no contradiction
+
+
+def test_unanimous_wins_are_not_certain():
+    resampling = Resampling(resamples=200, seed=0)
+    estimate = resampling.win_rate(np.ones(16))
+    assert estimate.value == 1.0 and 0.75 < estimate.low < 0.85
+    mixed = np.array([0.25, 0.5, 1.0, 0.75])
+    assert resampling.win_rate(mixed) == resampling.mean(mixed)

@@ -1,5 +1,7 @@
 """A reward model's folder: rewards of r_0 and of its members, what is cached, whose calibration is accepted."""
 
+import weakref
+
 import pytest
 import torch
 from model_families import separate_rewards
@@ -135,3 +137,22 @@ def test_a_folder_without_weights_is_refused(tmp_path, folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"no \.safetensors weights"):
         load_reward_model(folder, config=config_at(tmp_path))
+
+
+def test_the_checkpoint_is_loaded_with_the_configured_attention_and_freed(tmp_path, folder, monkeypatch):
+    config = config_at(tmp_path)
+    config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})
+    model, asked, real = load_reward_model(folder, config=config), [], reward_models.load_classifier
+
+    def load(directory, dtype, *, attention):
+        asked.append((directory, dtype, attention))
+        return real(directory, dtype, attention=attention)
+
+    monkeypatch.setattr(reward_models, "load_classifier", load)
+    rows = rows_for(model)
+    model.rewards(rows[:2], description="test")
+    weights = weakref.ref(model.model)
+    model.rewards(rows, description="test")
+    assert asked == [(folder, "float32", "sdpa")]
+    model.release()
+    assert weights() is None

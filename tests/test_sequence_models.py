@@ -231,3 +231,25 @@ def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
     one_row_of_logits = 4 * vocabulary
     assert growth < 96 * one_row_of_logits / 20
     assert peak(32) < head.weight.numel() * 4 + 5 * block * one_row_of_logits
+
+
+def test_under_zero3_every_process_calls_the_head_equally_often(monkeypatch):
+    model = causal_model("llama")
+    scorer, hidden = SequenceLogps(model), torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    targets = torch.arange(5)
+    expected = scorer.token_logps(hidden, targets)
+    monkeypatch.setattr(sequence_models.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(
+        sequence_models.dist, "all_reduce", lambda most, op: most.fill_(7)
+    )  # another has 7 blocks
+    assert scorer._block_count(hidden) == 1  # weights that are whole need no agreement
+    model.get_output_embeddings().weight.ds_id = 0
+    calls = []
+
+    def counted(*arguments: Tensor) -> Tensor:
+        calls.append(arguments[0].shape[0])
+        return SequenceLogps._block_logps(scorer, *arguments)
+
+    monkeypatch.setattr(scorer, "_block_logps", counted)
+    torch.testing.assert_close(scorer.token_logps(hidden, targets), expected)
+    assert calls == [1, 1, 1, 1, 1, 0, 0]

@@ -64,7 +64,16 @@ def forbid_writing() -> None:
     PreTrainedModel.save_pretrained = refused_save
 
 
-def train(directory: Path, pairs_per_step: int, world_size: int) -> PairTrainer:
+def train(
+    directory: Path,
+    pairs_per_step: int,
+    world_size: int,
+    *,
+    model: torch.nn.Module | None = None,
+    bf16: bool = False,
+    optimizer: OptimizerNames = OptimizerNames.SGD,
+    resume: bool = False,
+) -> PairTrainer:
     rows, held_out = random_rows(21, 0), random_rows(3, 1)
     batches_per_step = pairs_per_step // ROWS_PER_BATCH
     plan = plan_batches(
@@ -88,14 +97,14 @@ def train(directory: Path, pairs_per_step: int, world_size: int) -> PairTrainer:
         directory=directory,
         learning_rate=0.05,
         optimizer="adamw_float32",
-        bf16=False,
+        bf16=bf16,
         seed=0,
         steps=steps,
     )
-    arguments.optim = OptimizerNames.SGD
+    arguments.optim = optimizer
     torch.manual_seed(0)
     trainer = PairTrainer(
-        SequenceLogps(LlamaForCausalLM(tiny_config())),
+        model or SequenceLogps(LlamaForCausalLM(tiny_config())),
         arguments,
         data=PairData(rows, {"offset": torch.linspace(-1, 1, len(rows))}),
         plan=plan,
@@ -105,7 +114,7 @@ def train(directory: Path, pairs_per_step: int, world_size: int) -> PairTrainer:
         eval_tokens=10_000,  # one group of held-out pairs, fewer than processes
         callbacks=[ShareCheckpoints({2: "66", steps: "end"})],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=str(directory / "checkpoint-2") if resume else None)
     return trainer
 
 

@@ -1,0 +1,130 @@
+"""Sampling with vLLM on Linux, for `generation.generate` (`generation.engine: vllm`); an optional package.
+
+vLLM reads a folder or hub id itself: the base, the base with a policy's LoRA adapter, or a policy's full weights. Its
+kernels round unlike transformers', so the same seed gives other samples of the same distribution, and what is cached is
+keyed by the engine. Who is sampled is in `contenders`.
+"""
+
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prmd import io
+from prmd.config import RewardModelConfig
+from prmd.errors import ConfigError
+from prmd.generation import Decoding
+from prmd.models import model_source
+from prmd.runtime import get_runtime
+from prmd.scoring import free_memory
+from prmd.tokenization import Tokens
+
+ADAPTER_CONFIG = "adapter_config.json"
+REMEDY = "set generation.engine: transformers"
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM reserves room for; it takes no others."""
+
+
+def require_vllm() -> None:
+    """Refuse the engine where it cannot run, before any model is loaded.
+
+    Raises:
+        ConfigError: another system than Linux, several processes, or the package is missing.
+    """
+    if sys.platform != "linux":
+        raise ConfigError(f"generation.engine: vllm runs on Linux alone, this is {sys.platform}; {REMEDY}")
+    if get_runtime().world_size > 1:
+        raise ConfigError(
+            f"generation.engine: vllm starts processes of its own, got {get_runtime().world_size} of a launcher; start "
+            f"the script with plain python, or {REMEDY}"
+        )
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            f"generation.engine: the package vllm is not installed; pip install vllm, or {REMEDY}"
+        )
+
+
+class VllmEngine:
+    """A policy that vLLM serves.
+
+    Args:
+        policy: a policy's folder, with an adapter or with full weights; None for the base itself.
+        shared: which base model, in which precision.
+        max_length: tokens of prompt and response together.
+    """
+
+    def __init__(self, policy: Path | None, shared: RewardModelConfig, *, max_length: int) -> None:
+        import vllm  # absent on most machines, and slow to import
+
+        self._vllm, self._request, model = vllm, None, shared.model
+        folder, adapter = model_source(model, shared.paths), {}
+        if policy is not None and (policy / ADAPTER_CONFIG).is_file():
+            from vllm.lora.request import LoRARequest
+
+            self._request = LoRARequest(policy.name, 1, str(policy))
+            rank = io.read_json(policy / ADAPTER_CONFIG)["r"]
+            adapter = {
+                "enable_lora": True,
+                "max_lora_rank": next((size for size in LORA_RANKS if size >= rank), rank),
+            }
+        elif policy is not None:
+            folder = str(policy)
+        self._llm = vllm.LLM(
+            model=folder,
+            revision=None if Path(folder).is_dir() else model.revision,
+            dtype=model.dtype,
+            trust_remote_code=model.trust_remote_code,
+            max_model_len=max_length,
+            skip_tokenizer_init=True,
+            generation_config="vllm",  # the model's own settings are never used
+            **adapter,
+        )
+
+    def sample(
+        self, prompts: Sequence[Tokens], seeds: Sequence[int], decoding: Decoding
+    ) -> list[list[list[int]]]:
+        """As `generation.Engine`; sample i of a prompt has the prompt's seed plus i, by vLLM's own rule."""
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": list(prompt)} for prompt in prompts],
+            [self._parameters(seed, decoding) for seed in seeds],
+            lora_request=self._request,
+            use_tqdm=False,
+        )
+        return [[_tokens(answer, decoding.stop) for answer in output.outputs] for output in outputs]
+
+    def _parameters(self, seed: int, decoding: Decoding) -> Any:
+        return self._vllm.SamplingParams(
+            n=decoding.samples_per_prompt,
+            temperature=decoding.temperature,
+            top_p=decoding.top_p,
+            max_tokens=decoding.max_new_tokens,
+            seed=seed,
+            stop_token_ids=[decoding.stop],
+            ignore_eos=True,  # the end of turn alone ends a response, as with transformers
+            detokenize=False,
+        )
+
+    def close(self) -> None:
+        """Give the card's memory back; vLLM ends its processes with its last reference."""
+        del self._llm
+        free_memory()
+
+
+def _tokens(answer: Any, stop: int) -> list[int]:
+    """Tokens of one answer, behind which vLLM may leave out the token that it stopped at."""
+    tokens = list(answer.token_ids)
+    if answer.finish_reason == "stop" and tokens[-1:] != [stop]:
+        tokens.append(stop)
+    return tokens
+
+
+@contextmanager
+def vllm_engine(policy: Path | None, shared: RewardModelConfig, *, max_length: int) -> Iterator[VllmEngine]:
+    """An engine for the time of a `with` block; arguments as of `VllmEngine`."""
+    engine = VllmEngine(policy, shared, max_length=max_length)
+    try:
+        yield engine
+    finally:
+        engine.close()

@@ -1,0 +1,98 @@
+"""Hours of the configured trainings from measured speeds, against arithmetic done by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import tiny_config
+
+from benchmarks import hours
+from prmd.config import PolicyConfig, RewardModelConfig
+from prmd.errors import DataError
+
+CONFIG = RewardModelConfig()
+COMMON = {"hardware": "a test machine", "versions": "torch 0", "tokens_per_pair": 200.0}
+
+
+def row(name: str, pairs_per_second: float | None, model: str) -> dict[str, Any]:
+    return COMMON | {"name": name, "ours": pairs_per_second, "model": model}
+
+
+def shape_rows() -> list[dict[str, Any]]:
+    return [row("dpo_qwen2.5_3b_shape", 4.0, "Qwen2"), row("reward_model_qwen2.5_3b_shape", 5.0, "Qwen2")]
+
+
+def test_pairs_are_those_of_the_data_sets_without_what_is_held_out() -> None:
+    pairs = hours.train_pairs(CONFIG)
+    assert pairs["helpful"] == round(0.85 * (43_835 + 22_007 + 52_421))
+    assert pairs["harmless"] == round(0.85 * 42_537)
+    assert pairs["honest"] == round(0.75 * 817 * 0.5 * 3)
+    limited = CONFIG.model_copy(
+        update={"data": CONFIG.data.model_copy(update={"max_pairs_per_objective": 1000})}
+    )
+    assert hours.train_pairs(limited) == {"helpful": 1000, "harmless": 1000, "honest": 919}
+
+
+def test_measured_rows_of_the_shape_are_taken_as_they_are() -> None:
+    rows = [*shape_rows(), row("dpo", 1e9, "small"), row("reward_model", 1e9, "small")]
+    made, sources = hours.stages(rows, CONFIG, PolicyConfig(), pairs_rm=1800, pairs_policy=7200)
+    epochs = CONFIG.training.epochs
+    assert [stage.name for stage in made[:3]] == [
+        f"reward model, {o}" for o in ("helpful", "harmless", "honest")
+    ]
+    assert [stage.hours for stage in made[:3]] == pytest.approx([1800 * epochs / 5.0 / 3600] * 3)
+    assert [stage.hours for stage in made[3:]] == pytest.approx([7200 / 4.0 / 3600] * 3)
+    assert made[3].tokens == 7200 * 200 and made[3].speed == 800
+    text = hours.table(made, sources)
+    assert "measured at random weights of Qwen2.5-3B's shape" in text and "NOT MEASURED" not in text
+    total = 3 * 1800 * epochs / 5.0 / 3600 + 3 * 0.5
+    assert f"| {total:.2g} |" in next(line for line in text.splitlines() if line.startswith("| all"))
+
+
+def test_by_default_heads_keep_their_share_and_policies_take_all() -> None:
+    made, _ = hours.stages(shape_rows(), CONFIG, PolicyConfig())
+    pairs = hours.train_pairs(CONFIG)
+    assert made[0].pairs == round(0.9 * pairs["helpful"])
+    assert made[5].pairs == sum(pairs.values())
+
+
+def test_a_smaller_model_gives_hours_that_are_called_computed(tmp_path: Path) -> None:
+    """6 operations per weight and token of the layers; the head runs for the response tokens of policies alone."""
+    small = tiny_config(hidden_size=64, intermediate_size=128, num_hidden_layers=3, vocab_size=1000)
+    small.save_pretrained(tmp_path / "small")
+    model = str(tmp_path / "small")
+    rows = [row("dpo", 10.0, model), row("reward_model", 10.0, model)]
+    made, sources = hours.stages(rows, CONFIG, PolicyConfig(), pairs_rm=10, pairs_policy=10)
+
+    def layers(hidden: int, inner: int, key_value: int, count: int, biases: int) -> int:
+        return (
+            count * (2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * inner + 2 * hidden + biases)
+            + hidden
+        )
+
+    own = layers(64, 128, 32, 3, 0)
+    large = layers(2048, 11_008, 256, 36, 2048 + 512)
+    share = round(1000 * 91 / 212) / 1000
+    assert made[0].speed == pytest.approx(2000 * own / large)
+    assert made[3].speed == pytest.approx(2000 * (own + share * 64_000) / (large + share * 2048 * 151_936))
+    text = hours.table(made, sources)
+    assert text.count("COMPUTED, NOT MEASURED") == 2 and "a test machine" in text
+
+
+def test_missing_rows_and_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no row 'dpo'"):
+        hours.stages(shape_rows()[1:], CONFIG, PolicyConfig())
+    with pytest.raises(DataError, match="no row 'reward_model'"):
+        hours.stages([row("reward_model", None, "x")], CONFIG, PolicyConfig())
+    with pytest.raises(DataError, match=r"none.json: missing; make it with `python benchmarks/speed.py"):
+        hours.main(["--json", str(tmp_path / "none.json")])
+
+
+def test_command_line_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(shape_rows()), encoding="utf-8")
+    hours.main(["--json", str(file), "--pairs-rm", "3600", "--pairs-policy", "14400"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| training | pairs |")
+    assert "| policy 3 | 14,400 | 1 | 2.9 | 800 | 1 |" in lines
