@@ -230,7 +230,11 @@ def load_labelled_classifier(source: str) -> tuple[PreTrainedModel, PreTrainedTo
         ValueError: it is no classifier, or its head is not in the weights.
     """
     loaded, info = _from_pretrained(
-        AutoModelForSequenceClassification, source, dtype=torch.float32, output_loading_info=True
+        AutoModelForSequenceClassification,
+        source,
+        attention="sdpa",
+        dtype=torch.float32,
+        output_loading_info=True,
     )
     if info["missing_keys"]:
         raise ValueError(f"weights without {min(info['missing_keys'])}")

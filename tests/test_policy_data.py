@@ -170,7 +170,7 @@ class StandIn:
     shift: Tensor = field(default_factory=lambda: torch.zeros(M, dtype=torch.float64))
     by_prompt: float = 0.0
     calibration: Calibration | None = None
-    base: None = None
+    shared_base: None = None
     seen: list[PrefixRow] = field(default_factory=list)
 
     def rewards(self, rows: list[PrefixRow], *, description: str) -> list[Tensor]:
