@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
+from matplotlib.ticker import MaxNLocator
 
 from prmd import io
 from prmd.objectives import OBJECTIVES
@@ -102,8 +103,9 @@ def draw_line(
     for key in keys:
         points = [(row["step"], row[key]) for row in curve if row.get(key) is not None and "step" in row]
         if points:
-            marker = "o" if len(points) < 30 else ""
-            axes.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker, markersize=4)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            style = {"marker": "o" if len(points) < 30 else "", "markersize": 4, "color": colour}
+            axes.plot(*zip(*points, strict=True), label=label, **style)
             return
 
 

@@ -55,14 +55,20 @@ def runs_section(paths: ArtifactPaths) -> Section:
     """Every run.json of this approach: seconds, commit, device, seed; and the configurations they ran with."""
     found = [(what, folder, load(folder / "run.json")) for what, folder in _run_folders(paths)]
     done = [(what, folder, run) for what, folder, run in found if run]
-    rows = tuple((what, *_run_cells(run)) for what, _, run in done)
-    total = sum(run.get("seconds") or 0.0 for _, _, run in done)
+    seconds = [_seconds(what, folder, run) for what, folder, run in done]
+    rows = tuple(
+        (what, format_seconds(s), *_run_cells(run)) for (what, _, run), s in zip(done, seconds, strict=True)
+    )
+    total = sum(s for (what, _, _), s in zip(done, seconds, strict=True) if not what.startswith(_JUDGE))
     columns = ("part", "time", "commit", "content key", "device", "seed", "peak memory")
     hardware = next((run["hardware"] for _, _, run in done if run.get("hardware")), None)
     versions = next((run["versions"] for _, _, run in done if run.get("versions")), {})
     return {
         "table": Table(
-            columns, rows, f"Together {format_seconds(total)}; read from the run.json of each part."
+            columns,
+            rows,
+            f"Together {format_seconds(total)}: judges are part of the evaluation's time, and the sampling and scoring that "
+            "policies share is in none of these. Read from the files of each part.",
         ),
         "missing": None if done else missing(paths, "python run_pipeline.py"),
         "hardware": flat(hardware) if hardware else "",
@@ -78,17 +84,27 @@ def _run_folders(paths: ArtifactPaths) -> Iterable[tuple[str, Path]]:
     for folder in folders(paths.policies):
         yield f"policy: {folder.name}", folder
     for objective in OBJECTIVES:
-        yield f"judge: {objective}", paths.judge(objective)
+        yield f"{_JUDGE}{objective}", paths.judge(objective)
     yield "evaluation", paths.metrics
     for name in BenchmarksConfig().run:
-        yield f"benchmark: {name}", paths.benchmark(name)
+        yield f"{_BENCHMARK}{name}", paths.benchmark(name)
+
+
+_JUDGE, _BENCHMARK = "judge: ", "benchmark: "
+
+
+def _seconds(what: str, folder: Path, run: dict[str, Any]) -> float:
+    """Seconds of a part; of a benchmark those of all methods, for all benchmarks run in one pass."""
+    if not what.startswith(_BENCHMARK):
+        return run.get("seconds") or 0.0
+    results = [load(path) for path in folder.glob("*.json") if path.name != "run.json"]
+    return sum((result or {}).get("seconds") or 0.0 for result in results)
 
 
 def _run_cells(run: dict[str, Any]) -> tuple[str, ...]:
     commit = str(run.get("commit") or "")[:10] or NOTHING
     memory = run.get("peak_memory_bytes")
     return (
-        format_seconds(run.get("seconds")),
         commit + (" + changes" if run.get("dirty") else ""),
         str(run.get("fingerprint") or NOTHING),
         str(run.get("device") or NOTHING),
@@ -134,7 +150,8 @@ def flat(values: Any) -> str:
 def reward_models_section(paths: ArtifactPaths) -> Section:
     """One column per objective; what is missing is named with its command."""
     models = {
-        k: load(paths.reward_analysis / f"{k}.json") or load(paths.reward_model(k) / "metrics.json")
+        k: (load(paths.reward_analysis / f"{k}.json") or {})  # with examples; the other is written last
+        | (load(paths.reward_model(k) / "metrics.json") or {})
         for k in OBJECTIVES
     }
     lacking = [
