@@ -53,6 +53,10 @@ class Table:
     fingerprint: str
     calibration: Calibration | None = None
     members: int = M
+    shared_base: None = None
+
+    def release(self) -> None:
+        """It has no weights."""
 
     def rewards(self, rows: list[PrefixRow], *, description: str) -> list[Tensor]:
         table = ScoreTable(self.paths.cache("rewards", self.fingerprint), self.members)
