@@ -122,10 +122,12 @@ class TrainingConfig(Section):
 
 
 class EnsembleConfig(Section):
+    kind: Literal["heads", "adapters"] = "heads"
     members: PositiveInt = 20
     fit_fraction: Fraction = 0.1
-    anchor: float = Field(default=1.0, ge=0.0)
-    prior_scale: PositiveFloat = 1.0
+    # A weaker anchor lets heads fit on few pairs pull their mean below r_0: benchmarks/ensemble_choice.py.
+    anchor: float = Field(default=100.0, ge=0.0)
+    prior_scale: PositiveFloat = 0.5
 
 
 class CalibrationConfig(Section):
@@ -149,6 +151,16 @@ class RewardModelConfig(Section):
     scoring_tokens: PositiveInt = 8192
     ensemble: EnsembleConfig = EnsembleConfig()
     calibration: CalibrationConfig = CalibrationConfig()
+
+    @model_validator(mode="after")
+    def adapters_need_lora(self) -> "RewardModelConfig":
+        ensemble = self.ensemble
+        if ensemble.kind == "adapters" and ensemble.members > 1 and self.tuning.method != "lora":
+            raise ValueError(
+                f"ensemble.kind is adapters, which needs tuning.method: lora, got {self.tuning.method}; set it, or "
+                "ensemble.kind: heads"
+            )
+        return self
 
     @property
     def paths(self) -> ArtifactPaths:
@@ -174,18 +186,25 @@ class _RefersToRewardModelConfig(Section):
 
 
 # ------------------------------------------------------------------ policies
+DistilledMethod = Literal["mean", "hard_min", "cvar", "hierarchical", "lcb", "softmin", "maxmin", "edpo"]
+PaperMethod = Literal["paper_eq5", "paper_eq6", "paper_eq7", "paper_eq9"]
+LabelMethod = Literal["dpo", "ipo", "modpo", "dpo_helpful", "dpo_harmless", "dpo_honest", "soup"]
+PolicyMethod = Literal[DistilledMethod, PaperMethod, LabelMethod]
+"""What `policy.methods` may name; `policy_methods` says what each is."""
+
+
 class PolicySection(Section):
-    methods: tuple[Literal["mean", "hard_min", "cvar", "hierarchical", "lcb", "softmin", "dpo"], ...] = (
-        "hard_min",
-        "cvar",
-    )
+    methods: tuple[PolicyMethod, ...] = ("hard_min", "cvar")
     beta: PositiveFloat = 0.1
     loss: Literal["squared", "huber", "bce"] = "squared"
     huber_delta: PositiveFloat = 1.0
     reward_scale: Literal["auto"] | PositiveFloat = "auto"
     kl_target: PositiveFloat = 4.0
     margin_clip: PositiveFloat = 5.0
+    level: Literal["response", "margin"] = "response"
     nll_weight: float = Field(default=0.0, ge=0.0)
+    gamma: float = Field(default=0.0, ge=0.0)
+    ipo_beta: PositiveFloat = 0.1
     within: Literal["mean", "min", "cvar", "lcb", "softmin", "none"] | None = None
     across: Literal["mean", "min", "cvar", "softmin"] | None = None
     alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
@@ -193,6 +212,14 @@ class PolicySection(Section):
     kappa: float = Field(default=1.0, ge=0.0)
     eta: PositiveFloat = 2.0
     weights: dict[str, float] = Field(default_factory=lambda: {k: 1.0 / len(OBJECTIVES) for k in OBJECTIVES})
+    constraints: dict[str, float] = Field(default_factory=dict)
+
+    @field_validator("constraints")
+    @classmethod
+    def constraints_name_objectives(cls, value: dict[str, float]) -> dict[str, float]:
+        if unknown := sorted(set(value) - set(OBJECTIVES)):
+            raise ValueError(f"constraints name {unknown}; known objectives are {', '.join(OBJECTIVES)}")
+        return value
 
     @field_validator("weights")
     @classmethod
@@ -208,10 +235,23 @@ class PolicySection(Section):
         return {k: value[k] / sum(value.values()) for k in OBJECTIVES}
 
 
+class PairsConfig(Section):
+    reference_samples: Annotated[int, Field(ge=0)] = 0
+    share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+
+    @field_validator("reference_samples")
+    @classmethod
+    def one_sample_is_no_pair(cls, value: int) -> int:
+        if value == 1:
+            raise ValueError("reference_samples must be 0 (none) or at least 2: one response makes no pair")
+        return value
+
+
 class PolicyConfig(_RefersToRewardModelConfig):
     """`policy_config.yaml`: how the pessimistic reward is distilled into the policy."""
 
     policy: PolicySection = PolicySection()
+    pairs: PairsConfig = PairsConfig()
     run_name: str | None = None
     tuning: TuningConfig = TuningConfig(lora=LoraConfig(learning_rate=5e-6))
     training: TrainingConfig = TrainingConfig(
@@ -240,7 +280,9 @@ class JudgeConfig(Section):
 
 class GenerationConfig(Section):
     prompts: PositiveInt = 512
-    prompts_from: Approach | None = None
+    other_approaches: tuple[Approach, ...] = ()
+    checkpoints: Literal["none", "all"] = "none"
+    checkpoint_prompts: PositiveInt = 64
     samples_per_prompt: Annotated[int, Field(ge=2)] = 4
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 32
@@ -253,6 +295,65 @@ class HhHoldoutConfig(Section):
 
 class TruthfulQaBenchmarkConfig(Section):
     max_questions: PositiveInt | None = None
+    truth_judge: Literal["none", "trained", "text_judge"] = "trained"
+
+
+class MtBenchConfig(Section):
+    path: str | None = None
+    max_questions: PositiveInt | None = None
+    max_new_tokens: PositiveInt = 1024
+    pairwise: bool = True
+
+
+class TextJudgeConfig(Section):
+    kind: Literal["none", "strings", "classifier", "local_model", "endpoint", "replay"] = "strings"
+    model: str | None = None
+    label: str | None = None
+    conversation: bool = False
+    base_url: str | None = None
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
+    file: str | None = None
+    max_requests_per_minute: PositiveFloat = 60.0
+    price_per_million_prompt_tokens: float | None = Field(default=None, ge=0.0)
+    price_per_million_reply_tokens: float | None = Field(default=None, ge=0.0)
+
+    @model_validator(mode="after")
+    def kind_has_what_it_reads(self) -> "TextJudgeConfig":
+        needs = {
+            "classifier": ("model",),
+            "local_model": ("model",),
+            "endpoint": ("model", "base_url"),
+            "replay": ("file",),
+        }
+        if missing := [key for key in needs.get(self.kind, ()) if getattr(self, key) is None]:
+            raise ValueError(
+                f"text_judge.kind is {self.kind}, which needs text_judge.{' and '.join(missing)}"
+            )
+        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"text_judge.base_url must start with http:// or https://, got {self.base_url!r}"
+            )
+        return self
+
+
+class RealToxicityPromptsConfig(Section):
+    path: str | None = None
+    revision: str = "main"
+    prompts: PositiveInt | None = 1000
+    samples_per_prompt: PositiveInt = 25
+    max_new_tokens: PositiveInt = 20
+    style: Literal["raw", "chat"] = "raw"
+    scorer: str = "substitute"
+    scorer_label: str | None = None
+
+
+class JailbreakBenchConfig(Section):
+    path: str | None = None
+    revision: str = "main"
+    max_behaviors: PositiveInt | None = None
+    attacks: str | None = None
+    max_new_tokens: PositiveInt = 150
+    judge_prompt: str | None = None
 
 
 class BenchmarksConfig(Section):
@@ -267,12 +368,16 @@ class BenchmarksConfig(Section):
     )
     hh_holdout: HhHoldoutConfig = HhHoldoutConfig()
     truthfulqa: TruthfulQaBenchmarkConfig = TruthfulQaBenchmarkConfig()
+    realtoxicityprompts: RealToxicityPromptsConfig = RealToxicityPromptsConfig()
+    jailbreakbench: JailbreakBenchConfig = JailbreakBenchConfig()
+    mt_bench: MtBenchConfig = MtBenchConfig()
 
 
 class EvaluationConfig(_RefersToRewardModelConfig):
     """`evaluation_config.yaml`: who judges, on how many prompts, and which benchmarks run."""
 
     judges: JudgeConfig = JudgeConfig()
+    text_judge: TextJudgeConfig = TextJudgeConfig()
     generation: GenerationConfig = GenerationConfig()
     bootstrap_resamples: Annotated[int, Field(ge=100)] = 10_000
     benchmarks: BenchmarksConfig = BenchmarksConfig()

@@ -22,7 +22,7 @@ from prmd.cache import JsonTable, ScoreTable
 from prmd.config import EvaluationConfig
 from prmd.errors import DataError
 from prmd.generation import Engine, GeneratedResponse, generate, sample_rows
-from prmd.kl import k1, sum_by_sequence, token_kl
+from prmd.kl import k1, k3_per_token, token_kl
 from prmd.models import load_causal_lm, load_policy
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
@@ -46,14 +46,16 @@ class Contender:
     """One row of the results.
 
     Attributes:
-        method: name of the policy's folder, or `reference`.
+        method: name of the policy's folder, `<approach>@` in front of it for another approach's; or `reference`.
         directory: the policy's folder; None for the reference.
         fingerprint: key of its weights.
+        approach: whose data it was trained on.
     """
 
     method: str
     directory: Path | None
     fingerprint: str
+    approach: str
 
 
 @dataclass(frozen=True)
@@ -78,15 +80,19 @@ def policy_folders(paths: ArtifactPaths) -> list[Path]:
 
 
 def find_contenders(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> list[Contender]:
-    """The reference first, then every finished policy."""
-    reference = Contender(REFERENCE, None, reference_key(config.shared, tokenizer))
-    folders = policy_folders(config.paths)
-    if not folders:
-        logger.warning("%s: no finished policy; the reference is evaluated alone", config.paths.policies)
-    policies = [
-        Contender(f.name, f, io.fingerprint([reference.fingerprint, weights_key(f)])) for f in folders
-    ]
-    return [reference, *policies]
+    """The reference first, then every finished policy, then those of `generation.other_approaches`."""
+    own, key = config.paths.approach, reference_key(config.shared, tokenizer)
+    found = [Contender(REFERENCE, None, key, own)]
+    for approach in (own, *(a for a in config.generation.other_approaches if a != own)):
+        paths = replace(config.paths, approach=approach)
+        folders = policy_folders(paths)
+        if not folders:
+            alone = "; the reference is evaluated alone" if approach == own else ""
+            logger.warning("%s: no finished policy%s", paths.policies, alone)
+        for folder in folders:
+            name = folder.name if approach == own else f"{approach}@{folder.name}"
+            found.append(Contender(name, folder, io.fingerprint([key, weights_key(folder)]), approach))
+    return found
 
 
 def evaluation_prompts(
@@ -94,7 +100,6 @@ def evaluation_prompts(
 ) -> list[EvaluationPrompt]:
     """`generation.prompts` distinct prompts of the test splits, the objectives taking turns, in the order of a hash.
 
-    They are the approach's own, or those of `generation.prompts_from`, so that two approaches answer the same prompts.
     No two share their first human turn, so prompts are independent units for every interval.
 
     Raises:
@@ -104,8 +109,7 @@ def evaluation_prompts(
     if config.generation.engine == "vllm":
         require_vllm()
     wanted, max_length = config.generation.prompts, config.shared.training.max_length
-    source = replace(config.paths, approach=config.generation.prompts_from or config.paths.approach)
-    tests = [read_pairs(source, objective, "test") for objective in OBJECTIVES]
+    tests = [read_pairs(config.paths, objective, "test") for objective in OBJECTIVES]
     queues = [iter(sorted(pairs, key=lambda p: hash_share("evaluation prompts", p.id))) for pairs in tests]
     chosen: dict[str, PreferencePair] = {}
     while queues and len(chosen) < wanted:
@@ -236,10 +240,10 @@ class ContenderModels(AbstractContextManager["ContenderModels"]):
     def kls(
         self, prompts: Sequence[EvaluationPrompt], responses: Sequence[Sequence[GeneratedResponse]]
     ) -> list[Tensor]:
-        """(exact KL, k1) of every sampled response: one [n_responses, 2] float32 tensor per prompt, nats."""
+        """(exact KL, k1, k3) of every sampled response: one [n_responses, 3] float32 tensor per prompt, nats."""
         rows = sample_rows([p.token_ids for p in prompts], responses, self.tokenizer, keep_suffix=False)
-        key = io.fingerprint([self.contender.fingerprint, self.reference.fingerprint])
-        table = ScoreTable(self.config.paths.cache("kl", key), 2)
+        key = io.fingerprint([self.contender.fingerprint, self.reference.fingerprint, "k3"])
+        table = ScoreTable(self.config.paths.cache("kl", key), 3)
         if table.holds(rows):
             return [lookup(table, row) for row in rows]
         longest = max(row.longest for row in rows)
@@ -258,7 +262,7 @@ class ContenderModels(AbstractContextManager["ContenderModels"]):
 def response_kls(
     policy: nn.Module, as_reference: Callable[[], AbstractContextManager[nn.Module]], batch: dict[str, Tensor]
 ) -> Tensor:
-    """Rao-Blackwellised KL(policy || reference) and log-ratio k1 of every response in a batch.
+    """Rao-Blackwellised KL(policy || reference), log-ratio k1 and summed k3 of every response in a batch.
 
     ``sum_t KL(pi(.|x, y_<t) || ref(.|x, y_<t))`` over the sampled tokens; logits exist for a block of tokens at a time.
 
@@ -268,7 +272,7 @@ def response_kls(
         batch: as `pair_batches.collate_rows` returns it.
 
     Returns:
-        [S, 2] float32 nats: exact KL, k1.
+        [S, 3] float32 nats: exact KL, k1, k3 summed over tokens.
 
     Source: arXiv:2504.10637.
     """
@@ -280,20 +284,20 @@ def response_kls(
         theirs = SequenceLogps(reference)
         ref_hidden = theirs.hidden_states(*inputs)[predict]
     step = max(1, LOGITS_AT_ONCE // ours.unwrapped.get_output_embeddings().weight.shape[0])
-    exact, ratios = [], []
+    sums = torch.zeros(3, len(batch["last_index"]), dtype=torch.float64, device=hidden.device)
     for start in range(0, len(predict), step):
         span = slice(start, start + step)
         logits = ours.logits(hidden[span])
         with as_reference():
             ref_logits = theirs.logits(ref_hidden[span])
-        exact.append(token_kl(policy_logits=logits, ref_logits=ref_logits))
-        policy_logps, ref_logps = (_chosen_logps(values, targets[span]) for values in (logits, ref_logits))
-        ratios.append(k1(policy_logps=policy_logps, ref_logps=ref_logps))
-    sums = [
-        sum_by_sequence(torch.cat(v), batch["sequence_index"], len(batch["last_index"]))
-        for v in (exact, ratios)
-    ]
-    return torch.stack(sums, dim=1).float()
+        ours_chosen, ref_chosen = (_chosen_logps(values, targets[span]) for values in (logits, ref_logits))
+        values = (
+            token_kl(policy_logits=logits, ref_logits=ref_logits),
+            k1(policy_logps=ours_chosen, ref_logps=ref_chosen),
+            k3_per_token(policy_token_logps=ours_chosen, ref_token_logps=ref_chosen),
+        )
+        sums.index_add_(1, batch["sequence_index"][span], torch.stack(values).double())
+    return sums.T.float()
 
 
 def _chosen_logps(logits: Tensor, targets: Tensor) -> Tensor:

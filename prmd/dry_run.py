@@ -1,6 +1,7 @@
 """What `--dry-run` says of a training: what would be read, trained and written, and whether it fits the memory.
 
-No model is loaded and nothing is written; a missing input is said with the command that makes it.
+No model is loaded and nothing is written; a missing input is said with the command that makes it. The closed-form gate,
+which a dry run of pessimistic_dpo.py adds, is in `policy_gate`.
 """
 
 import heapq
@@ -15,13 +16,14 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from prmd import io
-from prmd.config import ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
+from prmd.config import ModelConfig, PolicyConfig, RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import UserError
 from prmd.memory import plan_generation_memory, plan_memory
 from prmd.memory_plan import MemoryPlan, device_memory
 from prmd.models import load_model_config, load_tokenizer, model_source
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
+from prmd.policy_methods import POLICY_METHODS, SOUP, SOUP_MEMBERS
 from prmd.precision import Precision, eight_bit_precision, resolve_precision
 from prmd.preferences import PREPARE_COMMAND, PreferencePair
 from prmd.provenance import read_run
@@ -87,6 +89,35 @@ def describe_training(
     for line in memory_lines(config, tuning, training, task, trained_on=trained_on):
         logger.info("%s", line)
     logger.info("would write %s (%.1f GiB free on this disk)", output, free_disk_bytes(output) / GIB)
+
+
+def describe_policies(config: PolicyConfig, methods: Sequence[str]) -> None:
+    """Log what training these methods would read, do and write."""
+    train, val = (
+        [config.paths.split(objective, split) for objective in OBJECTIVES] for split in ("train", "val")
+    )
+    if any(POLICY_METHODS[method].reads_rewards for method in methods):
+        describe_reward_models(config.paths)
+    for method in methods:
+        directory = config.paths.policy(method, config.run_name)
+        if method == SOUP:
+            logger.info("would average %s to %s; nothing is trained", ", ".join(SOUP_MEMBERS), directory)
+            continue
+        describe_training(
+            config.shared,
+            name=f"policy {method}",
+            trained_on=train,
+            also_read=val,
+            tuning=config.tuning,
+            training=config.training,
+            task="policy",
+            output=directory,
+        )
+        if config.pairs.reference_samples and POLICY_METHODS[method].reward is not None:
+            times, share = 1 / (1 - config.pairs.share), config.pairs.share
+            logger.info(
+                "with pairs of reference samples, %.0f%% of all: %.3g times these steps", 100 * share, times
+            )
 
 
 def describe_reward_models(paths: ArtifactPaths) -> None:

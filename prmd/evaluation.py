@@ -1,28 +1,34 @@
 """Stage 4: what the policies are worth, on held-out prompts by judges (`compute_metrics`) and on benchmarks (`benchmark_eval`).
 
 The stages decide order, reuse and records: sampling and KL are in `contenders`, judges in `judges`, one evaluation of all
-methods in `policy_evaluation`, its numbers in `policy_metrics`, each benchmark in a module of `benchmarks`. One model is in memory at a time (two where a policy has full
+methods in `policy_evaluation`, its numbers in `policy_metrics`, their comparison in `policy_comparison`, each benchmark in a module of `benchmarks`. One model is in memory at a time (two where a policy has full
 weights and its KL is measured). What is finished with the same inputs is reused; what was interrupted goes on from
 `data/cache`.
 """
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from prmd import io
-from prmd.benchmarks import BENCHMARKS, benchmark_names
+from prmd.benchmark_comparison import compare_benchmarks
+from prmd.benchmarks import benchmark_names
 from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
+from prmd.checkpoint_frontier import write_frontier
 from prmd.config import EvaluationConfig
 from prmd.contenders import Contender, evaluation_prompts, find_contenders, policy_folders
-from prmd.errors import UserError
+from prmd.errors import DataError, UserError
 from prmd.judges import Judge, given_judge, trained_judge
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
+from prmd.policy_comparison import compare_methods
+from prmd.policy_data import load_reward_models
 from prmd.policy_evaluation import Evaluation, evaluate_methods, is_finished
-from prmd.policy_metrics import Resampling, compare_methods
 from prmd.preferences import PREPARE_COMMAND, read_pairs
 from prmd.provenance import (
     RUN_FILE,
@@ -34,9 +40,11 @@ from prmd.provenance import (
     write_step_result,
 )
 from prmd.report import build_report
-from prmd.report_evaluation import paired_table
-from prmd.report_tables import Table, format_estimate, format_number, headline_table, to_markdown
+from prmd.report_headline import headline_section
+from prmd.report_tables import Table, format_estimate, format_number, to_markdown
+from prmd.resampling import Resampling
 from prmd.reward_modeling import train_judge
+from prmd.reward_models import RewardModel
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +76,13 @@ def compute_metrics(config: EvaluationConfig, *, force: bool = False, dry_run: b
     tokenizer = load_tokenizer(config.shared.model, config.paths)
     contenders = find_contenders(config, tokenizer)
     prompts = evaluation_prompts(config, tokenizer)
-    evaluation = Evaluation(config, tokenizer, prompts, _judges(config, force), contenders[0])
+    judges = _judges(config, force)
+    evaluation = Evaluation(config, tokenizer, prompts, judges, contenders[0], _reward_models(config))
     todo = [c for c in contenders if force or not is_finished(evaluation, c)]
     if todo:
         (config.paths.metrics / RUN_FILE).unlink(missing_ok=True)
         evaluate_methods(evaluation, todo)
+    write_frontier(evaluation, contenders)
     return _compare(evaluation, contenders, target, clock, reused=len(contenders) - len(todo))
 
 
@@ -89,20 +99,27 @@ def _judges(config: EvaluationConfig, force: bool) -> list[Judge]:
     return judges
 
 
+def _reward_models(config: EvaluationConfig) -> tuple[RewardModel, ...]:
+    """The ensembles that policies were trained on, or none: a plain DPO run has no need of them."""
+    try:
+        return tuple(load_reward_models(config.shared))
+    except DataError as error:
+        logger.info("no proxies (violation rate, over-optimisation curve): %s", error)
+        return ()
+
+
 def _compare(
     evaluation: Evaluation, contenders: Sequence[Contender], target: Path, clock: RunClock, reused: int
 ) -> Path:
     """Write the comparison, its table, figures, report and records."""
     config, folder = evaluation.config, target.parent
     metrics = [io.read_json(folder / f"{c.method}.json") for c in contenders]
-    comparison = compare_methods(metrics, Resampling(config.bootstrap_resamples, config.shared.seed))
+    rewards = {m["method"]: _sample_rewards(folder / m["samples"], list(m["objectives"])) for m in metrics}
+    comparison = compare_methods(metrics, rewards, evaluation.resampling)
     io.write_json(target, comparison)
-    worst = {m["method"]: m["worst_objective"]["objective"] for m in metrics}
-    table = headline_table(
-        comparison["rows"], worst, f"{len(evaluation.prompts)} held-out prompts, 95 % intervals."
-    )
-    paired = paired_table(comparison)
-    io.write_text(folder / "comparison.md", "\n".join(to_markdown(t) for t in (table, paired) if t))
+    section = headline_section(config.paths)
+    table, tables = section["table"], [section["table"], *section["tables"].values()]
+    io.write_text(folder / "comparison.md", "\n".join(to_markdown(t) for t in tables))
     inputs = {c.method: c.fingerprint for c in contenders}
     finish_run(folder, config=config, inputs=inputs, fingerprint=evaluation.fingerprint, clock=clock)
     summary = {"rows": comparison["rows"], "seconds": round(clock.seconds(), 1), "methods_reused": reused}
@@ -110,6 +127,13 @@ def _compare(
     _log_table(table)
     build_report(config.paths)
     return target
+
+
+def _sample_rewards(path: Path, objectives: Sequence[str]) -> np.ndarray:
+    """The judges' rewards of a method's samples, [K, X, n]."""
+    rows = io.read_jsonl(path)
+    values = [[[s["rewards"][k] for s in row["responses"]] for row in rows] for k in objectives]
+    return np.array(values)
 
 
 def _log_table(table: Table) -> None:
@@ -151,15 +175,27 @@ def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bo
     ]
     inputs = {c.method: c.fingerprint for c in contenders}
     for name in benchmark_names(config):
-        key = io.fingerprint([result["fingerprint"] for result in results if result["benchmark"] == name])
+        key = io.fingerprint([result["fingerprint"] for result in results if result["name"] == name])
         finish_run(config.paths.benchmark(name), config=config, inputs=inputs, fingerprint=key, clock=clock)
     _log_table(_benchmark_table(results))
     for name, reason in dict.fromkeys((r["benchmark"], r["reason"]) for r in results if r["reason"]):
         logger.info("%s: not run: %s", name, reason)
+    _compare_benchmarks(config, results)
     summary = {"results": results, "seconds": round(clock.seconds(), 1)}
     write_step_result(config.paths, "benchmark_eval", {"artifact": str(target), **summary})
     build_report(config.paths)
     return target
+
+
+def _compare_benchmarks(config: EvaluationConfig, results: Sequence[dict[str, Any]]) -> None:
+    """Write the paired tests between methods on all benchmarks that finished."""
+    items: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for result in (r for r in results if r["status"] == "done"):
+        path = config.paths.benchmark(result["name"]) / f"{result['method']}.items.jsonl"
+        if path.is_file():
+            items.setdefault(result["name"], {})[result["method"]] = io.read_jsonl(path)
+    resampling = Resampling(config.bootstrap_resamples, config.shared.seed)
+    io.write_json(config.paths.benchmark_comparison, compare_benchmarks(items, resampling))
 
 
 def _benchmark_table(results: Sequence[dict[str, Any]]) -> Table:
@@ -188,7 +224,10 @@ def _say_what_would_be_evaluated(config: EvaluationConfig, target: Path) -> None
             logger.info("%s judge: %s, trained anew if its settings or data have changed", objective, folder)
         else:
             train_judge(config, objective=objective, dry_run=True)
-    methods = 1 + len(policy_folders(config.paths))
+    folders = policy_folders(config.paths)
+    for approach in generation.other_approaches:
+        folders += policy_folders(replace(config.paths, approach=approach))
+    methods = 1 + len(folders)
     responses = methods * generation.prompts * generation.samples_per_prompt
     logger.info(
         "would sample %d prompts x %d responses x %d methods = %d responses of at most %d tokens each, and judge each "
@@ -202,6 +241,9 @@ def _say_what_would_be_evaluated(config: EvaluationConfig, target: Path) -> None
             len(OBJECTIVES),
         ),
     )
+    if generation.checkpoints == "all":
+        kept = sum(f.name.isdigit() for folder in folders for f in (folder / "checkpoints").glob("*"))
+        logger.info("would sample %d checkpoints on %d prompts each", kept, generation.checkpoint_prompts)
     logger.info("would write %s, one <method>.json each beside it, and %s", target, config.paths.report)
 
 
@@ -213,12 +255,8 @@ def _say_what_would_be_benchmarked(config: EvaluationConfig, target: Path) -> No
     except UserError as error:
         logger.warning("TruthfulQA: %s", error)
     for name in benchmark_names(config):
-        benchmark = BENCHMARKS[name]
         folder = config.paths.benchmark(name)
-        if isinstance(benchmark, str):
-            logger.info("%s: would be written as not run: %s", name, benchmark)
-        else:
-            logger.info("%s: would write %s for the reference and every policy", name, folder)
+        logger.info("%s: would write %s for the reference and every policy", name, folder)
     logger.info("results below %s", target)
 
 

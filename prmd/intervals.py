@@ -12,7 +12,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy import stats
 
+from prmd.outcomes import cvar_over_prompts
+
 _CHUNK_ELEMENTS = 2**21  # resampled rows held at once
+_TAIL_VALUES = 5  # fewer in a tail and no interval covers it: 51 % with 1.6 of 16, 94 % with 5 of 50
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Estimate:
 
     Attributes:
         value: point estimate.
-        low: lower end of the interval.
+        low: lower end of the interval; NaN, as `high`, where none can be given.
         high: upper end.
         n: independent units behind it (prompts or clusters).
         method: how the interval was made, with its confidence.
@@ -33,9 +36,9 @@ class Estimate:
     n: int
     method: str
 
-    def to_json(self) -> dict[str, float | int | str]:
-        """The fields as a plain dictionary."""
-        return asdict(self)
+    def to_json(self) -> dict[str, float | int | str | None]:
+        """The fields as a plain dictionary; an end that is not defined is None."""
+        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in asdict(self).items()}
 
 
 def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Estimate:
@@ -171,6 +174,56 @@ def bootstrap_mean(
     matrix = np.stack([np.bincount(groups, weights=items), np.bincount(groups)], axis=1)
     options = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
     return bootstrap_statistic(lambda r: r[..., 0].sum(axis=1) / r[..., 1].sum(axis=1), matrix, **options)
+
+
+def lower_tail_interval(
+    values: np.ndarray, alpha: float, *, n_resamples: int = 10_000, seed: int = 0, confidence: float = 0.95
+) -> Estimate:
+    """Mean of the worst share `alpha` of values, with a studentised bootstrap interval.
+
+    Few values decide a tail, and percentiles of resampled tails cover it too rarely (81 % at 50 values and alpha = .1).
+    Each resample is therefore measured in its own standard error, that of ``nu - (nu - x)_+ / alpha`` with nu the alpha
+    quantile.
+
+    Args:
+        values: one per prompt, [X].
+        alpha: share, in (0, 1].
+        n_resamples: number of resamples.
+        seed: of the resampling.
+        confidence: coverage aimed at.
+
+    Returns:
+        The tail mean; its interval is NaN where fewer than five values are in the tail, too few for any interval.
+
+    Raises:
+        ValueError: no values, or not finite.
+
+    Source: bootstrap-t of Efron 1981; influence function of CVaR from Rockafellar and Uryasev 2000.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if x.ndim != 1 or x.size == 0 or not np.isfinite(x).all():
+        raise ValueError(f"lower_tail_interval: needs finite values, [X], got shape {x.shape}")
+    (value,), (error,) = _lower_tails(x[None], alpha)
+    if alpha * x.size < _TAIL_VALUES:
+        return Estimate(float(value), math.nan, math.nan, x.size, "no interval: the tail is too small")
+    rng = np.random.default_rng(seed)
+    step = max(1, _CHUNK_ELEMENTS // x.size)
+    sizes = [min(step, n_resamples - start) for start in range(0, n_resamples, step)]
+    tails = [_lower_tails(x[rng.integers(0, x.size, size=(size, x.size))], alpha) for size in sizes]
+    means, errors = (np.concatenate(part) for part in zip(*tails, strict=True))
+    defined = errors > 1e-9 * max(float(error), 1e-300)
+    t = (means[defined] - value) / errors[defined]
+    low, high = np.quantile(t, [(1 - confidence) / 2, (1 + confidence) / 2]) if t.size else (0.0, 0.0)
+    ends = (float(value - high * error), float(value - low * error))
+    return Estimate(float(value), *ends, x.size, f"studentised bootstrap {confidence:.4g}")
+
+
+def _lower_tails(rows: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """Tail mean and its standard error of every row: [b, X] to two [b]."""
+    n, ordered = rows.shape[1], np.sort(rows, axis=1)
+    quantile = ordered[:, max(0, math.ceil(alpha * n - 1e-12) - 1), None]
+    influence = quantile - np.maximum(quantile - ordered, 0.0) / alpha
+    return cvar_over_prompts(ordered, alpha), influence.std(axis=1) / math.sqrt(max(1, n - 1))
 
 
 def paired_bootstrap(

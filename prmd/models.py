@@ -222,6 +222,28 @@ def load_classifier(directory: Path, dtype: str, *, attention: str = "sdpa") -> 
     return loaded.to(get_device()).eval()
 
 
+def load_labelled_classifier(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Any finished text classifier by folder or hub id, in float32, with its tokenizer, whatever its head and labels.
+
+    Raises:
+        OSError: it is neither, or cannot be reached.
+        ValueError: it is no classifier, or its head is not in the weights.
+    """
+    loaded, info = _from_pretrained(
+        AutoModelForSequenceClassification,
+        source,
+        attention="sdpa",
+        dtype=torch.float32,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        raise ValueError(f"weights without {min(info['missing_keys'])}")
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    loaded.config.pad_token_id = tokenizer.pad_token_id  # a decoder reads the last token that is not padding
+    return loaded.to(get_device()).eval(), tokenizer
+
+
 def load_folder_config(directory: Path) -> Any:
     """The transformers configuration in a local folder."""
     return AutoConfig.from_pretrained(directory)

@@ -20,6 +20,9 @@ from prmd.tokenization import PrefixRow
 
 PADDING = -1
 
+MOST_PADDING = 0.05
+"""Share of padding that a scoring batch may hold."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -95,18 +98,24 @@ def _batch_count(rows: int, rows_per_batch: int, world_size: int) -> int:
 def plan_scoring(
     rows: Sequence[PrefixRow], *, tokens_per_batch: int, share_prompt: bool = True
 ) -> list[list[int]]:
-    """Indices of rows of like length, each group at most `tokens_per_batch` tokens with its padding (or one row)."""
+    """Indices of rows of like length in groups, the longest first.
+
+    A group holds at most `tokens_per_batch` tokens with its padding, of which at most `MOST_PADDING` are padding, or one
+    row: a few rows of very different length are not worth a common batch.
+    """
     width = [row.shared_length if share_prompt else row.longest for row in rows]
     sequences = [1 if share_prompt else len(row.responses) for row in rows]
     groups: list[list[int]] = []
-    held = 0
+    held = dense = 0  # sequences of the last group, and its tokens without what it pads
     for index in sorted(range(len(rows)), key=lambda i: (-width[i], i)):
-        if groups and (held + sequences[index]) * width[groups[-1][0]] <= tokens_per_batch:
+        padded = (held + sequences[index]) * width[groups[-1][0]] if groups else 0
+        own = sequences[index] * width[index]
+        if groups and padded <= min(tokens_per_batch, (dense + own) / (1 - MOST_PADDING)):
             groups[-1].append(index)
-            held += sequences[index]
+            held, dense = held + sequences[index], dense + own
         else:
             groups.append([index])
-            held = sequences[index]
+            held, dense = sequences[index], own
     return groups
 
 

@@ -106,6 +106,10 @@ class ArtifactPaths:
         return self.outputs / "benchmarks" / _component(name) / self.approach
 
     @property
+    def benchmark_comparison(self) -> Path:
+        return self.outputs / "benchmarks" / f"paired_{self.approach}.json"
+
+    @property
     def report(self) -> Path:
         return self.outputs / "report" / "index.html"
 

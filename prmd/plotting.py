@@ -1,9 +1,10 @@
 """The canvas every figure is drawn on, and the figures of data and training: JSON in, PNG beside it.
 
 What lives here: the palette, `canvas` (the only place that imports matplotlib; figures are closed by going out of scope,
-because pyplot's global list is never used) and the plots of stages 1 to 3. Each function is a pure function of its file
+because pyplot's global list is never used) and the plots of stages 1 and 3. Each function is a pure function of its file
 and returns what it wrote. Figures are 4.6 inches wide, so that 11-point text stays readable on a 390-pixel phone.
-No number is computed here that a table does not also hold. Stage 4 is in `plotting_evaluation`; read `report` next.
+No number is computed here that a table does not also hold. Figures of reward models are in `plotting_rewards`, those of
+stage 4 in `plotting_evaluation`; read `report` next.
 """
 
 from collections.abc import Iterator, Sequence
@@ -90,8 +91,22 @@ def finite(values: Sequence[float | None]) -> np.ndarray:
     return array[np.isfinite(array)]
 
 
-def _target(source: Path, directory: Path | None, name: str) -> Path:
+def target_path(source: Path, directory: Path | None, name: str) -> Path:
+    """Where the figure of a file goes: beside it, or into `directory`."""
     return (directory or source.parent) / f"{name}.png"
+
+
+def draw_line(
+    axes: Axes, curve: Sequence[dict[str, Any]], keys: Sequence[str], *, colour: str, label: str
+) -> None:
+    """Draw the first of `keys` that the logged rows hold against `step`."""
+    for key in keys:
+        points = [(row["step"], row[key]) for row in curve if row.get(key) is not None and "step" in row]
+        if points:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            style = {"marker": "o" if len(points) < 30 else "", "markersize": 4, "color": colour}
+            axes.plot(*zip(*points, strict=True), label=label, **style)
+            return
 
 
 # ------------------------------------------------------------------ stage 1
@@ -100,7 +115,7 @@ def plot_split_sizes(sizes_json: Path, directory: Path | None = None) -> Path:
     sizes = io.read_json(sizes_json)
     objectives = sizes["objectives"]
     splits = [s for s in ("train", "val", "test", "judge") if any(s in row for row in objectives.values())]
-    path = _target(sizes_json, directory, sizes_json.stem)
+    path = target_path(sizes_json, directory, sizes_json.stem)
     with canvas(path, height=1.6 + 0.9 * len(objectives)) as axes:
         height = 0.8 / max(1, len(splits))
         for i, split in enumerate(splits):
@@ -126,7 +141,7 @@ def plot_length_distributions(lengths_json: Path, directory: Path | None = None)
     for unit in ("words", "tokens"):
         present = {name: units[unit] for name, units in objectives.items() if units.get(unit)}
         if present:
-            path = _target(lengths_json, directory, f"{lengths_json.stem}_{unit}")
+            path = target_path(lengths_json, directory, f"{lengths_json.stem}_{unit}")
             _draw_lengths(path, unit, present)
             written.append(path)
     return written
@@ -149,109 +164,6 @@ def _draw_lengths(path: Path, unit: str, objectives: dict[str, dict[str, list[in
         axes.set_xlabel(f"length + 1, {unit} (log scale)")
 
 
-# ------------------------------------------------------------------ stage 2
-def plot_reward_model(analysis_json: Path, directory: Path | None = None) -> list[Path]:
-    """Every figure of one reward model that its analysis file has the data for.
-
-    Returns:
-        Paths ending in `_rewards`, `_margins`, `_reliability`, `_members`, `_curve`, in this order.
-    """
-    analysis = io.read_json(analysis_json)
-    drawings = (
-        ("rewards", "rewards_chosen", _draw_rewards),
-        ("margins", "margins", _draw_margins),
-        ("reliability", "reliability", _draw_reliability),
-        ("members", "member_correlation_matrix", _draw_members),
-        ("curve", "curve", _draw_reward_curve),
-    )
-    written = []
-    for name, needs, draw in drawings:
-        if analysis.get(needs) and not (name == "members" and len(analysis[needs]) < 2):
-            path = _target(analysis_json, directory, f"{analysis_json.stem}_{name}")
-            draw(path, analysis)
-            written.append(path)
-    return written
-
-
-def _draw_rewards(path: Path, analysis: dict[str, Any]) -> None:
-    chosen, rejected = finite(analysis["rewards_chosen"]), finite(analysis["rewards_rejected"])
-    edges = np.histogram_bin_edges(np.concatenate([chosen, rejected]), bins=24)
-    with canvas(path) as axes:
-        for values, colour, label in ((chosen, CHOSEN, "chosen"), (rejected, REJECTED, "rejected")):
-            axes.hist(values, edges, color=colour, alpha=0.35)
-            axes.hist(values, edges, color=colour, histtype="step", linewidth=1.6, label=label)
-            axes.axvline(values.mean(), color=colour, linestyle="--", linewidth=1.2)
-        axes.set_xlabel("reward (raw, dashed: mean)")
-        axes.set_ylabel("test responses")
-        axes.set_title(f"{analysis['objective']}: rewards (n = {chosen.size:,} pairs)")
-        axes.legend()
-
-
-def _draw_margins(path: Path, analysis: dict[str, Any]) -> None:
-    margins = finite(analysis["margins"])
-    width = max(float(np.ptp(margins)), 1e-9) / 24
-    # Zero is an edge, so that no bar mixes pairs ordered right and wrong.
-    edges = width * np.arange(np.floor(margins.min() / width), np.ceil(margins.max() / width) + 1)
-    with canvas(path) as axes:
-        axes.hist(margins[margins > 0], edges, color=CHOSEN, label="chosen scored higher")
-        axes.hist(margins[margins <= 0], edges, color=REJECTED, label="rejected scored higher, or tie")
-        axes.axvline(0, color="black", linewidth=1)
-        axes.set_xlabel("margin: reward of chosen − rejected")
-        axes.set_ylabel("test pairs")
-        axes.set_title(f"{analysis['objective']}: margins (n = {margins.size:,})")
-        legend_below(axes, 1)
-
-
-def _draw_reliability(path: Path, analysis: dict[str, Any]) -> None:
-    bins = [b for b in analysis["reliability"] if b.get("n")]
-    with canvas(path, height=3.8) as axes:
-        axes.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--", linewidth=1.2, label="perfect calibration")
-        accuracy = np.array([b["accuracy"] for b in bins])
-        bars = np.abs(np.array([[b["low"] for b in bins], [b["high"] for b in bins]]) - accuracy)
-        confidence = [b["confidence"] for b in bins]
-        axes.errorbar(confidence, accuracy, yerr=bars, fmt="o-", color=BLUE, label="measured, 95 % Wilson")
-        axes.set(xlabel="confidence σ(|margin|)", ylabel="accuracy", ylim=(0, 1.03))
-        axes.set_title(f"{analysis['objective']}: reliability (n = {sum(b['n'] for b in bins):,})")
-        legend_below(axes, 2)
-
-
-def _draw_members(path: Path, analysis: dict[str, Any]) -> None:
-    matrix = np.array(analysis["member_correlation_matrix"], dtype=float)
-    with canvas(path, height=3.9) as axes:
-        image = axes.imshow(matrix, cmap="cividis", vmin=min(0.0, np.nanmin(matrix)), vmax=1.0)
-        axes.grid(visible=False)
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True))
-        axes.set(xlabel="member", ylabel="member")
-        axes.figure.colorbar(image, ax=axes, label="correlation of margins", shrink=0.85)
-        pairs = len(analysis.get("margins") or [])
-        axes.set_title(f"{analysis['objective']}: {len(matrix)} members (n = {pairs:,} pairs)")
-
-
-def _draw_reward_curve(path: Path, analysis: dict[str, Any]) -> None:
-    with canvas(path, height=4.2, rows=2, share_x=True) as (top, bottom):
-        _line(top, analysis["curve"], ("eval_loss",), colour=BLUE, label="held-out loss")
-        _line(bottom, analysis["curve"], ("eval_accuracy",), colour=GREEN, label="held-out accuracy")
-        top.set_ylabel("loss (nats)")
-        bottom.set_ylabel("accuracy")
-        bottom.set_xlabel("optimiser step")
-        validation = (analysis.get("sizes") or {}).get("val", "?")
-        top.set_title(f"{analysis['objective']}: held-out curve (n = {validation} pairs)")
-
-
-def _line(
-    axes: Axes, curve: Sequence[dict[str, Any]], keys: Sequence[str], *, colour: str, label: str
-) -> None:
-    """Draw the first of `keys` that the logged rows hold against `step`."""
-    for key in keys:
-        points = [(row["step"], row[key]) for row in curve if row.get(key) is not None and "step" in row]
-        if points:
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            style = {"marker": "o" if len(points) < 30 else "", "markersize": 4, "color": colour}
-            axes.plot(*zip(*points, strict=True), label=label, **style)
-            return
-
-
 # ------------------------------------------------------------------ stage 3
 _IMPLICIT = ("margins/implicit", "implicit_margins", "rewards/margins")
 _TARGET = ("margins/target", "target_margins")
@@ -262,10 +174,10 @@ def plot_policy_training(metrics_json: Path, directory: Path | None = None) -> l
     metrics = io.read_json(metrics_json)
     written = []
     if metrics.get("curve"):
-        written.append(_target(metrics_json, directory, f"policy_{metrics['method']}_training"))
+        written.append(target_path(metrics_json, directory, f"policy_{metrics['method']}_training"))
         _draw_policy_curve(written[-1], metrics)
     if (metrics.get("target_margins") or {}).get("histogram"):
-        written.append(_target(metrics_json, directory, f"policy_{metrics['method']}_targets"))
+        written.append(target_path(metrics_json, directory, f"policy_{metrics['method']}_targets"))
         _draw_targets(written[-1], metrics)
     return written
 
@@ -273,10 +185,10 @@ def plot_policy_training(metrics_json: Path, directory: Path | None = None) -> l
 def _draw_policy_curve(path: Path, metrics: dict[str, Any]) -> None:
     curve = metrics["curve"]
     with canvas(path, height=4.6, rows=2, share_x=True) as (top, bottom):
-        _line(top, curve, ("loss", "train_loss"), colour=BLUE, label="training loss")
-        _line(top, curve, ("eval_loss",), colour=ORANGE, label="held-out loss")
-        _line(bottom, curve, _IMPLICIT, colour=BLUE, label="implicit Δθ")
-        _line(bottom, curve, _TARGET, colour=VERMILION, label="target Δ*")
+        draw_line(top, curve, ("loss", "train_loss"), colour=BLUE, label="training loss")
+        draw_line(top, curve, ("eval_loss",), colour=ORANGE, label="held-out loss")
+        draw_line(bottom, curve, _IMPLICIT, colour=BLUE, label="implicit Δθ")
+        draw_line(bottom, curve, _TARGET, colour=VERMILION, label="target Δ*")
         top.set_ylabel("loss")
         bottom.set_ylabel("mean margin (β · nats)")
         bottom.set_xlabel("optimiser step")

@@ -1,8 +1,8 @@
-"""The figures of stage 4: win rates, worst objective, frontier, Pareto ellipses, lengths; drawn from `comparison.json`.
+"""The figures of stage 4: win rates, worst objective, Pareto ellipses, lengths; drawn from `comparison.json`.
 
 What lives here: `plot_metrics`, a pure function of `outputs/metrics/<approach>/comparison.json` and the `<method>.json`
 beside it. What does not: the canvas and palette (`plotting`), intervals (they are read, not computed; only the Pareto
-ellipses come from the per-prompt scores). Read `report` next, which shows these figures.
+ellipses come from the per-prompt scores). What depends on KL is drawn in `plotting_frontier`, to be read next.
 """
 
 import math
@@ -12,10 +12,16 @@ from typing import Any
 import numpy as np
 
 from prmd import io
-from prmd.plotting import GREY, MARKERS, PALETTE, canvas, legend_below, objective_colour
-
-Estimate = dict[str, Any]
-Row = dict[str, Any]
+from prmd.plotting import GREY, canvas, legend_below, objective_colour
+from prmd.plotting_frontier import (
+    Row,
+    draw_frontier,
+    draw_over_optimisation,
+    has_interval,
+    interval_bars,
+    method_style,
+    prompts_of,
+)
 
 _CHI2_95_TWO_DIMENSIONS = (
     5.991464547107979  # 95 % quantile of chi-square with two degrees of freedom: -2 ln 0.05
@@ -31,9 +37,11 @@ def plot_metrics(comparison_json: Path, directory: Path | None = None) -> list[P
         directory: where the PNGs go; beside the file by default.
 
     Returns:
-        Paths of `win_rates`, `worst_objective`, `kl_frontier`, `pareto`, `length_win_rate`, `radar`, in this order.
+        Paths of `win_rates`, `worst_objective`, `kl_frontier`, `pareto`, `over_optimisation`, `length_win_rate`, `radar`, in
+        this order.
     """
-    rows = io.read_json(comparison_json)["rows"]
+    comparison = io.read_json(comparison_json)
+    rows, frontier = comparison["rows"], _read(comparison_json.with_name("frontier.json"))
     folder = directory or comparison_json.parent
     methods = {row["method"]: _read(comparison_json.parent / f"{row['method']}.json") for row in rows}
     policies = [row for row in rows if row["method"] != "reference"]
@@ -42,9 +50,10 @@ def plot_metrics(comparison_json: Path, directory: Path | None = None) -> list[P
     drawn = [
         _win_rates(folder / "win_rates.png", policies),
         _worst_objective(folder / "worst_objective.png", policies),
-        _scatter(folder / "kl_frontier.png", policies, "kl", "KL from the reference, nats per response"),
+        draw_frontier(folder / "kl_frontier.png", rows, frontier),
         _pareto(folder / "pareto.png", policies, methods),
-        _scatter(folder / "length_win_rate.png", rows, "length", "response length, tokens"),
+        draw_over_optimisation(folder / "over_optimisation.png", comparison.get("over_optimisation")),
+        _lengths(folder / "length_win_rate.png", rows),
         _radar(folder / "radar.png", policies),
     ]
     return [path for path in drawn if path is not None]
@@ -54,32 +63,9 @@ def _read(path: Path) -> dict[str, Any]:
     return io.read_json(path) if path.exists() else {}
 
 
-def _style(rows: list[Row], index: int) -> dict[str, Any]:
-    """Colour and marker of one method; the reference is grey, so that colours mean policies only."""
-    if rows[index]["method"] == "reference":
-        return {"color": GREY, "marker": "*"}
-    place = sum(row["method"] != "reference" for row in rows[:index])
-    return {"color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place % len(MARKERS)]}
-
-
-def _bars(estimate: Estimate) -> np.ndarray:
-    """Distances below and above the value, [2, 1], as `errorbar` wants them."""
-    low, value, high = estimate["low"], estimate["value"], estimate["high"]
-    return np.array([[max(0.0, value - low)], [max(0.0, high - value)]])
-
-
-def _n(rows: list[Row]) -> str:
-    counts = sorted({e["n"] for row in rows for e in row["win_rate"].values() if e and e.get("n")})
-    return f"n = {counts[0]} prompts" if len(counts) == 1 else f"n = {counts[:1]}–{counts[-1:]} prompts"
-
-
-def _has(estimate: Estimate | None) -> bool:
-    return bool(estimate) and all(estimate.get(key) is not None for key in ("value", "low", "high"))
-
-
 def _win_rates(path: Path, rows: list[Row]) -> Path | None:
     """Horizontal bars that start at ½, one colour per objective, with intervals."""
-    objectives = [k for k in rows[0]["win_rate"] if all(_has(row["win_rate"].get(k)) for row in rows)]
+    objectives = [k for k in rows[0]["win_rate"] if all(has_interval(row["win_rate"].get(k)) for row in rows)]
     if not objectives:
         return None
     height = 0.8 / len(objectives)
@@ -87,7 +73,7 @@ def _win_rates(path: Path, rows: list[Row]) -> Path | None:
         for i, objective in enumerate(objectives):
             places = np.arange(len(rows)) + (i - (len(objectives) - 1) / 2) * height
             values = np.array([row["win_rate"][objective]["value"] for row in rows])
-            spread = np.hstack([_bars(row["win_rate"][objective]) for row in rows])
+            spread = np.hstack([interval_bars(row["win_rate"][objective]) for row in rows])
             axes.barh(
                 places,
                 values - 0.5,
@@ -102,53 +88,60 @@ def _win_rates(path: Path, rows: list[Row]) -> Path | None:
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("win rate against the reference (½ = no change)")
-        axes.set_title(f"Win rates, 95 % ({_n(rows)})")
+        axes.set_title(f"Win rates, 95 % ({prompts_of(rows)})")
         legend_below(axes)
     return path
 
 
 def _worst_objective(path: Path, rows: list[Row]) -> Path | None:
-    rows = [row for row in rows if _has(row.get("worst"))]
+    rows = [row for row in rows if has_interval(row.get("worst"))]
     if not rows:
         return None
     with canvas(path, height=1.5 + 0.36 * len(rows)) as axes:
         for i, row in enumerate(rows):
-            axes.errorbar(row["worst"]["value"], i, xerr=_bars(row["worst"]), **_style(rows, i), markersize=7)
+            axes.errorbar(
+                row["worst"]["value"],
+                i,
+                xerr=interval_bars(row["worst"]),
+                **method_style(rows, i),
+                markersize=7,
+            )
         axes.axvline(0.5, color="black", linewidth=1)
         axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("lowest win rate over objectives, with its band")
-        axes.set_title(f"Worst objective ({_n(rows)})")
+        axes.set_title(f"Worst objective ({prompts_of(rows)})")
     return path
 
 
-def _scatter(path: Path, rows: list[Row], key: str, label: str) -> Path | None:
-    """Worst-objective win rate against KL or length, with both intervals; the reference is the star at ½."""
-    points = [row for row in rows if _has(row.get(key)) and (_has(row.get("worst")) or _is_reference(row))]
+def _lengths(path: Path, rows: list[Row]) -> Path | None:
+    """Worst-objective win rate against response length, with both intervals; the reference is the star at ½."""
+    points = [
+        r
+        for r in rows
+        if has_interval(r.get("length")) and (has_interval(r.get("worst")) or _is_reference(r))
+    ]
     if not points:
         return None
     with canvas(path, height=3.9) as axes:
         axes.axhline(0.5, color="black", linewidth=1)
-        if key == "kl":
-            axes.plot([0], [0.5], "*", color=GREY, markersize=12, label="reference", linestyle="none")
         for i, row in enumerate(points):
             worst = {"value": 0.5, "low": 0.5, "high": 0.5} if _is_reference(row) else row["worst"]
-            x, style = row[key], _style(points, i)
             axes.errorbar(
-                x["value"],
+                row["length"]["value"],
                 worst["value"],
-                xerr=_bars(x),
-                yerr=_bars(worst),
+                xerr=interval_bars(row["length"]),
+                yerr=interval_bars(worst),
                 label=row["method"],
                 linestyle="none",
                 markersize=7,
                 elinewidth=1.2,
-                **style,
+                **method_style(points, i),
             )
-        axes.set_xlabel(label)
+        axes.set_xlabel("response length, tokens")
         axes.set_ylabel("worst-objective win rate")
-        axes.set_title(f"{'Frontier' if key == 'kl' else 'Length'} ({_n(rows)})")
+        axes.set_title(f"Length ({prompts_of(rows)})")
         legend_below(axes)
     return path
 
@@ -183,14 +176,16 @@ def ellipse_95(first: list[float | None], second: list[float | None]) -> np.ndar
 def _pareto(path: Path, rows: list[Row], methods: dict[str, dict[str, Any]]) -> Path | None:
     """Helpful against harmless win rate (or the first two objectives there are), ellipses from per-prompt scores."""
     objectives = list(rows[0]["win_rate"])[:2]
-    if len(objectives) < 2 or not all(_has(row["win_rate"].get(k)) for row in rows for k in objectives):
+    if len(objectives) < 2 or not all(
+        has_interval(row["win_rate"].get(k)) for row in rows for k in objectives
+    ):
         return None
     x, y = objectives
     with canvas(path, height=4.3) as axes:
         axes.axhline(0.5, color="black", linewidth=1)
         axes.axvline(0.5, color="black", linewidth=1)
         for i, row in enumerate(rows):
-            style = _style(rows, i)
+            style = method_style(rows, i)
             scores = methods[row["method"]].get("per_prompt", {}).get("win_rate", {})
             outline = ellipse_95(scores[x], scores[y]) if x in scores and y in scores else None
             if outline is not None:
@@ -206,7 +201,7 @@ def _pareto(path: Path, rows: list[Row], methods: dict[str, dict[str, Any]]) -> 
             )
         axes.set_xlabel(f"{x} win rate")
         axes.set_ylabel(f"{y} win rate")
-        axes.set_title(f"Trade-off, 95 % ellipses ({_n(rows)})")
+        axes.set_title(f"Trade-off, 95 % ellipses ({prompts_of(rows)})")
         legend_below(axes)
     return path
 
@@ -214,17 +209,19 @@ def _pareto(path: Path, rows: list[Row], methods: dict[str, dict[str, Any]]) -> 
 def _radar(path: Path, rows: list[Row]) -> Path | None:
     """Decoration: the same win rates on a wheel, without intervals."""
     objectives = list(rows[0]["win_rate"])
-    if len(objectives) < 3 or not all(_has(row["win_rate"].get(k)) for row in rows for k in objectives):
+    if len(objectives) < 3 or not all(
+        has_interval(row["win_rate"].get(k)) for row in rows for k in objectives
+    ):
         return None
     angles = np.linspace(0, 2 * math.pi, len(objectives) + 1)
     with canvas(path, height=4.2, polar=True) as axes:
         axes.plot(np.linspace(0, 2 * math.pi, 90), np.full(90, 0.5), color=GREY, linestyle="--", linewidth=1)
         for i, row in enumerate(rows):
             values = [row["win_rate"][k]["value"] for k in objectives]
-            style = _style(rows, i)
+            style = method_style(rows, i)
             axes.plot(angles, [*values, values[0]], label=row["method"], markersize=5, **style)
         axes.set_xticks(angles[:-1], objectives)
         axes.set_ylim(*_RADAR_LIMITS)
-        axes.set_title(f"Win rates ({_n(rows)}; dashed: ½)")
+        axes.set_title(f"Win rates ({prompts_of(rows)}; dashed: ½)")
         legend_below(axes)
     return path

@@ -18,9 +18,10 @@ from prmd.adapters import shared_base
 from prmd.calibration import calibrate, prompt_means
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.errors import DataError
-from prmd.generation import sample_rows
+from prmd.generation import GeneratedResponse, sample_rows
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism import stack_objectives
+from prmd.policy_methods import reference_sample_count
 from prmd.preferences import PreferencePair, read_pairs
 from prmd.provenance import require_artifact
 from prmd.reference import reference_logps, reference_samples
@@ -52,10 +53,12 @@ class PairScores:
     Attributes:
         rewards: calibrated rewards, float64 [K, M, n, 2].
         ref_logps: log pi_ref, float32 [n, 2], nats.
+        labelled_for: index of the objective each pair was labelled for, LongTensor [n], or None where none was.
     """
 
     rewards: Tensor
     ref_logps: Tensor
+    labelled_for: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,30 @@ class ScaleResponses:
         rewards: float64 [K, M, R].
         prompt_index: prompt of each response, [R].
         source: what the responses are.
+        samples_per_prompt: n where they are n samples of pi_ref for each prompt in turn (R = X n), else 0.
     """
 
     rewards: Tensor
     prompt_index: Tensor
     source: str
+    samples_per_prompt: int = 0
+
+    def by_prompt(self) -> Tensor:
+        """Rewards of reference samples by prompt, [K, M, X, n]."""
+        return self.rewards.unflatten(2, (-1, self.samples_per_prompt))
+
+
+@dataclass(frozen=True)
+class ReferenceSamples:
+    """Samples of pi_ref for the prompts of a list of pairs, as the policy reads them: n responses to each of X prompts.
+
+    Attributes:
+        rows: prompt and n responses.
+        logps: log pi_ref of each, float32 [X, n], nats.
+    """
+
+    rows: list[PrefixRow]
+    logps: Tensor
 
 
 def pool_order(
@@ -93,41 +115,49 @@ def pool_order(
 
 
 def pooled_pairs(
-    config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, split: str, total: int | None
+    config: PolicyConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    total: int | None,
+    *,
+    objective: str | None = None,
 ) -> PolicyPairs:
     """Pool the pairs of a split by the objective weights and tokenise each once.
 
     Args:
         total: pairs per epoch; None takes as many as the split holds (and no more than `training.max_pairs`).
+        objective: take this one's pairs alone, as many as all together would be.
     """
     by_objective = {objective: read_pairs(config.paths, objective, split) for objective in OBJECTIVES}
     sizes = {objective: len(pairs) for objective, pairs in by_objective.items()}
     if total is None:
         total = min(sum(sizes.values()), config.training.max_pairs or sum(sizes.values()))
+    weights = {k: float(k == objective) for k in OBJECTIVES} if objective else config.policy.weights
     epochs = config.training.epochs if split == "train" else 1.0
     seed, drawn = config.shared.seed, []
     for epoch in range(-int(-epochs // 1)):
-        drawn += pool_order(sizes, config.policy.weights, total, seed + epoch)
+        drawn += pool_order(sizes, weights, total, seed + epoch)
     drawn = drawn[: round(epochs * total)]
     unique = list(dict.fromkeys(drawn))
     training = config.training
     tokenized = tokenize_pairs(
-        [by_objective[objective][i] for objective, i in unique],
+        [by_objective[k][i] for k, i in unique],
         tokenizer,
         max_length=training.max_length,
         over_length=training.over_length,
         keep_suffix=False,
     )
     position = {pair.id: i for i, pair in enumerate(tokenized.pairs)}
-    ids = [by_objective[objective][i].id for objective, i in drawn]
+    ids = [by_objective[k][i].id for k, i in drawn]
     return PolicyPairs(tokenized, [position[i] for i in ids if i in position])
 
 
-def held_out_pairs(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, trained: int) -> TokenizedPairs:
+def held_out_pairs(
+    config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, trained: int, *, objective: str | None = None
+) -> TokenizedPairs:
     """A pooled sample of the validation split, to watch the losses on."""
-    return pooled_pairs(
-        config, tokenizer, "val", max(3, min(EVAL_PAIRS, int(EVAL_SHARE * trained)))
-    ).tokenized
+    total = max(3, min(EVAL_PAIRS, int(EVAL_SHARE * trained)))
+    return pooled_pairs(config, tokenizer, "val", total, objective=objective).tokenized
 
 
 def load_reward_models(config: RewardModelConfig) -> list[RewardModel]:
@@ -144,6 +174,11 @@ def load_reward_models(config: RewardModelConfig) -> list[RewardModel]:
         model = load_reward_model(directory, config=config)
         if model.calibration is None:
             raise DataError(f"{directory}: no calibration.json; make it with `{command} --force`")
+        if len(model.calibration.scale) != model.members:
+            raise DataError(
+                f"{directory}/calibration.json: {len(model.calibration.scale)} members, the ensemble has {model.members}; "
+                f"make it again with `{command} --force`"
+            )
         found.append(model)
     sizes = {objective: model.members for objective, model in zip(OBJECTIVES, found, strict=True)}
     if len(set(sizes.values())) > 1:
@@ -151,7 +186,7 @@ def load_reward_models(config: RewardModelConfig) -> list[RewardModel]:
             f"reward models have ensembles of different size {sizes}; train them with one ensemble.members"
         )
     base = shared_base(config, [model.directory for model in found])
-    return [replace(model, base=base) for model in found]
+    return [replace(model, shared_base=base) for model in found]
 
 
 def score_pairs(
@@ -163,8 +198,7 @@ def score_pairs(
     """Calibrated rewards of every member of every objective, and reference log-probabilities, of all pairs."""
     shared = config.shared
     prompts = _prompts(config, tokenizer, tokenized)
-    per_prompt = shared.calibration.source == "reference_samples"
-    samples = reference_samples(shared, tokenizer, prompts) if per_prompt else None
+    samples = _samples(config, tokenizer, prompts) if _centres_by_prompt(config) else None
     calibrated = []
     for objective, model in zip(OBJECTIVES, models, strict=True):
         rows = [_reward_row(model, pair) for pair in tokenized.pairs]
@@ -174,12 +208,18 @@ def score_pairs(
             own = sample_rows(prompts, samples, model.tokenizer, keep_suffix=True)
             offset = _centres(model, own, objective)[:, None, :]
         values = calibrate(raw, scale=model.calibration.scale, offset=offset)
+        _refuse_missing(values, objective, tokenized)
         calibrated.append(values.permute(2, 0, 1))  # [n, 2, M] -> [M, n, 2]
         model.release()
-    if (base := models[0].base) is not None:
-        base.release()  # before the reference model is loaded
+    _release_base(models)  # before the reference model is loaded
     logps = torch.stack(reference_logps(shared, tokenizer, tokenized.rows))
-    return PairScores(stack_objectives(calibrated), logps)
+    labelled_for = torch.tensor([OBJECTIVES.index(pair.objective) for pair in tokenized.pairs])
+    return PairScores(stack_objectives(calibrated), logps, labelled_for)
+
+
+def _release_base(models: Sequence[RewardModel]) -> None:
+    if (base := models[0].shared_base) is not None:
+        base.release()
 
 
 def scale_responses(
@@ -191,22 +231,87 @@ def scale_responses(
 ) -> ScaleResponses:
     """The responses whose within-prompt variance fixes `reward_scale: auto`.
 
-    Samples of pi_ref where calibration has them; otherwise the two responses of each pair.
+    Samples of pi_ref where the configuration draws any; otherwise the two responses of each pair.
     """
     n = len(pairs.tokenized.rows)
-    if config.shared.calibration.source != "reference_samples":
+    if not reference_sample_count(config):
         index = torch.arange(n).repeat_interleave(2)
         return ScaleResponses(scores.rewards.flatten(2), index, "the two responses of each training pair")
     prompts = _prompts(config, tokenizer, pairs.tokenized)
-    samples = reference_samples(config.shared, tokenizer, prompts)
-    index = torch.arange(n).repeat_interleave(config.shared.calibration.samples_per_prompt)
-    calibrated = []
+    samples = _samples(config, tokenizer, prompts)
+    return score_samples(
+        models, prompts, samples, by_prompt=_centres_by_prompt(config), source="training prompts"
+    )
+
+
+def score_samples(
+    models: Sequence[RewardModel],
+    prompts: Sequence[Tokens],
+    samples: Sequence[Sequence[GeneratedResponse]],
+    *,
+    by_prompt: bool,
+    source: str,
+) -> ScaleResponses:
+    """Calibrated rewards of reference samples by every member of every objective.
+
+    Args:
+        by_prompt: centre on each prompt's own mean instead of the stored global one.
+        source: whose prompts these are.
+    """
+    n, calibrated = len(samples[0]), []
     for objective, model in zip(OBJECTIVES, models, strict=True):
         rows = sample_rows(prompts, samples, model.tokenizer, keep_suffix=True)
         raw = torch.stack(model.rewards(rows, description=f"{objective} rewards of reference samples"))
-        centred = calibrate(raw, scale=model.calibration.scale, offset=raw.mean(dim=1, keepdim=True))
-        calibrated.append(centred.flatten(0, 1).T)
-    return ScaleResponses(stack_objectives(calibrated), index, "reference samples of the training prompts")
+        offset = raw.mean(dim=1, keepdim=True) if by_prompt else model.calibration.offset
+        values = calibrate(raw, scale=model.calibration.scale, offset=offset)
+        calibrated.append(values.flatten(0, 1).T)
+        model.release()
+    _release_base(models)
+    index = torch.arange(len(prompts)).repeat_interleave(n)
+    return ScaleResponses(stack_objectives(calibrated), index, f"reference samples of the {source}", n)
+
+
+def draw_reference_samples(
+    config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, tokenized: TokenizedPairs
+) -> ReferenceSamples:
+    """The reference samples of the pairs' prompts, as the policy is trained on them."""
+    prompts = _prompts(config, tokenizer, tokenized)
+    samples = _samples(config, tokenizer, prompts)
+    rows = sample_rows(prompts, samples, tokenizer, keep_suffix=False)
+    return ReferenceSamples(rows, torch.stack(reference_logps(config.shared, tokenizer, rows)))
+
+
+def sampling_config(config: PolicyConfig) -> RewardModelConfig:
+    """The shared settings with the number of samples that stage 3 draws for each prompt."""
+    values = {"samples_per_prompt": reference_sample_count(config)}
+    calibration = config.shared.calibration.model_copy(update=values)
+    return config.shared.model_copy(update={"calibration": calibration})
+
+
+def _samples(
+    config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Tokens]
+) -> list[list[GeneratedResponse]]:
+    return reference_samples(sampling_config(config), tokenizer, prompts)
+
+
+def _centres_by_prompt(config: PolicyConfig) -> bool:
+    """One centring for the whole run: each prompt's own where calibration has samples, else the stored global one."""
+    return config.shared.calibration.source == "reference_samples"
+
+
+def _refuse_missing(values: Tensor, objective: str, tokenized: TokenizedPairs) -> None:
+    """Values: calibrated rewards [n, 2, M].
+
+    Raises:
+        DataError: a score is NaN or infinite.
+    """
+    bad = (~torch.isfinite(values)).nonzero()
+    if len(bad):
+        pair, _, member = (int(i) for i in bad[0])
+        raise DataError(
+            f"the {objective} ensemble gives {len(bad)} scores that are NaN or infinite, the first by member {member} for "
+            f"pair {tokenized.pairs[pair].id}; train it again with `{reward_model_command(objective)} --force`"
+        )
 
 
 def _prompts(

@@ -1,43 +1,62 @@
 """One evaluation: the same prompts, decoding and judges for every method, and the files it writes.
 
-What lives here: who is compared on what (`Evaluation`), sampling and judging all methods, and `<method>.json` with its
-samples. What does not: the numbers (`policy_metrics`), when it runs and what is made of it (`evaluation`, to be read next).
+What lives here: who is compared on what (`Evaluation`), sampling and scoring all methods, and `<method>.json` with its
+samples. What does not: the numbers (`policy_metrics`, `proxies`), when it runs and what is made of it (`evaluation`, to be
+read next).
 """
 
+import gc
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from prmd import io
 from prmd.config import EvaluationConfig
 from prmd.contenders import REFERENCE, Contender, ContenderModels, EvaluationPrompt
 from prmd.generation import GeneratedResponse
+from prmd.judge_cards import CONSTANT_ANSWER
 from prmd.judges import Conversation, Judge, check_scores
-from prmd.policy_metrics import ReferenceScores, Resampling, SampledMethod, method_metrics
+from prmd.over_optimisation import best_of_n_curves
+from prmd.policy_metrics import SampledMethod, method_metrics
+from prmd.proxies import MemberScores, proxy_metrics
+from prmd.reference_scores import ReferenceScores
+from prmd.resampling import Resampling
+from prmd.reward_models import RewardModel
+from prmd.tokenization import tokenize_row
+from prmd.verdicts import judging_metrics
 
 logger = logging.getLogger(__name__)
 
 TEMPERATURE = 1.0
+_FORMAT = 3
+"""Of the method files; raised when they gain numbers, so that older ones are computed anew (from the cache)."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What all methods of one evaluation share."""
+    """What all methods of one evaluation share.
+
+    Attributes:
+        reward_models: the ensembles that the approach's policies were trained on, for the proxies; none where they are not
+            there, and then nothing is said of them.
+    """
 
     config: EvaluationConfig
     tokenizer: PreTrainedTokenizerBase
     prompts: list[EvaluationPrompt]
     judges: list[Judge]
     reference: Contender
+    reward_models: tuple[RewardModel, ...] = ()
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Key of prompts, decoding, reference and judges: results with the same key may be compared."""
+    def compared_on(self) -> dict[str, str]:
+        """Keys of prompts, decoding, reference and judges: only results that agree in all of them are compared."""
         generation = self.config.generation
         decoding = [
             generation.samples_per_prompt,
@@ -46,18 +65,38 @@ class Evaluation:
             self.config.shared.seed,
         ]
         decoding += [generation.engine] if generation.engine != "transformers" else []
-        prompts = [list(prompt.token_ids) for prompt in self.prompts]
-        judges = {judge.objective: judge.fingerprint for judge in self.judges}
-        return io.fingerprint(
-            [prompts, decoding, self.reference.fingerprint, judges, self.config.bootstrap_resamples]
-        )
+        return {
+            "prompts": io.fingerprint([list(prompt.token_ids) for prompt in self.prompts]),
+            "decoding": io.fingerprint(decoding),
+            "reference": self.reference.fingerprint,
+            "judges": io.fingerprint({judge.objective: judge.fingerprint for judge in self.judges}),
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Key of everything above and of how numbers are made of it."""
+        return io.fingerprint([self.compared_on, self.config.bootstrap_resamples, _FORMAT])
+
+    @property
+    def resampling(self) -> Resampling:
+        """How every interval of this evaluation is made."""
+        return Resampling(self.config.bootstrap_resamples, self.config.shared.seed)
+
+    def ensembles(self, contender: Contender) -> dict[str, str]:
+        """Keys of the ensembles whose proxies are reported of a contender: those its own approach trained on."""
+        if contender.approach != self.config.paths.approach:
+            return {}
+        objectives = (judge.objective for judge in self.judges)
+        return {k: m.fingerprint for k, m in zip(objectives, self.reward_models, strict=False)}
 
     def describe(self, contender: Contender) -> dict[str, Any]:
         """The `evaluation` part of a method's file."""
         generation = self.config.generation
         return {
             "fingerprint": self.fingerprint,
+            "compared_on": self.compared_on,
             "policy": contender.fingerprint,
+            "reward_models": self.ensembles(contender),
             "prompts": len(self.prompts),
             "samples_per_prompt": generation.samples_per_prompt,
             "max_new_tokens": generation.max_new_tokens,
@@ -68,12 +107,25 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class _Run:
-    """One contender's samples."""
+class Run:
+    """One contender's samples, [X][n], and what was measured of them without a judge."""
 
     contender: Contender
     responses: list[list[GeneratedResponse]]
     sampled: SampledMethod
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """Scores of the judges.
+
+    Attributes:
+        raw: of all samples of all runs, [methods, K, X, n].
+        constant: of the constant answer to every prompt, [K, X, 1].
+    """
+
+    raw: np.ndarray
+    constant: np.ndarray
 
 
 def is_finished(evaluation: Evaluation, contender: Contender) -> bool:
@@ -82,8 +134,8 @@ def is_finished(evaluation: Evaluation, contender: Contender) -> bool:
     path = folder / f"{contender.method}.json"
     if not path.is_file() or not (folder / "samples" / f"{contender.method}.jsonl").is_file():
         return False
-    found = io.read_json(path)["evaluation"]
-    same = (found["fingerprint"], found.get("policy")) == (evaluation.fingerprint, contender.fingerprint)
+    found, wanted = io.read_json(path)["evaluation"], evaluation.describe(contender)
+    same = all(found.get(key) == wanted[key] for key in ("fingerprint", "policy", "reward_models"))
     if same:
         logger.info(
             "%s: evaluated before on the same prompts by the same judges, reused: %s", contender.method, path
@@ -94,18 +146,19 @@ def is_finished(evaluation: Evaluation, contender: Contender) -> bool:
 def evaluate_methods(evaluation: Evaluation, todo: Sequence[Contender]) -> None:
     """Write the files of `todo`; the reference is sampled (or read from the cache) in any case."""
     wanted = [evaluation.reference, *(c for c in todo if c.method != REFERENCE)]
-    runs = [_sample(evaluation, contender) for contender in wanted]
-    raw = np.stack([_judge(evaluation, judge, runs) for judge in evaluation.judges], axis=1)
-    objectives = [judge.objective for judge in evaluation.judges]
-    reference = ReferenceScores.fit(objectives, raw[0])
-    resampling = Resampling(evaluation.config.bootstrap_resamples, evaluation.config.shared.seed)
-    for run, scores in zip(runs, raw, strict=True):
+    runs = [sample(evaluation, contender) for contender in wanted]
+    verdicts = judge_runs(evaluation, runs)
+    own = [run for run in runs if evaluation.ensembles(run.contender)]
+    rewards = dict(zip((run.contender.method for run in own), _member_rewards(evaluation, own), strict=True))
+    for run, raw in zip(runs, verdicts.raw, strict=True):
         if run.contender in todo:
-            metrics = method_metrics(run.sampled, scores, reference, resampling)
-            _write_method(evaluation, run, metrics, reference.calibrated(scores))
+            metrics, calibrated = measure(evaluation, run, raw, runs[0], verdicts)
+            metrics |= _proxies(evaluation, run, rewards, metrics, calibrated)
+            _write_method(evaluation, run, metrics, calibrated)
 
 
-def _sample(evaluation: Evaluation, contender: Contender) -> _Run:
+def sample(evaluation: Evaluation, contender: Contender) -> Run:
+    """The contender's responses to every prompt (from the cache where they lie there) with their KL."""
     prompts = evaluation.prompts
     with ContenderModels(
         evaluation.config, contender, reference=evaluation.reference, tokenizer=evaluation.tokenizer
@@ -113,7 +166,7 @@ def _sample(evaluation: Evaluation, contender: Contender) -> _Run:
         responses = models.samples(prompts)
         shape = (len(prompts), evaluation.config.generation.samples_per_prompt)
         kls = (
-            np.zeros((*shape, 2))
+            np.zeros((*shape, 3))
             if models.is_reference
             else np.stack([v.numpy() for v in models.kls(prompts, responses)])
         )
@@ -123,24 +176,87 @@ def _sample(evaluation: Evaluation, contender: Contender) -> _Run:
         "%s: %d responses of %.1f tokens on average, %.0f %% of them ended before the limit",
         *(contender.method, lengths.size, lengths.mean(), 100 * finished.mean()),
     )
-    return _Run(
-        contender, responses, SampledMethod(contender.method, kls[..., 0], kls[..., 1], lengths, finished)
+    return Run(
+        contender, responses, SampledMethod(contender.method, *np.moveaxis(kls, -1, 0), lengths, finished)
     )
 
 
-def _judge(evaluation: Evaluation, judge: Judge, runs: Sequence[_Run]) -> np.ndarray:
-    """Raw scores [methods, X, n] of all samples of all methods, in one pass of one judge."""
-    conversations = [
+def judge_runs(evaluation: Evaluation, runs: Sequence[Run]) -> Verdicts:
+    """Every judge's scores of all samples of all runs, the reference first, and of the constant answer, in one pass each."""
+    conversations = _conversations(evaluation, runs)
+    constant = [Conversation(prompt.messages, (CONSTANT_ANSWER,)) for prompt in evaluation.prompts]
+    raw, null = [], []
+    for judge in evaluation.judges:
+        scores = judge.scores([*conversations, *constant])
+        found = np.stack(scores[: len(conversations)]).reshape(len(runs), len(evaluation.prompts), -1)
+        check_scores(found[0], judge)
+        raw.append(found)
+        null.append(np.stack(scores[len(conversations) :]))
+    return Verdicts(np.stack(raw, axis=1), np.stack(null))
+
+
+def _conversations(evaluation: Evaluation, runs: Sequence[Run]) -> list[Conversation]:
+    return [
         Conversation(prompt.messages, tuple(response.text for response in responses))
         for run in runs
         for prompt, responses in zip(evaluation.prompts, run.responses, strict=True)
     ]
-    scores = np.stack(judge.scores(conversations)).reshape(len(runs), len(evaluation.prompts), -1)
-    check_scores(scores[0], judge)
-    return scores
 
 
-def _write_method(evaluation: Evaluation, run: _Run, metrics: dict[str, Any], rewards: np.ndarray) -> None:
+def _member_rewards(evaluation: Evaluation, runs: Sequence[Run]) -> np.ndarray:
+    """Raw rewards of all samples by every member of the training ensembles, [methods, K, M, X, n]."""
+    conversations, found = _conversations(evaluation, runs), []
+    for model, judge in zip(evaluation.reward_models if runs else (), evaluation.judges, strict=False):
+        rows = [
+            tokenize_row(model.tokenizer, one.prompt, one.responses, keep_suffix=True)
+            for one in conversations
+        ]
+        scorer = replace(model)  # a copy of its own, so that its weights leave memory with it
+        values = scorer.rewards(rows, description=f"{judge.objective} ensemble")
+        del scorer
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        table = torch.stack(values).numpy().reshape(len(runs), len(evaluation.prompts), -1, model.members)
+        found.append(table.transpose(0, 3, 1, 2))
+    return np.stack(found, axis=1) if found else np.empty((0,))
+
+
+def measure(
+    evaluation: Evaluation, run: Run, raw: np.ndarray, reference_run: Run, verdicts: Verdicts
+) -> tuple[dict[str, Any], np.ndarray]:
+    """What the judges say of one run, and its calibrated rewards [K, X, n]; of the reference also who judged."""
+    names = [judge.objective for judge in evaluation.judges]
+    reference, lengths = ReferenceScores.fit(names, verdicts.raw[0]), reference_run.sampled.lengths
+    metrics = method_metrics(run.sampled, raw, reference, evaluation.resampling, reference_lengths=lengths)
+    if run.sampled.is_reference:
+        judging = judging_metrics(reference, verdicts.constant, lengths, evaluation.resampling)
+        metrics["judging"] = {"answer": CONSTANT_ANSWER, "objectives": judging}
+    return metrics, reference.calibrated(raw)
+
+
+def _proxies(
+    evaluation: Evaluation,
+    run: Run,
+    rewards: dict[str, np.ndarray],
+    metrics: dict[str, Any],
+    calibrated: np.ndarray,
+) -> dict[str, Any]:
+    """The `proxy` part of a method and, of the reference, the best-of-n curves; empty without the ensembles."""
+    raw, names = rewards.get(run.contender.method), tuple(metrics["objectives"])
+    if raw is None:
+        return {}
+    scale = np.stack([model.calibration.scale.numpy() for model in evaluation.reward_models])
+    members = MemberScores(names, rewards[REFERENCE], scale)
+    same = run.sampled.is_reference
+    found = {"proxy": proxy_metrics(raw, members, evaluation.resampling, is_reference=same)}
+    if same:
+        gold = ReferenceScores.fit(names, calibrated).centred(calibrated, is_reference=True)
+        found["best_of_n"] = best_of_n_curves(members.reference, gold, evaluation.resampling)
+    return found
+
+
+def _write_method(evaluation: Evaluation, run: Run, metrics: dict[str, Any], rewards: np.ndarray) -> None:
     folder, method = evaluation.config.paths.metrics, run.contender.method
     names = list(metrics["objectives"])
     samples = f"samples/{method}.jsonl"
@@ -152,7 +268,7 @@ def _write_method(evaluation: Evaluation, run: _Run, metrics: dict[str, Any], re
     ids = {"ids": [p.id for p in evaluation.prompts], "objective": [p.objective for p in evaluation.prompts]}
     record = {
         "method": method,
-        "approach": evaluation.config.paths.approach,
+        "approach": run.contender.approach,
         "evaluation": evaluation.describe(run.contender),
         **metrics,
         "per_prompt": ids | metrics["per_prompt"],

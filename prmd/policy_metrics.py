@@ -1,74 +1,25 @@
-"""From judged samples to results: what is measured of one method, and how methods compare.
+"""From judged samples to results: what is measured of one method.
 
-What lives here: arrays in, the dictionaries of `outputs/metrics/<approach>/<method>.json` and `comparison.json` out. Every
-estimate has its n and its interval over prompts. What does not: sampling and KL (`contenders`), judging (`judges`), files
-and order (`evaluation`, to be read next).
+What lives here: arrays in, the dictionaries of `outputs/metrics/<approach>/<method>.json` out. Every estimate has its n
+(prompts, which are the clusters) and its interval over prompts. What does not: sampling and KL (`contenders`), judging
+(`judges`), how methods compare (`policy_comparison`, to be read next), what the training ensemble thinks (`proxies`).
 """
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from prmd.calibration import calibrate, fit_calibration, prompt_means
 from prmd.contenders import REFERENCE
-from prmd.statistics import (
-    Estimate,
-    bootstrap_mean,
-    bootstrap_statistic,
-    cvar_over_prompts,
-    holm,
-    minimum_band,
-    paired_bootstrap,
-    pairwise_win_rate,
-    sign_flip_test,
-    wilson_interval,
-)
+from prmd.reference_scores import ReferenceScores
+from prmd.resampling import Resampling, by_definition, with_chance
+from prmd.statistics import minimum_band, pairwise_win_rate, pareto_dominance_rate
 
-WORST_SHARE = 0.1
-"""Share of prompts in the lower tail that is reported."""
-BASELINES = ("baseline_dpo", "dpo", REFERENCE)
-"""What methods are compared with: the first of these that was evaluated."""
-MEAN_OF_MIN = "mean of minimum"
-
-
-@dataclass(frozen=True)
-class Resampling:
-    """How every interval is made: resamples of prompts, and their seed."""
-
-    resamples: int
-    seed: int
-
-    def mean(self, values: np.ndarray, confidence: float = 0.95) -> Estimate:
-        """Mean over prompts [X]."""
-        return bootstrap_mean(values, n_resamples=self.resamples, seed=self.seed, confidence=confidence)
-
-    def win_rate(self, wins: np.ndarray, confidence: float = 0.95) -> Estimate:
-        """Mean of per-prompt win probabilities [X]; Wilson where all prompts agree, as resampling would claim certainty."""
-        if np.ptp(wins) == 0:
-            return wilson_interval(float(wins.sum()), wins.size, confidence)
-        return self.mean(wins, confidence)
-
-    def ratio(self, numerators: np.ndarray, denominators: np.ndarray) -> Estimate:
-        """Sum over prompts of one [X] over the sum of the other."""
-        matrix = np.stack([numerators, denominators], axis=1)
-        return bootstrap_statistic(
-            lambda rows: rows[..., 0].sum(axis=1) / rows[..., 1].sum(axis=1),
-            matrix,
-            n_resamples=self.resamples,
-            seed=self.seed,
-        )
-
-    def lower_tail(self, values: np.ndarray) -> Estimate:
-        """Mean of the worst `WORST_SHARE` of prompts [X]."""
-        return bootstrap_statistic(
-            lambda rows: cvar_over_prompts(rows[..., 0], WORST_SHARE),
-            values[:, None],
-            n_resamples=self.resamples,
-            seed=self.seed,
-        )
+LENGTH_WARNING = 0.1
+"""A length-controlled win rate this far from the plain one is pointed out."""
+_KL_ERRORS = 4
+"""Standard errors by which two unbiased estimators of one KL may differ: a few of many policies exceed three by chance."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +30,7 @@ class SampledMethod:
         method: its name; `reference` for the reference.
         kl: exact KL of each response from the reference, nats, [X, n].
         k1: log-ratio of each response, nats, [X, n].
+        k3: non-negative estimator of each response, summed over its tokens, nats, [X, n].
         lengths: tokens of each response, end of turn included, [X, n].
         finished: whether the turn was ended before the token limit, bool [X, n].
     """
@@ -86,6 +38,7 @@ class SampledMethod:
     method: str
     kl: np.ndarray
     k1: np.ndarray
+    k3: np.ndarray
     lengths: np.ndarray
     finished: np.ndarray
 
@@ -94,101 +47,44 @@ class SampledMethod:
         return self.method == REFERENCE
 
 
-@dataclass(frozen=True)
-class ReferenceScores:
-    """Raw scores of the reference samples by every judge, and the units they define.
-
-    Attributes:
-        raw: [K, X, m] in the order of `objectives`.
-        scale: within-prompt standard deviation per judge, [K].
-        offset: mean per judge and prompt, [K, X].
-    """
-
-    objectives: tuple[str, ...]
-    raw: np.ndarray
-    scale: np.ndarray
-    offset: np.ndarray
-
-    @classmethod
-    def fit(cls, objectives: Sequence[str], raw: np.ndarray) -> "ReferenceScores":
-        """Scale and per-prompt offset of every judge from the reference samples, by `calibration`.
-
-        Raises:
-            ValueError: a judge gives all samples of every prompt the same score.
-        """
-        prompts, samples = raw.shape[1:]
-        index = torch.arange(prompts).repeat_interleave(samples)
-        flat = [torch.from_numpy(np.ascontiguousarray(r)).reshape(-1, 1) for r in raw]
-        scale = np.array([float(fit_calibration(r, index).scale) for r in flat])
-        offset = np.stack([prompt_means(r, index, prompts)[:, 0].numpy() for r in flat])
-        return cls(tuple(objectives), raw, scale, offset)
-
-    def calibrated(self, raw: np.ndarray) -> np.ndarray:
-        """Raw scores [K, X, n] of any method in reference standard deviations above the reference's mean."""
-        parts = [
-            calibrate(
-                torch.from_numpy(np.ascontiguousarray(raw[k]))[..., None],
-                scale=torch.tensor([self.scale[k]]),
-                offset=torch.from_numpy(self.offset[k])[:, None, None],
-            )
-            for k in range(len(raw))
-        ]
-        return torch.stack(parts)[..., 0].numpy()
-
-    def mean_of_min(self, raw: np.ndarray, *, is_reference: bool) -> np.ndarray:
-        """E[min_k r~_k] per prompt, each sample centred on all reference samples but one.
-
-        A reference sample is part of the mean it would be centred on, which shrinks its deviations by sqrt((m - 1)/m)
-        where those of a policy grow by sqrt((m + 1)/m); the minimum would then rank a policy equal to the reference
-        below it. Leaving out the sample itself (the reference), or each one in turn (policies), gives equal policies
-        equal values. Means are unchanged by this.
-
-        Args:
-            raw: scores of the method, [K, X, n].
-
-        Returns:
-            [X].
-        """
-        m = self.raw.shape[2]
-        offsets = (self.raw.sum(axis=2, keepdims=True) - self.raw) / (m - 1)
-        scale = self.scale[:, None, None]
-        if is_reference:
-            return ((self.raw - offsets) / scale).min(axis=0).mean(axis=1)
-        centred = (raw[:, :, :, None] - offsets[:, :, None, :]) / scale[..., None]
-        return centred.min(axis=0).mean(axis=(1, 2))
-
-
-# ------------------------------------------------------------------ one method
 def method_metrics(
-    sampled: SampledMethod, raw: np.ndarray, reference: ReferenceScores, resampling: Resampling
+    sampled: SampledMethod,
+    raw: np.ndarray,
+    reference: ReferenceScores,
+    resampling: Resampling,
+    *,
+    reference_lengths: np.ndarray,
 ) -> dict[str, Any]:
-    """Everything measured of one method but who judged and where it lies.
+    """Everything the judges' verdicts say of one method.
 
     Args:
         raw: scores of its samples, [K, X, n].
+        reference_lengths: tokens of the reference samples, [X, m].
 
     Returns:
-        `objectives`, `worst_objective`, `mean_of_min`, `cvar_10`, `kl`, `length`, `truncated_share`, `per_prompt`, `notes`.
+        `objectives`, `worst_objective`, `mean_of_min`, `cvar_10`, `dominance`, `hypervolume`, `kl`, `length`,
+        `truncated_share`, `per_prompt`, `notes`.
     """
     names, same = reference.objectives, sampled.is_reference
     wins = {k: pairwise_win_rate(raw[i], reference.raw[i]) for i, k in enumerate(names)}
     if same:
         wins = {k: np.full(raw.shape[1], 0.5) for k in names}
-    rewards = reference.calibrated(raw)
+    means = dict(zip(names, reference.calibrated(raw).mean(axis=2), strict=True))
     minima = reference.mean_of_min(raw, is_reference=same)
-    means = {k: rewards[i].mean(axis=1) for i, k in enumerate(names)}
+    longer = sampled.lengths.mean(axis=1) - reference_lengths.mean(axis=1)
     objectives = {
-        k: {
-            "win_rate": _half(raw.shape[1]) if same else resampling.win_rate(wins[k]).to_json(),
-            "mean_reward": resampling.mean(means[k]).to_json(),
-        }
-        for k in names
+        k: {"mean_reward": with_chance(resampling.mean(means[k]), 0.0)}
+        | _wins(wins[k], longer, (raw[i], reference.raw[i]), same, resampling)
+        for i, k in enumerate(names)
     }
+    volume = resampling.volume(np.stack([means[k] for k in names])[None])
     return {
         "objectives": objectives,
         "worst_objective": _worst_objective(wins, same, resampling),
         "mean_of_min": resampling.mean(minima).to_json(),
         "cvar_10": resampling.lower_tail(minima).to_json(),
+        "dominance": None if same else _dominance(raw, reference.raw, resampling),
+        "hypervolume": with_chance(by_definition(0.0, len(minima)) if same else volume, 0.0),
         "kl": _kl(sampled, resampling),
         "length": resampling.mean(sampled.lengths.mean(axis=1)).to_json(),
         "truncated_share": float(1.0 - sampled.finished.mean()),
@@ -199,19 +95,64 @@ def method_metrics(
             "kl": sampled.kl.mean(axis=1).tolist(),
             "length": sampled.lengths.mean(axis=1).tolist(),
         },
-        "notes": [_REFERENCE_NOTE] if same else [],
+        "notes": [_REFERENCE_NOTE] if same else [*_length_notes(objectives), *_kl_notes(sampled)],
     }
 
 
 _REFERENCE_NOTE = "The reference against itself: win rate ½, mean reward 0 and KL 0 hold by definition and are not measured."
 
 
-def _exact(value: float, n: int) -> dict[str, Any]:
-    return Estimate(value, value, value, n, "by definition").to_json()
-
-
 def _half(n: int) -> dict[str, Any]:
-    return _exact(0.5, n)
+    return with_chance(by_definition(0.5, n), 0.5)
+
+
+def _wins(
+    wins: np.ndarray,
+    longer: np.ndarray,
+    scores: tuple[np.ndarray, np.ndarray],
+    same: bool,
+    resampling: Resampling,
+) -> dict[str, Any]:
+    """Win rate, the same at equal length, and shares of sample pairs won, tied and lost."""
+    if same:
+        return {"win_rate": _half(len(wins)), "length_controlled": None, "outcomes": None}
+    controlled = resampling.length_controlled(wins, longer)
+    ours, theirs = scores
+    signs = np.sign(ours[:, :, None] - theirs[:, None, :])
+    return {
+        "win_rate": with_chance(resampling.win_rate(wins), 0.5),
+        "length_controlled": {
+            "win_rate": with_chance(controlled.estimate, 0.5),
+            "length_effect": controlled.length_effect,
+        },
+        "outcomes": {
+            name: resampling.win_rate((signs == sign).mean(axis=(1, 2))).to_json()
+            for name, sign in (("won", 1), ("tied", 0), ("lost", -1))
+        },
+    }
+
+
+def _length_notes(objectives: dict[str, dict[str, Any]]) -> list[str]:
+    notes = []
+    for name, measured in objectives.items():
+        plain, controlled = (m["win_rate"]["value"] for m in (measured, measured["length_controlled"]))
+        if abs(plain - controlled) > LENGTH_WARNING:
+            notes.append(
+                f"{name}: win rate {plain:.2f}, but {controlled:.2f} at equal length; much of the difference is length"
+            )
+    return notes
+
+
+def _dominance(raw: np.ndarray, reference: np.ndarray, resampling: Resampling) -> dict[str, Any]:
+    """How often a sample is at least as good on all objectives and better on one, and how often it is dominated."""
+    pairs = {"dominates": (raw, reference), "dominated": (reference, raw)}
+    m = reference.shape[2]
+    # What two samples of the reference do; a sample never dominates itself, which the factor takes out.
+    chance = float(pareto_dominance_rate(reference, reference).mean()) * m / (m - 1)
+    return {
+        name: with_chance(resampling.win_rate(pareto_dominance_rate(*pair)), chance)
+        for name, pair in pairs.items()
+    }
 
 
 def _worst_objective(wins: dict[str, np.ndarray], same: bool, resampling: Resampling) -> dict[str, Any]:
@@ -221,73 +162,33 @@ def _worst_objective(wins: dict[str, np.ndarray], same: bool, resampling: Resamp
         return {"objective": None, "win_rate": _half(n)}
     estimates = {k: resampling.win_rate(v, 1 - 0.05 / len(wins)) for k, v in wins.items()}
     worst = min(estimates, key=lambda k: estimates[k].value)
-    return {"objective": worst, "win_rate": minimum_band(list(estimates.values())).to_json()}
+    return {"objective": worst, "win_rate": with_chance(minimum_band(list(estimates.values())), 0.5)}
 
 
 def _kl(sampled: SampledMethod, resampling: Resampling) -> dict[str, Any]:
     n = len(sampled.kl)
     if sampled.is_reference:
-        return {name: _exact(0.0, n) for name in ("per_response", "per_token", "k1")}
+        names = ("per_response", "per_token", "k1", "k3_per_token")
+        return {name: by_definition(0.0, n).to_json() for name in names}
+    tokens = sampled.lengths.sum(axis=1)
     return {
         "per_response": resampling.mean(sampled.kl.mean(axis=1)).to_json(),
-        "per_token": resampling.ratio(sampled.kl.sum(axis=1), sampled.lengths.sum(axis=1)).to_json(),
+        "per_token": resampling.ratio(sampled.kl.sum(axis=1), tokens).to_json(),
         "k1": resampling.mean(sampled.k1.mean(axis=1)).to_json(),
+        "k3_per_token": resampling.ratio(sampled.k3.sum(axis=1), tokens).to_json(),
     }
 
 
-# ------------------------------------------------------------------ methods compared
-def compare_methods(metrics: Sequence[dict[str, Any]], resampling: Resampling) -> dict[str, Any]:
-    """Rows of the headline table and paired tests of every policy against the baseline.
-
-    Args:
-        metrics: contents of the method files, the reference first; all on the same prompts.
-
-    Returns:
-        `rows`, `paired`, `declared`: the contents of `comparison.json`.
-    """
-    by_method = {m["method"]: m for m in metrics}
-    baseline = next(name for name in BASELINES if name in by_method)
-    others = [m for name, m in by_method.items() if name not in (baseline, REFERENCE)]
-    tests = [test for m in others for test in _paired(m, by_method[baseline], resampling)]
-    for test, adjusted in zip(tests, holm([t["p"] for t in tests]), strict=True):
-        test["p_holm"] = float(adjusted)
-    return {"rows": [_row(m) for m in metrics], "paired": tests, "declared": _declared(baseline, len(tests))}
-
-
-def _declared(baseline: str, count: int) -> str:
-    if not count:
-        return f"no policy beside {baseline}, nothing to compare"
-    return (
-        f"each policy against {baseline}, win rate of every objective and mean of the minimum: {count} two-sided "
-        "sign-flip tests over prompts, Holm-corrected together"
-    )
-
-
-def _row(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "method": metrics["method"],
-        "win_rate": {k: v["win_rate"] for k, v in metrics["objectives"].items()},
-        "worst": metrics["worst_objective"]["win_rate"],
-        "mean_of_min": metrics["mean_of_min"],
-        "kl": metrics["kl"]["per_response"],
-        "length": metrics["length"],
-    }
-
-
-def _paired(ours: dict[str, Any], theirs: dict[str, Any], resampling: Resampling) -> list[dict[str, Any]]:
-    if ours["per_prompt"]["ids"] != theirs["per_prompt"]["ids"]:
-        raise ValueError(f"{ours['method']} and {theirs['method']} were evaluated on different prompts")
-    tests = []
-    for measure, values in _measures(ours).items():
-        other = _measures(theirs)[measure]
-        difference = paired_bootstrap(values, other, n_resamples=resampling.resamples, seed=resampling.seed)
-        p = sign_flip_test(values - other, n_resamples=resampling.resamples, seed=resampling.seed)
-        names = {"method": ours["method"], "against": theirs["method"], "measure": measure}
-        tests.append({**names, "difference": difference.to_json(), "p": p})
-    return tests
-
-
-def _measures(metrics: dict[str, Any]) -> dict[str, np.ndarray]:
-    scores = metrics["per_prompt"]
-    wins = {f"win rate, {k}": np.array(v) for k, v in scores["win_rate"].items()}
-    return {**wins, MEAN_OF_MIN: np.array(scores["mean_of_min"])}
+def _kl_notes(sampled: SampledMethod) -> list[str]:
+    """Say where k1 or k3 contradict the exact KL: then the samples are not the policy's own, or a number is wrong."""
+    notes = []
+    for name, values in (("k1", sampled.k1), ("k3", sampled.k3)):
+        gaps = (values - sampled.kl).mean(axis=1)
+        error = float(gaps.std(ddof=1)) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.inf
+        # The slack is float32's: a policy close to the reference has gaps of rounding alone.
+        if abs(gaps.mean()) > _KL_ERRORS * error + 1e-4 * (1 + abs(sampled.kl.mean())):
+            notes.append(
+                f"KL by {name} is {values.mean():.3f} and exactly {sampled.kl.mean():.3f} nats per response, more than "
+                f"{_KL_ERRORS} standard errors apart"
+            )
+    return notes

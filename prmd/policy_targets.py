@@ -3,98 +3,141 @@
     Delta* = clip(reward_scale [R(x, y_w) - R(x, y_l)], +-margin_clip)
 
 Aggregates, scale and losses are the maths of `pessimism`, `calibration` and `losses`; here they meet the configuration.
-The frozen rewards come from `policy_data`, the trainings are in `policy_training`.
+What the methods are is in `policy_methods`, R with what is solved for in `policy_rewards`, the frozen rewards come from
+`policy_data`, the trainings are in `policy_training`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from prmd.calibration import auto_reward_scale
 from prmd.config import PolicySection
-from prmd.errors import ConfigError
-from prmd.losses import distillation_loss, dpo_loss, implicit_margins, target_margins
-from prmd.objectives import OBJECTIVES
-from prmd.pessimism import Aggregation, coincidence_notes, method_aggregation, robust_rewards
+from prmd.losses import (
+    distillation_loss,
+    dpo_loss,
+    edpo_loss,
+    edpo_member_losses,
+    edpo_select,
+    implicit_margins,
+    ipo_loss,
+    modpo_loss,
+    target_margins,
+)
+from prmd.paper_margins import paper_loss, paper_margins
 from prmd.policy_data import PairScores, ScaleResponses
+from prmd.policy_methods import POLICY_METHODS, aggregation
+from prmd.policy_notes import effective_atoms, method_notes
+from prmd.policy_rewards import RobustReward, objective_weights, solve_reward
 from prmd.trainer import Columns, PairLoss
 
-BASELINE = "baseline_dpo"
-LABEL_METHODS = ("dpo",)
-"""Methods that learn from the labels alone and need no reward model."""
+__all__ = ["Targets", "aggregation", "describe_targets", "method_targets", "policy_loss"]
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Target margins of training and held-out pairs for one method, and how they came about."""
+    """Target margins of training and held-out pairs for one method, and how they came about.
+
+    Attributes:
+        train: Delta* of each training pair, [n]; where a loss has several targets a pair (the draft's equations, e-DPO)
+            their mean by the objective weights; for modpo, the margin of the other objectives.
+        held_out: the same of the held-out pairs.
+        cvar_effective_atoms: rewards that CVaR averages; None for a method without it.
+        columns: what the loss reads of each pair, [n, ...] by name, of training and held-out pairs.
+    """
 
     train: Tensor
     held_out: Tensor
     reward_scale: float
     notes: tuple[str, ...]
-
-
-def aggregation(policy: PolicySection, method: str) -> Aggregation:
-    """The operators of a method with the configured parameters; `within` and `across` replace its own where set."""
-    return method_aggregation(
-        method,
-        within=policy.within,
-        across=policy.across,
-        alpha=policy.alpha,
-        cvar_estimator=policy.cvar_estimator,
-        kappa=policy.kappa,
-        eta=policy.eta,
-    )
+    columns: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
+    cvar_effective_atoms: float | None = None
 
 
 def method_targets(
-    policy: PolicySection, method: str, *, train: PairScores, held_out: PairScores, scale: ScaleResponses
+    policy: PolicySection,
+    method: str,
+    *,
+    train: PairScores,
+    held_out: PairScores,
+    scale: ScaleResponses,
+    reward: RobustReward | None = None,
 ) -> Targets:
-    """Delta* of one method: aggregate, fix the scale, take the margin, clip.
+    """Targets of one method: aggregate, fix the scale, take the margin, clip.
+
+    Args:
+        scale: responses that fix `reward_scale: auto`; samples of the reference for maxmin and constraints.
+        reward: R of this method where it is solved already.
 
     Raises:
-        ConfigError: the robust rewards do not vary, so that no scale reaches `kl_target`.
+        ConfigError: the robust rewards do not vary, so that no scale reaches `kl_target`, or as `solve_reward`.
     """
-    chosen = aggregation(policy, method)
-    weights = torch.tensor([policy.weights[objective] for objective in OBJECTIVES], dtype=torch.float64)
-
-    def robust(rewards: Tensor) -> Tensor:
-        return robust_rewards(rewards, aggregation=chosen, weights=weights)
-
-    reward_scale = policy.reward_scale
-    if reward_scale == "auto":
-        try:
-            reward_scale = auto_reward_scale(
-                robust(scale.rewards), scale.prompt_index, beta=policy.beta, kl_target=policy.kl_target
-            )
-        except ValueError as error:
-            raise ConfigError(
-                f"policy.reward_scale: auto failed for {method} ({error}); set a number"
-            ) from error
-
-    def margins(scores: PairScores) -> Tensor:
-        values = robust(scores.rewards)
-        return target_margins(
-            chosen_rewards=values[:, 0],
-            rejected_rewards=values[:, 1],
-            reward_scale=reward_scale,
-            margin_clip=policy.margin_clip,
-        )
-
-    return Targets(margins(train), margins(held_out), reward_scale, _notes(policy, method, train, scale))
+    kind = POLICY_METHODS[method].loss
+    if kind == "modpo":
+        columns = tuple(_modpo_columns(policy, scores) for scores in (train, held_out))
+        found, notes, reward_scale = [c["other_margins"] for c in columns], (), 1.0
+    else:
+        reward = reward or solve_reward(policy, method, scale)
+        make = _COLUMNS[kind]
+        columns = tuple(make(policy, method, reward, scores) for scores in (train, held_out))
+        found = [c["target_margins"] for c in columns]
+        notes, reward_scale = reward.notes, reward.reward_scale
+    notes = (*notes, *method_notes(policy, method, train, found[0]))
+    atoms = effective_atoms(policy, method, *train.rewards.shape[:2])
+    return Targets(*found, reward_scale, notes, columns, atoms)
 
 
-def _notes(policy: PolicySection, method: str, train: PairScores, scale: ScaleResponses) -> tuple[str, ...]:
-    weights = torch.tensor([policy.weights[objective] for objective in OBJECTIVES], dtype=torch.float64)
-    names = {*policy.methods, "mean", "hard_min", "cvar", "hierarchical", method} - {BASELINE, *LABEL_METHODS}
-    aggregations = {name: aggregation(policy, name) for name in sorted(names)}
-    k, m = train.rewards.shape[:2]
-    same = coincidence_notes(k, m, aggregations=aggregations, weights=weights)
-    notes = [f"reward scale fixed on {scale.source}"] if policy.reward_scale == "auto" else []
-    return (*notes, *(note for note in same if note.startswith(f"{method} = ")))
+def _distil_columns(
+    policy: PolicySection, method: str, reward: RobustReward, scores: PairScores
+) -> dict[str, Tensor]:
+    if policy.level == "margin":  # the draft's own form: the operators meet reward differences
+        margins = reward(scores.rewards[..., 0] - scores.rewards[..., 1])
+        return {"target_margins": _clipped(policy, reward, margins)}
+    values = reward(scores.rewards)
+    return {"target_margins": _clipped(policy, reward, values[:, 0] - values[:, 1])}
+
+
+def _paper_columns(
+    policy: PolicySection, method: str, reward: RobustReward, scores: PairScores
+) -> dict[str, Tensor]:
+    pair_margins = scores.rewards[..., 0] - scores.rewards[..., 1]
+    rows = paper_margins(
+        pair_margins, method=method, alpha=policy.alpha, cvar_estimator=policy.cvar_estimator
+    )
+    targets = _clipped(policy, reward, rows)
+    mean = targets[0] if len(targets) == 1 else objective_weights(policy) @ targets
+    return {"target_margins": mean, "objective_targets": targets.T.contiguous()}
+
+
+def _edpo_columns(
+    policy: PolicySection, method: str, reward: RobustReward, scores: PairScores
+) -> dict[str, Tensor]:
+    targets = _clipped(policy, reward, scores.rewards[..., 0] - scores.rewards[..., 1])
+    mean = objective_weights(policy) @ targets.mean(dim=1)
+    return {"target_margins": mean, "member_targets": targets.permute(2, 0, 1).contiguous()}
+
+
+_COLUMNS = {"distil": _distil_columns, "paper": _paper_columns, "edpo": _edpo_columns}
+
+
+def _modpo_columns(policy: PolicySection, scores: PairScores) -> dict[str, Tensor]:
+    """Margins of the objectives a pair is not labelled for, and the weight of the one it is."""
+    weights, margins = objective_weights(policy), scores.rewards.mean(dim=1)
+    weighted = weights[:, None] * (margins[..., 0] - margins[..., 1])
+    own = weighted.gather(0, scores.labelled_for[None])[0]
+    return {"other_margins": weighted.sum(dim=0) - own, "label_weight": weights[scores.labelled_for]}
+
+
+def _clipped(policy: PolicySection, reward: RobustReward, margins: Tensor) -> Tensor:
+    return target_margins(
+        chosen_rewards=margins,
+        rejected_rewards=torch.zeros_like(margins),
+        reward_scale=reward.reward_scale,
+        margin_clip=policy.margin_clip,
+    )
 
 
 def describe_targets(targets: Targets, margin_clip: float) -> dict[str, Any]:
@@ -110,17 +153,83 @@ def describe_targets(targets: Targets, margin_clip: float) -> dict[str, Any]:
         "histogram": histogram,
     }
     summary["negative_share"] = float((values < 0).mean())
-    return {"target_margins": summary, "reward_scale": targets.reward_scale, "notes": list(targets.notes)}
+    described = {
+        "target_margins": summary,
+        "reward_scale": targets.reward_scale,
+        "notes": list(targets.notes),
+    }
+    if targets.cvar_effective_atoms is not None:
+        described["cvar_effective_atoms"] = targets.cvar_effective_atoms
+    return described
 
 
-def policy_loss(logps: Tensor, columns: Columns, policy: PolicySection) -> PairLoss:
-    """Distillation (or, without target margins, DPO) loss of a batch and what is logged.
+# ------------------------------------------------------------------ losses
+def _distil(implicit: Tensor, columns: Columns, policy: PolicySection) -> Tensor:
+    return distillation_loss(
+        implicit_margins=implicit,
+        target_margins=columns["target_margins"],
+        kind=policy.loss,
+        huber_delta=policy.huber_delta,
+    )
+
+
+def _paper(implicit: Tensor, columns: Columns, policy: PolicySection) -> Tensor:
+    return paper_loss(
+        implicit_margins=implicit,
+        objective_targets=columns["objective_targets"].T,
+        weights=objective_weights(policy).to(implicit.device),
+    )
+
+
+def _edpo(implicit: Tensor, columns: Columns, policy: PolicySection) -> Tensor:
+    """Against the members `columns["selected"]` [K]; without them, those closest on this very batch."""
+    members = columns["member_targets"].permute(1, 2, 0)
+    selected = columns.get("selected")
+    if selected is None:
+        losses = edpo_member_losses(implicit_margins=implicit.detach(), member_targets=members)
+        selected = edpo_select(losses)
+    return edpo_loss(
+        implicit_margins=implicit,
+        member_targets=members,
+        selected=selected,
+        weights=objective_weights(policy),
+    )
+
+
+LOSSES: dict[str, Callable[[Tensor, Columns, PolicySection], Tensor]] = {
+    "distil": _distil,
+    "paper": _paper,
+    "edpo": _edpo,
+    "dpo": lambda implicit, columns, policy: dpo_loss(implicit_margins=implicit),
+    "ipo": lambda implicit, columns, policy: ipo_loss(
+        implicit_margins=implicit, beta=policy.beta, ipo_beta=policy.ipo_beta
+    ),
+    "modpo": lambda implicit, columns, policy: modpo_loss(
+        implicit_margins=implicit, other_margins=columns["other_margins"], weight=columns["label_weight"]
+    ),
+}
+"""Implicit margins [B], columns, settings -> loss of each pair [B]; `policy_methods.Method.loss` names them."""
+
+
+def policy_loss(
+    logps: Tensor, columns: Columns, policy: PolicySection, *, kind: str | None = None
+) -> PairLoss:
+    """Loss of a batch and what is logged.
+
+    ``L = loss(Delta_theta) + gamma * mean_j(-log pi_theta(y_j|x)) - nll_weight * log pi_theta(y_w|x) / |y_w|``,
+    y_j reference samples: their negative log-likelihood is KL(pi_ref || pi_theta) up to the entropy of pi_ref.
 
     Args:
-        logps: log pi_theta of (chosen, rejected), [B, 2] nats.
-        columns: `ref_logps` [B, 2], `chosen_length` [B] tokens, and for distillation `target_margins` [B].
+        logps: log pi_theta of (chosen, rejected, reference samples...) of each pair in turn, nats; B times as many as
+            responses a pair, in any shape. The gamma term is over the reference samples, absent without any.
+        columns: `ref_logps` [B, 2], `chosen_length` [B] tokens (infinity: no likelihood term), and what the loss reads:
+            `target_margins` [B] and others of `Targets.columns`.
+        kind: key of `LOSSES`; None: distillation where there are target margins, else DPO.
+
+    Source: the gamma term is the pessimistic penalty of arXiv:2405.19316.
     """
     ref = columns["ref_logps"]
+    logps = logps.reshape(len(ref), -1)
     implicit = implicit_margins(
         policy_chosen_logps=logps[:, 0],
         policy_rejected_logps=logps[:, 1],
@@ -128,18 +237,19 @@ def policy_loss(logps: Tensor, columns: Columns, policy: PolicySection) -> PairL
         ref_rejected_logps=ref[:, 1],
         beta=policy.beta,
     )
-    metrics = _policy_metrics(logps.detach(), ref, implicit.detach(), policy.beta)
+    metrics = _policy_metrics(logps[:, :2].detach(), ref, implicit.detach(), policy.beta)
     if "target_margins" in columns:
         target = columns["target_margins"]
-        loss = distillation_loss(
-            implicit_margins=implicit, target_margins=target, kind=policy.loss, huber_delta=policy.huber_delta
-        )
         metrics["margins/target"] = target
         metrics["margins/clipped"] = (target.abs() >= policy.margin_clip).float()
-    else:
-        loss = dpo_loss(implicit_margins=implicit)
+    kind = kind or ("distil" if "target_margins" in columns else "dpo")
+    loss = LOSSES[kind](implicit, columns, policy)
     if policy.nll_weight:
         loss = loss - policy.nll_weight * logps[:, 0] / columns["chosen_length"]
+    if logps.shape[1] > 2:
+        samples = logps[:, 2:].mean(dim=1)
+        loss = loss - policy.gamma * samples
+        metrics["logps/reference_samples"] = samples.detach()
     return PairLoss(loss, metrics)
 
 

@@ -3,18 +3,17 @@
     Delta* = clip(reward_scale [R(x, y_w) - R(x, y_l)], +-margin_clip),   L = (Delta* - Delta_theta)^2
     Delta_theta = beta [log pi_theta/pi_ref (x, y_w) - log pi_theta/pi_ref (x, y_l)]
 
-R is a method's aggregate of the calibrated rewards of all K x M members (`pessimism`). The frozen numbers come from
-`policy_data`, targets and losses from `policy_targets`; every method sees the same pairs in the same order. The TRL baseline is in `dpo_baseline`.
+R is a method's aggregate of the calibrated rewards of all K x M members (`pessimism`). What the methods are is in
+`policy_methods`, what each training is fed in `policy_inputs`, targets and losses in `policy_targets`; every method sees
+the same labelled pairs in the same order. The TRL baseline is in `dpo_baseline`, the closed-form gate in `policy_gate`.
 """
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prmd import io, plotting
@@ -22,58 +21,44 @@ from prmd.checkpoints import copy_model, name_checkpoints
 from prmd.config import PolicyConfig
 from prmd.config_file import as_dict
 from prmd.dpo_baseline import train_trl_dpo
-from prmd.dry_run import describe_reward_models, describe_training
+from prmd.dry_run import describe_policies
+from prmd.errors import DataError
 from prmd.models import add_lora, load_causal_lm, load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.policy_data import (
-    PairScores,
-    PolicyPairs,
-    ScaleResponses,
-    held_out_pairs,
-    load_reward_models,
-    pooled_pairs,
-    scale_responses,
-    score_pairs,
-)
-from prmd.policy_targets import (
+from prmd.policy_data import load_reward_models
+from prmd.policy_gate import describe_gate
+from prmd.policy_inputs import MethodInputs, Prepared, method_inputs, prepare
+from prmd.policy_methods import (
     BASELINE,
-    LABEL_METHODS,
-    Targets,
-    describe_targets,
-    method_targets,
-    policy_loss,
+    POLICY_METHODS,
+    SOUP,
+    SOUP_MEMBERS,
+    check_methods,
+    reference_sample_count,
+    settings_read,
 )
+from prmd.policy_selection import loss_function
+from prmd.policy_soup import average_policies
+from prmd.policy_targets import describe_targets
 from prmd.preferences import read_pairs
 from prmd.provenance import (
     finish_run,
     is_current,
     partial_directory,
     publish,
+    read_run,
     refuse_replacing,
     start_run,
     write_step_result,
 )
-from prmd.reference import reference_key, reference_logps
-from prmd.runtime import is_main_process, set_seed
+from prmd.reference import reference_key
+from prmd.runtime import is_main_process, set_seed, wait_for_everyone
 from prmd.sequence_models import SequenceLogps
-from prmd.trainer import PairData
 from prmd.training import TrainingRun, check_training, run_training
 
 logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class _Prepared:
-    """Everything frozen that the methods share.
-
-    `scores` and `scale` are None when no reward model is needed; `ref_logps` are [n, 2].
-    """
-
-    pairs: PolicyPairs
-    held_out: PolicyPairs
-    ref_logps: tuple[Tensor, Tensor]
-    scores: tuple[PairScores, PairScores] | None
-    scale: ScaleResponses | None
+POLICY_COMMAND = "python 3_policy_training/pessimistic_dpo.py"
 
 
 def train_baseline_dpo(config: PolicyConfig, *, force: bool = False, dry_run: bool = False) -> Path:
@@ -86,7 +71,10 @@ def train_pessimistic(config: PolicyConfig, *, force: bool = False, dry_run: boo
     if not config.policy.methods:
         logger.info("policy.methods is empty: no pessimistic policy to train")
         return config.paths.policies
-    return _train_methods(config, config.policy.methods, force, dry_run)
+    path = _train_methods(config, config.policy.methods, force, dry_run)
+    if dry_run:
+        describe_gate(config)
+    return path
 
 
 def train_hierarchical(config: PolicyConfig, *, force: bool = False, dry_run: bool = False) -> Path:
@@ -95,48 +83,26 @@ def train_hierarchical(config: PolicyConfig, *, force: bool = False, dry_run: bo
 
 
 def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dry_run: bool) -> Path:
-    directories = {method: config.paths.policy(method, config.run_name) for method in methods}
+    check_methods(config, methods)
+    trained = [method for method in dict.fromkeys(methods) if method != SOUP]
     if dry_run:
-        train, val = (
-            [config.paths.split(objective, split) for objective in OBJECTIVES] for split in ("train", "val")
-        )
-        if any(_needs_rewards(method) for method in methods):
-            describe_reward_models(config.paths)
-        for method, directory in directories.items():
-            describe_training(
-                config.shared,
-                name=f"policy {method}",
-                trained_on=train,
-                also_read=val,
-                tuning=config.tuning,
-                training=config.training,
-                task="policy",
-                output=directory,
-            )
+        describe_policies(config, methods)
         return config.paths.policies
     _check_data(config)
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    keys = {method: _fingerprint(config, method, tokenizer) for method in methods}
-    todo = [method for method in methods if force or not is_current(directories[method], keys[method])]
-    for method in methods:
-        if method not in todo:
-            logger.info(
-                "policy %s: finished before with the same settings, reused: %s", method, directories[method]
-            )
+    if SOUP in methods:
+        _check_soup(config, tokenizer, being_trained=trained)
+    todo = _not_finished(config, trained, tokenizer, force)
     if todo:
-        for method in todo if not force else ():
-            refuse_replacing(directories[method], what=f"policy {method}")
         check_training(
             config.shared, config.tuning, config.training, task="policy", directory=config.paths.policies
         )
-        prepared = _prepare(config, tokenizer, todo)
-        for method in todo:
-            _train_method(config, method, directories[method], keys[method], prepared, tokenizer, force)
+    for objective in dict.fromkeys(POLICY_METHODS[method].objective for method in todo):
+        alike = {m: key for m, key in todo.items() if POLICY_METHODS[m].objective == objective}
+        _train_alike(config, alike, objective, tokenizer, force)
+    if SOUP in methods:
+        _make_soup(config, tokenizer, force)
     return config.paths.policies
-
-
-def _needs_rewards(method: str) -> bool:
-    return method != BASELINE and method not in LABEL_METHODS
 
 
 def _check_data(config: PolicyConfig) -> None:
@@ -146,126 +112,187 @@ def _check_data(config: PolicyConfig) -> None:
             read_pairs(config.paths, objective, split)
 
 
+def _not_finished(
+    config: PolicyConfig, methods: Sequence[str], tokenizer: PreTrainedTokenizerBase, force: bool
+) -> dict[str, str]:
+    """The methods to train with their fingerprints; a finished one is reused, one of other settings not replaced unasked."""
+    todo = {}
+    for method in methods:
+        directory, fingerprint = (
+            config.paths.policy(method, config.run_name),
+            _fingerprint(config, method, tokenizer),
+        )
+        if not force and is_current(directory, fingerprint):
+            logger.info("policy %s: finished before with the same settings, reused: %s", method, directory)
+        else:
+            todo[method] = fingerprint
+    for method in todo if not force else ():
+        refuse_replacing(config.paths.policy(method, config.run_name), what=f"policy {method}")
+    return todo
+
+
 def _fingerprint(config: PolicyConfig, method: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Key of everything a finished policy depends on."""
-    values, paths = as_dict(config), config.paths
-    policy = {key: value for key, value in values["policy"].items() if key != "methods"}
+    """Key of everything a finished policy depends on, and of nothing its method does not read."""
+    values, paths, rewarded = as_dict(config), config.paths, POLICY_METHODS[method].reads_rewards
     shared = values["reward_model_config"]
     data = [
         io.file_sha256(paths.split(objective, split))
         for objective in OBJECTIVES
         for split in ("train", "val")
     ]
-    models = [m.fingerprint for m in load_reward_models(config.shared)] if _needs_rewards(method) else []
-    parts = [method, policy, values["tuning"], values["training"], shared["seed"], shared["calibration"]]
-    return io.fingerprint([*parts, reference_key(config.shared, tokenizer), data, models])
+    models = [m.fingerprint for m in load_reward_models(config.shared)] if rewarded else []
+    parts = [method, settings_read(config, method), values["tuning"], values["training"], shared["seed"]]
+    calibration = shared["calibration"] if rewarded else None
+    return io.fingerprint([*parts, calibration, reference_key(config.shared, tokenizer), data, models])
 
 
-# ------------------------------------------------------------------ frozen numbers
-def _prepare(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, methods: Sequence[str]) -> _Prepared:
-    pairs = pooled_pairs(config, tokenizer, "train", None)
-    watched = held_out_pairs(config, tokenizer, len(pairs.tokenized.rows))
-    held_out = PolicyPairs(watched, list(range(len(watched.rows))))
-    logger.info(
-        "policies: %d distinct pairs of %s, %d dropped and %d with a shortened prompt at max_length %d",
-        *(
-            len(pairs.tokenized.rows),
-            config.paths.approach,
-            pairs.tokenized.dropped,
-            pairs.tokenized.truncated,
-        ),
-        config.training.max_length,
-    )
-    if not any(_needs_rewards(method) for method in methods):
-        needed = any(method != BASELINE for method in methods)
-        sides = (pairs, held_out) if needed else ()
-        logps = [
-            torch.stack(reference_logps(config.shared, tokenizer, side.tokenized.rows)) for side in sides
-        ]
-        return _Prepared(pairs, held_out, tuple(logps), None, None)
-    models = load_reward_models(config.shared)
-    scores = tuple(score_pairs(config, models, tokenizer, side.tokenized) for side in (pairs, held_out))
-    scale = scale_responses(config, models, tokenizer, pairs, scores[0])
-    return _Prepared(pairs, held_out, (scores[0].ref_logps, scores[1].ref_logps), scores, scale)
-
-
-# ------------------------------------------------------------------ one method
-def _train_method(
+# ------------------------------------------------------------------ training
+def _train_alike(
     config: PolicyConfig,
-    method: str,
-    directory: Path,
-    fingerprint: str,
-    prepared: _Prepared,
+    methods: Mapping[str, str],
+    objective: str | None,
     tokenizer: PreTrainedTokenizerBase,
     force: bool,
 ) -> None:
-    clock, partial = start_run(), partial_directory(directory, fingerprint, force)
+    """Train methods that see the same pairs; all their targets are made before the first one is trained.
+
+    Args:
+        methods: their fingerprints by name.
+        objective: whose pairs these are; None: those of all.
+    """
+    prepared = prepare(config, tokenizer, list(methods), objective)
+    rewarded = any(POLICY_METHODS[method].reads_rewards for method in methods)
+    if rewarded and reference_sample_count(config):
+        describe_gate(config)
+    inputs = {method: method_inputs(config, method, prepared) for method in methods if method != BASELINE}
+    for method, own in inputs.items():
+        for note in own.notes:
+            logger.info("policy %s: %s", method, note)
+    for method, fingerprint in methods.items():
+        train: Callable[[Path, Path], dict[str, Any]]
+        if method == BASELINE:
+            train = partial(_train_baseline, config, tokenizer, prepared)
+        else:
+            train = partial(_distil, config, method, inputs.pop(method), tokenizer)
+        _write_policy(config, method, fingerprint, force, train)
+
+
+def _write_policy(
+    config: PolicyConfig,
+    method: str,
+    fingerprint: str,
+    force: bool,
+    make: Callable[[Path, Path], dict[str, Any]],
+) -> None:
+    """Build a policy's folder and publish it.
+
+    Args:
+        make: (folder, log directory) -> its metrics; leaves the weights in the folder.
+    """
+    directory = config.paths.policy(method, config.run_name)
+    clock, partial_folder = start_run(), partial_directory(directory, fingerprint, force)
     log_directory = config.paths.logs("policies", config.paths.approach, directory.name)
     metrics: dict[str, Any] = {"method": directory.name, "approach": config.paths.approach, "notes": []}
-    if method == BASELINE:
-        metrics["curve"] = train_trl_dpo(config, tokenizer, prepared.pairs, partial, log_directory)
-    else:
-        targets = None
-        if _needs_rewards(method):
-            train, held_out = prepared.scores
-            targets = method_targets(
-                config.policy, method, train=train, held_out=held_out, scale=prepared.scale
-            )
-            metrics |= describe_targets(targets, config.policy.margin_clip)
-            for note in targets.notes:
-                logger.info("policy %s: %s", method, note)
-        metrics["curve"] = _distil(config, method, prepared, targets, partial, log_directory, tokenizer)
+    metrics |= make(partial_folder, log_directory)
     if is_main_process():
-        path = io.write_json(partial / "metrics.json", metrics)
+        path = io.write_json(partial_folder / "metrics.json", metrics)
         plotting.plot_policy_training(path, config.paths.visualizations)
         inputs = {"policy": fingerprint}
-        finish_run(partial, config=config, inputs=inputs, fingerprint=fingerprint, clock=clock)
-    publish(partial, directory)
+        finish_run(partial_folder, config=config, inputs=inputs, fingerprint=fingerprint, clock=clock)
+    publish(partial_folder, directory)
     if is_main_process():
         result = {key: metrics.get(key) for key in ("reward_scale", "notes")}
         write_step_result(config.paths, f"train_{directory.name}", {"artifact": str(directory), **result})
         logger.info("policy %s: written to %s", method, directory)
 
 
+def _train_baseline(
+    config: PolicyConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prepared: Prepared,
+    folder: Path,
+    log_directory: Path,
+) -> dict[str, Any]:
+    return {"curve": train_trl_dpo(config, tokenizer, prepared.pairs, folder, log_directory)}
+
+
 def _distil(
     config: PolicyConfig,
     method: str,
-    prepared: _Prepared,
-    targets: Targets | None,
-    partial: Path,
-    log_directory: Path,
+    inputs: MethodInputs,
     tokenizer: PreTrainedTokenizerBase,
-) -> list[dict[str, float]]:
-    def data(side: int) -> PairData:
-        rows = (prepared.pairs, prepared.held_out)[side].tokenized.rows
-        columns = {"ref_logps": prepared.ref_logps[side]}
-        columns["chosen_length"] = torch.tensor([float(len(row.responses[0])) for row in rows])
-        if targets is not None:
-            columns["target_margins"] = (targets.train, targets.held_out)[side].float()
-        return PairData(rows, columns)
+    folder: Path,
+    log_directory: Path,
+) -> dict[str, Any]:
+    """Train one policy with our trainer."""
+    loaded: list[SequenceLogps] = []
 
     def load(master_weights: bool) -> SequenceLogps:
         model = load_causal_lm(config.shared.model, config.paths, master_weights=master_weights)
         lora = config.tuning.method == "lora"
-        return SequenceLogps(add_lora(model, config.tuning.lora, task="CAUSAL_LM") if lora else model)
+        loaded.append(SequenceLogps(add_lora(model, config.tuning.lora, task="CAUSAL_LM") if lora else model))
+        return loaded[-1]
 
     set_seed(config.shared.seed)
     run = TrainingRun(
         name=f"policy {method}",
-        directory=partial,
+        directory=folder,
         shared=config.shared,
         tuning=config.tuning,
         training=config.training,
-        data=data(0),
-        stream=prepared.pairs.stream,
-        eval_data=data(1),
-        loss_function=lambda logps, columns: policy_loss(logps, columns, config.policy),
+        data=inputs.train,
+        stream=inputs.stream,
+        eval_data=inputs.held_out,
+        loss_function=loss_function(config, method, inputs, tokenizer.pad_token_id, lambda: loaded[-1]),
         load_model=load,
         log_directory=log_directory,
         task="policy",
     )
     history, steps = run_training(run, tokenizer)
     if is_main_process():
-        name_checkpoints(partial, steps)
-        copy_model(partial / "checkpoints" / "end", partial)
-    return history
+        name_checkpoints(folder, steps)
+        copy_model(folder / "checkpoints" / "end", folder)
+    described = describe_targets(inputs.targets, config.policy.margin_clip) if inputs.targets else {}
+    return {**described, "notes": list(inputs.notes), "curve": history}
+
+
+# ------------------------------------------------------------------ soup
+def _check_soup(
+    config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, being_trained: Sequence[str]
+) -> None:
+    """Refuse a soup of policies that are not there.
+
+    Raises:
+        DataError: one that is not about to be trained is missing, or was trained with other settings.
+    """
+    for name in SOUP_MEMBERS:
+        source = config.paths.policy(name, config.run_name)
+        if name in being_trained or is_current(source, _fingerprint(config, name, tokenizer)):
+            continue
+        state = "was trained with other settings or data" if read_run(source) else "is missing"
+        members = ", ".join(SOUP_MEMBERS)
+        raise DataError(
+            f'soup averages {members}, and {source} {state}; train them with: {POLICY_COMMAND} "policy.methods=[{members}]"'
+        )
+
+
+def _make_soup(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, force: bool) -> None:
+    """Average the finished per-objective policies; nothing is trained."""
+    sources = [config.paths.policy(name, config.run_name) for name in SOUP_MEMBERS]
+    keys = [_fingerprint(config, name, tokenizer) for name in SOUP_MEMBERS]
+    weights = [config.policy.weights[POLICY_METHODS[name].objective] for name in SOUP_MEMBERS]
+    directory, fingerprint = config.paths.policy(SOUP, config.run_name), io.fingerprint([SOUP, keys, weights])
+    if not force and is_current(directory, fingerprint):
+        logger.info("policy %s: finished before with the same settings, reused: %s", SOUP, directory)
+        return
+    if not force:
+        refuse_replacing(directory, what=f"policy {SOUP}")
+
+    def make(folder: Path, log_directory: Path) -> dict[str, Any]:
+        if is_main_process():
+            average_policies(sources, weights, folder)
+        wait_for_everyone()
+        shares = ", ".join(f"{w:.3g} {s.name}" for w, s in zip(weights, sources, strict=True))
+        return {"notes": [f"the mean of {shares}; nothing was trained"]}
+
+    _write_policy(config, SOUP, fingerprint, force, make)

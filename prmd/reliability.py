@@ -6,14 +6,21 @@ mistakes; all from margins r(chosen) - r(rejected) of held-out pairs. Not here: 
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit
-from scipy.stats import spearmanr
+from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
-from prmd.intervals import wilson_interval
+from prmd.intervals import Estimate, bootstrap_statistic, wilson_interval
+
+DISAGREEMENT_RESAMPLES = 1000
+DISAGREEMENT_BIN_PAIRS = 20
+"""Pairs in a bin of disagreement, where there are enough for two to ten bins; Wilson gives 20 of them +-.2."""
 
 
 def _as_margins(margins: Tensor | np.ndarray, caller: str) -> np.ndarray:
@@ -144,3 +151,103 @@ def disagreement_error_correlation(margins: Tensor | np.ndarray) -> float:
     if np.ptp(disagreement) == 0 or np.ptp(errors) == 0:
         return math.nan
     return float(spearmanr(disagreement, errors).statistic)
+
+
+@dataclass(frozen=True)
+class Disagreement:
+    """Whether the spread of the members foretells the mistakes of their mean, each measure with a bootstrap over pairs.
+
+    Attributes:
+        mistake_correlation: Spearman correlation of sd_m(d) with 1[mean_m d < 0] (ties one half).
+        error_correlation: the same with the probability given to the wrong order, 1 - sigmoid(mean_m d).
+        auc: probability that a pair ordered wrong has the larger sd than one ordered right, .5 if sd says nothing;
+            pairs whose mean margin is exactly 0 are left out.
+        bins: by rising sd, in bins of equal mass: disagreement (mean sd), accuracy of the mean member, low, high
+            (Wilson 95 %), n.
+    """
+
+    mistake_correlation: Estimate | None
+    error_correlation: Estimate | None
+    auc: Estimate | None
+    bins: list[dict[str, float | int]]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain dictionaries; a measure that is not defined is None."""
+        return asdict(self)
+
+
+def disagreement_measures(
+    margins: Tensor | np.ndarray, *, n_resamples: int = DISAGREEMENT_RESAMPLES, seed: int = 0
+) -> Disagreement:
+    """Disagreement of the members against the mistakes and the error of their mean.
+
+    sd grows with the size of margins, so pairs with larger margins, which are right more often, may well have more of it:
+    an AUC below one half is then no fault of the ensemble.
+
+    Args:
+        margins: r(chosen) - r(rejected) of each member, [M, N].
+        n_resamples: of pairs, for the intervals.
+        seed: of the resampling.
+
+    Returns:
+        The measures; None where one is not defined (equal sds, a mean member that is always right or always wrong).
+
+    Raises:
+        ValueError: no margins, or not finite.
+    """
+    d = np.atleast_2d(_as_margins(margins, "disagreement_measures"))
+    disagreement, mean = d.std(axis=0), d.mean(axis=0)
+    wrong = np.where(mean == 0, 0.5, mean < 0)
+    decided = mean != 0
+
+    def measured(statistic: Callable[[np.ndarray], np.ndarray], errors: np.ndarray, kept: np.ndarray) -> Any:
+        rows = np.stack([disagreement, errors], axis=1)[kept]
+        if len(rows) < 2 or (np.ptp(rows, axis=0) == 0).any():
+            return None
+        return bootstrap_statistic(statistic, rows, n_resamples=n_resamples, seed=seed)
+
+    everything = np.ones_like(decided)
+    return Disagreement(
+        mistake_correlation=measured(_rank_correlation, wrong, everything),
+        error_correlation=measured(_rank_correlation, expit(-mean), everything),
+        auc=measured(_area_under_curve, wrong, decided),
+        bins=_disagreement_bins(disagreement, 1.0 - wrong),
+    )
+
+
+def _rank_correlation(rows: np.ndarray) -> np.ndarray:
+    """Spearman correlation of the two columns of each of b samples [b, n, 2]; 0 where one column is constant."""
+    ranks = rankdata(rows, axis=1)
+    ranks -= ranks.mean(axis=1, keepdims=True)
+    covariance, scale = ranks.prod(axis=2).sum(axis=1), np.sqrt((ranks**2).sum(axis=1).prod(axis=1))
+    return np.divide(covariance, scale, out=np.zeros_like(scale), where=scale > 0)
+
+
+def _area_under_curve(rows: np.ndarray) -> np.ndarray:
+    """P(score of a 1 > score of a 0), ties one half, of b samples [b, n, (score, 0 or 1)]; .5 where one kind is absent.
+
+    Source: the Mann-Whitney U statistic from ranks (Hanley and McNeil 1982).
+    """
+    ranks, ones = rankdata(rows[..., 0], axis=1), rows[..., 1]
+    positives = ones.sum(axis=1)
+    pairs = positives * (rows.shape[1] - positives)
+    wins = (ranks * ones).sum(axis=1) - positives * (positives + 1) / 2
+    return np.divide(wins, pairs, out=np.full_like(wins, 0.5), where=pairs > 0)
+
+
+def _disagreement_bins(disagreement: np.ndarray, correct: np.ndarray) -> list[dict[str, float | int]]:
+    n = len(disagreement)
+    order = np.argsort(disagreement, kind="stable")
+    bins = []
+    for rows in np.array_split(order, min(n, max(2, min(10, n // DISAGREEMENT_BIN_PAIRS)))):
+        accuracy = wilson_interval(correct[rows].sum(), len(rows))
+        bins.append(
+            {
+                "disagreement": float(disagreement[rows].mean()),
+                "accuracy": accuracy.value,
+                "low": accuracy.low,
+                "high": accuracy.high,
+                "n": len(rows),
+            }
+        )
+    return bins

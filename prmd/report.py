@@ -3,7 +3,7 @@
     path = build_report(config.paths)
 
 What lives here: drawing and embedding the figures, their alternative texts, rendering. What does not: what sections say
-(`report_sections`, `report_evaluation`) and the layout (`report_template.html`, in which every value is escaped). The
+(`report_sections`, `report_headline`, `report_evaluation`) and the layout (`report_template.html`, in which every value is escaped). The
 page asks nothing of the network and is a pure function of the files.
 """
 
@@ -19,19 +19,16 @@ import jinja2
 from prmd import io
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
-from prmd.plotting import plot_length_distributions, plot_policy_training, plot_reward_model, plot_split_sizes
+from prmd.plotting import plot_length_distributions, plot_policy_training, plot_split_sizes
 from prmd.plotting_evaluation import plot_metrics
-from prmd.report_evaluation import (
-    EMBEDDED_CAVEAT,
-    approaches_section,
-    benchmarks_section,
-    headline_section,
-    limits_section,
-    samples_section,
-)
+from prmd.plotting_rewards import plot_reward_model
+from prmd.report_evaluation import EMBEDDED_CAVEAT, benchmarks_section, limits_section, samples_section
+from prmd.report_headline import approaches_section, headline_section
+from prmd.report_measures import measures_csv
 from prmd.report_sections import (
     data_section,
     folders,
+    gate_section,
     load,
     policies_section,
     reward_models_section,
@@ -60,9 +57,16 @@ _FIGURE_TEXTS = {
     ),
     "worst_objective": (
         "Worst-objective win rate of each policy",
-        "The band joins the intervals of all objectives.",
+        "The band: lowest lower to lowest upper end over objectives.",
     ),
-    "kl_frontier": ("Worst-objective win rate against KL", "Up is better, left is closer to the reference."),
+    "kl_frontier": (
+        "Worst-objective win rate and mean of the minimum against KL",
+        "Up is better, left is closer to the reference; small dots are checkpoints on the way, where they were sampled.",
+    ),
+    "over_optimisation": (
+        "Gains of the best of n reference samples by the proxy that chose it and by the judges",
+        "Where the proxy rises and the judges do not, choosing harder by the proxy is over-optimisation.",
+    ),
     "pareto": (
         "Win rate on the first against the second objective",
         "95 % ellipses of the mean over prompts.",
@@ -82,6 +86,10 @@ _FIGURE_TEXTS = {
     "margins": ("Reward margins of held-out pairs", "Right of zero the reward model agrees with the label."),
     "reliability": ("Accuracy against confidence", "Below the dashed line the model is too sure of itself."),
     "members": ("Correlation between ensemble members", "All near 1 would be one model, not an ensemble."),
+    "disagreement": (
+        "Accuracy against the members' disagreement",
+        "Where disagreement foretells mistakes, accuracy falls to the right.",
+    ),
     "curve": ("Held-out loss and accuracy over training", "The best checkpoint is the one that is kept."),
     "training": ("Loss and margins over training", "Implicit margins move towards the targets."),
     "targets": ("Histogram of target margins", "What training aims at; a spike at either end is clipping."),
@@ -90,7 +98,7 @@ _FIGURE_TEXTS = {
 
 
 def build_report(paths: ArtifactPaths) -> Path:
-    """Draw every figure, write the page and the headline table as `tables.md`, `.csv` and `.tex` beside it.
+    """Draw every figure, write the page, and its tables of results as `tables.md`, `.csv`, `.tex` and `measures.csv` beside it.
 
     Args:
         paths: of the approach to report; other approaches are compared where their evaluation is the same.
@@ -108,6 +116,7 @@ def build_report(paths: ArtifactPaths) -> Path:
         "approaches": approaches_section(paths),
         "benchmarks": benchmarks_section(paths),
         "reward_models": reward_models_section(paths),
+        "gate": gate_section(paths),
         "policies": policies_section(paths),
         "data": data_section(paths),
         "samples": samples_section(paths, methods),
@@ -116,6 +125,7 @@ def build_report(paths: ArtifactPaths) -> Path:
     }
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     environment.filters["number"] = format_number
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # objectives in their own order
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     io.write_text(paths.report, template.render(view))
     _write_tables(paths.report.parent, headline)
@@ -126,9 +136,15 @@ def build_report(paths: ArtifactPaths) -> Path:
 def _write_tables(directory: Path, headline: dict[str, Any]) -> None:
     if headline["missing"]:
         return
-    io.write_text(directory / "tables.md", to_markdown(headline["table"]))
+    tables = {"Result": headline["table"], "Who judged": headline["judges"], **headline["tables"]}
+    found = {name: table for name, table in tables.items() if table}
+    markdown = (f"## {name}\n\n{to_markdown(table)}" for name, table in found.items())
+    io.write_text(directory / "tables.md", "\n".join(markdown))
+    latex = (f"% {name}\n{to_latex(table)}" for name, table in found.items())
+    io.write_text(directory / "tables.tex", "\n".join(latex))
     io.write_text(directory / "tables.csv", headline_csv(headline["rows"]))
-    io.write_text(directory / "tables.tex", to_latex(headline["table"]))
+    every = measures_csv(headline["measures"], headline["samples_per_prompt"])
+    io.write_text(directory / "measures.csv", every)
 
 
 # ------------------------------------------------------------------ figures

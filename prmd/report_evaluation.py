@@ -1,7 +1,8 @@
-"""What the report says of the evaluation: headline, approaches side by side, benchmarks, samples, limits.
+"""What the report says of benchmarks, samples and limits.
 
-What lives here: sections built from `outputs/metrics` and `outputs/benchmarks`, in words and tables. What does not:
-numbers (they are read, never computed), figures and the page (`report`, to be read next).
+What lives here: sections built from `outputs/benchmarks` and the samples in `outputs/metrics`. What does not: the results
+of the evaluation (`report_headline`), numbers (they are read, never computed), figures and the page (`report`, to be read
+next).
 """
 
 from collections.abc import Iterable
@@ -11,152 +12,13 @@ from typing import Any
 from prmd.config import BenchmarksConfig
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
-from prmd.report_sections import Section, flat, folders, load, load_rows, missing
-from prmd.report_tables import (
-    NOTHING,
-    Table,
-    format_estimate,
-    format_number,
-    headline_table,
-    objectives_of,
-    with_mark,
-)
+from prmd.report_comparisons import benchmark_judges_table, paired_table
+from prmd.report_headline import EVALUATE
+from prmd.report_sections import Section, load, load_rows, missing
+from prmd.report_tables import NOTHING, Table, format_number, objectives_of, with_mark
 
 MAX_BROWSED_PROMPTS = 60
-_EVALUATE = "python 4_evaluation/compute_metrics.py"
 _BENCHMARK = "python 4_evaluation/benchmark_eval.py"
-
-
-# ------------------------------------------------------------------ headline
-def headline_section(paths: ArtifactPaths) -> Section:
-    """The headline table, what it was measured on, and the paired comparisons."""
-    comparison = load(paths.metrics / "comparison.json")
-    if not comparison or not comparison.get("rows"):
-        return {"missing": missing(paths, _EVALUATE), "rows": []}
-    rows = comparison["rows"]
-    metrics = {row["method"]: load(paths.metrics / f"{row['method']}.json") or {} for row in rows}
-    evaluation = next((m["evaluation"] for m in metrics.values() if m.get("evaluation")), {})
-    worst = {
-        name: (m.get("worst_objective") or {}).get("objective", "")
-        for name, m in metrics.items()
-        if name != "reference"
-    }
-    return {
-        "missing": None,
-        "rows": rows,
-        "table": headline_table(rows, worst, _measured_on(paths, evaluation)),
-        "summary": _summary(rows),
-        "judges": _judges(evaluation),
-        "paired": paired_table(comparison),
-        "notes": [f"{name}: {note}" for name, m in metrics.items() for note in m.get("notes") or []],
-        "truncated": {n: m["truncated_share"] for n, m in metrics.items() if m.get("truncated_share")},
-        "implicit": _implicit(metrics),
-    }
-
-
-def _summary(rows: list[dict[str, Any]]) -> str:
-    policies = [
-        row
-        for row in rows
-        if row["method"] != "reference" and (row.get("worst") or {}).get("low") is not None
-    ]
-    if not policies:
-        return "No policy has been evaluated yet."
-    better = [row["method"] for row in policies if row["worst"]["low"] > 0.5]
-    worse = [row["method"] for row in policies if row["worst"]["high"] < 0.5]
-    said = f"None of {len(policies)} policies has a worst-objective band wholly above ½."
-    if better:
-        said = (
-            f"Even on the worst objective, {_listed(better)} beat the reference: the whole band lies above ½."
-        )
-    if worse:
-        said += f" For {_listed(worse)} the whole band lies below ½."
-    undecided = len(policies) - len(better) - len(worse)
-    return said + (
-        f" For {undecided} of {len(policies)} the band contains ½: not decided." if undecided else ""
-    )
-
-
-def _listed(names: list[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
-def _measured_on(paths: ArtifactPaths, evaluation: dict[str, Any]) -> str:
-    return (
-        f"Approach {paths.approach}: {evaluation.get('prompts', '?')} held-out prompts × "
-        f"{evaluation.get('samples_per_prompt', '?')} samples of at most {evaluation.get('max_new_tokens', '?')} "
-        f"tokens at temperature {evaluation.get('temperature', '?')}. Win rate: share of sample pairs the judge "
-        "prefers to the reference, ties ½. Brackets: 95 % intervals over prompts; for the worst objective a "
-        "band, lowest lower to highest upper end. ↑ ↓: the interval excludes ½."
-    )
-
-
-def _judges(evaluation: dict[str, Any]) -> list[str]:
-    lines = []
-    for objective, judge in (evaluation.get("judges") or {}).items():
-        accuracy = judge.get("accuracy") or {}
-        line = (
-            f"{objective}: {judge.get('path', '?')}, accuracy {format_estimate(accuracy)}"
-            f" on {accuracy.get('n', '?')} pairs it was not trained on"
-        )
-        if accuracy.get("low", 1.0) <= 0.5:  # chance: half of the pairs
-            line += "; not distinguishable from chance, so its win rates say nothing"
-        lines.append(line)
-    return lines
-
-
-def paired_table(comparison: dict[str, Any]) -> Table | None:
-    """The paired tests as they were written: one column per key, estimates with their intervals."""
-    tests = comparison.get("paired") or []
-    columns = tuple(dict.fromkeys(key for test in tests for key in test))
-    if not columns:
-        return None
-    rows = tuple(tuple(_cell(test.get(key)) for key in columns) for test in tests)
-    names = tuple(key.replace("_", " ") for key in columns)
-    return Table(names, rows, f"Declared before looking: {comparison.get('declared') or 'nothing'}.")
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: NOTHING}[value]
-    if isinstance(value, dict):
-        return format_estimate(value) if "value" in value else flat(value)
-    return format_number(value, 3) if isinstance(value, float) else str(value)
-
-
-def _implicit(metrics: dict[str, dict[str, Any]]) -> Table | None:
-    present = {name: m["implicit"] for name, m in metrics.items() if isinstance(m.get("implicit"), dict)}
-    keys = tuple(dict.fromkeys(key for values in present.values() for key in values))
-    rows = tuple((name, *(_cell(values.get(key)) for key in keys)) for name, values in present.items())
-    return Table(("method", *keys), rows, "Implicit rewards of the policies.") if rows and keys else None
-
-
-# ------------------------------------------------------------------ approaches side by side
-def approaches_section(paths: ArtifactPaths) -> Section | None:
-    """Approaches evaluated on the same prompts by the same judges in one table; None where there is only one."""
-    found = {}
-    for folder in folders(paths.metrics.parent):
-        comparison = load(folder / "comparison.json")
-        if comparison and comparison.get("rows"):
-            found[folder.name] = (comparison["rows"], _evaluation_key(folder, comparison["rows"]))
-    if len(found) < 2:
-        return None
-    keys = {name: key for name, (_, key) in found.items()}
-    if len(set(keys.values())) > 1 or None in keys.values():
-        listed = ", ".join(f"{name} {key or 'unknown'}" for name, key in keys.items())
-        return {"table": None, "why": f"evaluation fingerprints are {listed}"}
-    rows = [row | {"method": f"{name}: {row['method']}"} for name, (rows, _) in found.items() for row in rows]
-    return {
-        "table": headline_table(rows, {}, "Same prompts, decoding and judges for every row."),
-        "why": None,
-    }
-
-
-def _evaluation_key(folder: Path, rows: list[dict[str, Any]]) -> str | None:
-    """The one evaluation fingerprint all methods of a folder share, or None."""
-    evaluations = [(load(folder / f"{row['method']}.json") or {}).get("evaluation") or {} for row in rows]
-    keys = {evaluation.get("fingerprint") for evaluation in evaluations}
-    return keys.pop() if len(keys) == 1 else None
 
 
 # ------------------------------------------------------------------ benchmarks
@@ -170,7 +32,12 @@ def benchmarks_section(paths: ArtifactPaths) -> Section:
     methods = sorted({m for found in results.values() for m in found}, key=lambda m: (m != "reference", m))
     rows = [row for name, found in results.items() for row in _benchmark_rows(paths, name, found, methods)]
     caption = "Brackets: 95 % intervals. Chance is what guessing scores; ↑ ↓: the interval excludes it."
-    return {"table": Table(("benchmark", "metric", "chance", "n", *methods), tuple(rows), caption)}
+    table = Table(("benchmark", "metric", "chance", "n", *methods), tuple(rows), caption)
+    folded = {
+        "Paired comparisons on benchmarks": paired_table(load(paths.benchmark_comparison) or {}),
+        "Who judged the benchmarks": benchmark_judges_table(results),
+    }
+    return {"table": table, "folded": {name: found for name, found in folded.items() if found}}
 
 
 def _benchmark_results(folder: Path) -> dict[str, dict[str, Any]]:
@@ -213,7 +80,7 @@ def samples_section(paths: ArtifactPaths, methods: list[str]) -> Section:
     for rows in by_method.values():
         prompts |= {key: row for key, row in rows.items() if key not in prompts}
     shown = [_browsed(key, row, by_method) for key, row in list(prompts.items())[:MAX_BROWSED_PROMPTS]]
-    return {"prompts": shown, "total": len(prompts), "missing": None if shown else missing(paths, _EVALUATE)}
+    return {"prompts": shown, "total": len(prompts), "missing": None if shown else missing(paths, EVALUATE)}
 
 
 def _browsed(key: str, row: dict[str, Any], by_method: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def runs_section(paths: ArtifactPaths) -> Section:
         (what, format_seconds(s), *_run_cells(run)) for (what, _, run), s in zip(done, seconds, strict=True)
     )
     total = sum(s for (what, _, _), s in zip(done, seconds, strict=True) if not what.startswith(_JUDGE))
-    columns = ("part", "time", "commit", "device", "seed", "peak memory")
+    columns = ("part", "time", "commit", "content key", "device", "seed", "peak memory")
     hardware = next((run["hardware"] for _, _, run in done if run.get("hardware")), None)
     versions = next((run["versions"] for _, _, run in done if run.get("versions")), {})
     return {
@@ -106,6 +106,7 @@ def _run_cells(run: dict[str, Any]) -> tuple[str, ...]:
     memory = run.get("peak_memory_bytes")
     return (
         commit + (" + changes" if run.get("dirty") else ""),
+        str(run.get("fingerprint") or NOTHING),
         str(run.get("device") or NOTHING),
         str(run.get("seed", NOTHING)),
         f"{memory / 2**30:.1f} GiB" if memory else NOTHING,
@@ -202,6 +203,10 @@ def _accuracy(key: str) -> Any:
     return read
 
 
+def _disagreement(key: str, *, neutral: float) -> Any:
+    return lambda metrics: with_mark((metrics.get("disagreement") or {}).get(key), neutral)
+
+
 _REWARD_ROWS = (
     ("accuracy of the reward model", _accuracy("accuracy")),
     ("accuracy of the mean member", _accuracy("mean_member_accuracy")),
@@ -214,10 +219,8 @@ _REWARD_ROWS = (
         "the same on reference samples",
         lambda m: format_number(m.get("member_correlation_reference_samples")),
     ),
-    (
-        "disagreement with error, correlation",
-        lambda m: format_number(m.get("disagreement_error_correlation")),
-    ),
+    ("disagreement with error, rank correlation", _disagreement("mistake_correlation", neutral=0.0)),
+    ("wrong pairs disagree more than right ones, AUC", _disagreement("auc", neutral=0.5)),
     ("calibration for minima", _calibration),
     ("pairs: train / fit heads / val / test", _sizes),
     (
@@ -245,6 +248,36 @@ def policies_section(paths: ArtifactPaths) -> Section:
     notes = [f"{name}: {note}" for name, m in policies.items() for note in m.get("notes") or []]
     caption = "Targets are what each policy's implicit margins were pulled to; DPO has none."
     return {"missing": None, "table": Table(columns, tuple(rows), caption), "notes": notes}
+
+
+def gate_section(paths: ArtifactPaths) -> Section | None:
+    """The closed-form gate: what each method reaches on reference samples at one KL, by the training ensemble.
+
+    None where it was not computed: without scored reference samples there is none.
+    """
+    gate = load(paths.reward_analysis / "gate.json")
+    if not gate:
+        return None
+    rows = tuple(
+        (
+            row["method"],
+            *(format_number(row["gains"].get(k)) for k in OBJECTIVES),
+            format_number(row["worst_gain"]),
+            format_number(row["mean_of_min"]),
+            format_number(row["effective_sample_size"], 1),
+        )
+        for row in gate["rows"]
+    )
+    reference = next((format_number(row["reference_mean_of_min"]) for row in gate["rows"]), NOTHING)
+    caption = (
+        f"Before any training: the optimal policy of each reward on {gate['samples_per_prompt']} samples of "
+        f"{gate['prompts']} {gate['source'].removeprefix('reference samples of the ')}, at {format_number(gate['kl'])} nats for all (kl_target "
+        f"{gate['kl_target']:g}). Gains over the reference in calibrated units by the mean members of the training "
+        f"ensemble, a proxy. E min of the reference: {reference}. Below about 4 effective samples a row is mostly noise."
+    )
+    columns = ("method", *OBJECTIVES, "worst gain, min E", "E min", "effective samples")
+    notes = [f"{row['method']}: {row['reason']}" for row in gate.get("refused") or []]
+    return {"table": Table(columns, rows, caption), "notes": notes}
 
 
 # ------------------------------------------------------------------ data

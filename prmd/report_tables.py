@@ -7,7 +7,7 @@ What lives here: `format_estimate`, `Table` and the headline table of a comparis
 import csv
 import io as text_io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,12 @@ _LATEX = {
     "−": "$-$",
     UP: r"$\uparrow$",
     DOWN: r"$\downarrow$",
+    "▲": r"$\bigtriangleup$",
+    "▼": r"$\bigtriangledown$",
+    "½": r"$\frac12$",
+    "×": r"$\times$",
 }
+_LATEX_SPECIAL = re.compile(f"[{re.escape(''.join(_LATEX))}]")
 
 
 @dataclass(frozen=True)
@@ -67,22 +72,28 @@ def format_estimate(estimate: Estimate | float | None, digits: int = 2) -> str:
     return f"{value} [{format_number(estimate['low'], digits)}, {format_number(estimate['high'], digits)}]"
 
 
-def with_mark(estimate: Estimate | None, neutral: float = 0.5) -> str:
+def with_mark(estimate: Estimate | None, neutral: float = 0.5, digits: int = 2) -> str:
     """`format_estimate` with an arrow where the interval lies wholly above or below `neutral`."""
-    text = format_estimate(estimate)
+    text = format_estimate(estimate, digits)
     if not estimate or estimate.get("low") is None or estimate.get("high") is None:
         return text
     mark = UP if estimate["low"] > neutral else DOWN if estimate["high"] < neutral else ""
     return f"{text} {mark}".rstrip()
 
 
-def headline_table(rows: Sequence[dict[str, Any]], worst_names: dict[str, str], caption: str) -> Table:
+def headline_table(
+    rows: Sequence[dict[str, Any]],
+    worst_names: Mapping[str, str | None],
+    caption: str,
+    marks: Mapping[tuple[str, str], str] | None = None,
+) -> Table:
     """Method × (win rate per objective, worst objective, mean of the minimum, KL, length).
 
     Args:
         rows: `rows` of comparison.json.
         worst_names: method to the name of its worst objective.
         caption: what the numbers were measured on.
+        marks: by (method, measure as the paired tests name it), put behind the number.
     """
     objectives = objectives_of(rows)
     columns = (
@@ -93,13 +104,22 @@ def headline_table(rows: Sequence[dict[str, Any]], worst_names: dict[str, str], 
         "KL, nats/response",
         "length, tokens",
     )
-    body = []
+    body, marks = [], marks or {}
     for row in rows:
-        rates = [with_mark(row["win_rate"].get(k)) for k in objectives]
-        worst = " ".join(filter(None, (worst_names.get(row["method"]), with_mark(row.get("worst")))))
-        rest = (format_estimate(row.get("mean_of_min")), format_estimate(row.get("kl")))
-        body.append((row["method"], *rates, worst, *rest, format_estimate(row.get("length"), 1)))
+        name = row["method"]
+        rates = [
+            _joined(with_mark(row["win_rate"].get(k)), marks.get((name, f"win rate, {k}")))
+            for k in objectives
+        ]
+        worst = _joined(worst_names.get(name), with_mark(row.get("worst")))
+        minimum = _joined(format_estimate(row.get("mean_of_min")), marks.get((name, "mean of minimum")))
+        rest = (format_estimate(row.get("kl")), format_estimate(row.get("length"), 1))
+        body.append((name, *rates, worst, minimum, *rest))
     return Table(columns, tuple(body), caption)
+
+
+def _joined(*parts: str | None) -> str:
+    return " ".join(filter(None, parts))
 
 
 def objectives_of(rows: Sequence[dict[str, Any]]) -> tuple[str, ...]:
@@ -121,9 +141,7 @@ def to_latex(table: Table) -> str:
     """A `tabular` that needs no package; the caption is a comment above it."""
 
     def line(cells: Sequence[str]) -> str:
-        return (
-            "  " + " & ".join(re.sub(r"[&%$#_{}~^\\–−↑↓]", lambda m: _LATEX[m[0]], c) for c in cells) + r" \\"
-        )
+        return "  " + " & ".join(_LATEX_SPECIAL.sub(lambda m: _LATEX[m[0]], c) for c in cells) + r" \\"
 
     layout = "l" + "r" * (len(table.columns) - 1)
     comment = "".join(f"% {text}\n" for text in table.caption.splitlines())

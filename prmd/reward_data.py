@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from prmd import io
+from prmd.adapter_members import resampled
 from prmd.config import RewardModelConfig
 from prmd.config_file import as_dict
 from prmd.errors import ConfigError
@@ -24,17 +25,29 @@ MIN_FIT_PAIRS = 2
 
 @dataclass(frozen=True)
 class RewardTask:
-    """One reward model to train: on which split, to where, logged under which names."""
+    """One reward model, or one `member` of its ensemble, to train: on which split, to where, logged under which names."""
 
     config: RewardModelConfig
     objective: str
     split: str
     directory: Path
     log_names: tuple[str, ...]
+    member: int | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.objective} {'judge' if self.split == 'judge' else 'reward model'}"
+        name = f"{self.objective} {'judge' if self.split == 'judge' else 'reward model'}"
+        return name if self.member is None else f"{name}, member {self.member}"
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether heads are fit on pairs that are kept from the backbone."""
+        return self.config.ensemble.members > 1 and self.config.ensemble.kind == "heads"
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the members are adapters, each trained on a resample of all pairs."""
+        return self.config.ensemble.members > 1 and self.config.ensemble.kind == "adapters"
 
     def fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> str:
         """Key of everything the finished artifact depends on."""
@@ -49,7 +62,7 @@ class RewardTask:
 
 @dataclass(frozen=True)
 class RewardPairs:
-    """Pairs of one task; `fit` is kept from the backbone."""
+    """Pairs of one task; `fit` is kept from the backbone, for heads."""
 
     train: list[PreferencePair]
     fit: list[PreferencePair]
@@ -64,20 +77,32 @@ def read_reward_pairs(task: RewardTask) -> RewardPairs:
     limit = config.training.max_pairs
     if limit is not None:
         pairs = sorted(pairs, key=lambda pair: hash_share(f"max_pairs-{config.seed}", pair.id))[:limit]
-    share = config.ensemble.fit_fraction if config.ensemble.members > 1 else 0.0
+    share = config.ensemble.fit_fraction if task.has_heads else 0.0
     fit = [pair for pair in pairs if hash_share("ensemble-fit", pair.id) < share]
     held = {pair.id for pair in fit}
     train = [pair for pair in pairs if pair.id not in held]
-    if not train or (config.ensemble.members > 1 and len(fit) < MIN_FIT_PAIRS):
+    if not train or (task.has_heads and len(fit) < MIN_FIT_PAIRS):
         raise ConfigError(
             f"ensemble.fit_fraction: {share:g} of {len(pairs)} {task.split} pairs of {task.objective} leaves {len(train)} to "
             f"the reward model and {len(fit)} to the ensemble's heads, wanted at least 1 and {MIN_FIT_PAIRS}; change it, "
             "set ensemble.members: 1, or give more data"
         )
+    if task.has_adapters:
+        _refuse_empty_resamples(task, train)
     for objective in OBJECTIVES:
         read_pairs(paths, objective, "val")  # calibration needs the prompts of all
     val, test = (read_pairs(paths, task.objective, split) for split in ("val", "test"))
     return RewardPairs(train, fit, val, test)
+
+
+def _refuse_empty_resamples(task: RewardTask, train: Sequence[PreferencePair]) -> None:
+    members = task.config.ensemble.members
+    for member, pairs in enumerate(resampled(train, members=members, seed=task.config.seed)):
+        if not pairs:
+            raise ConfigError(
+                f"ensemble.members: the resample of member {member} draws none of the {len(train)} {task.split} pairs of "
+                f"{task.objective}, wanted at least 1 for each of {members} members; give more data or fewer members"
+            )
 
 
 def tokenize_reward_pairs(

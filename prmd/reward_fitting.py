@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prmd import io, plotting
+from prmd import io, plotting_rewards
 from prmd.calibration import fit_calibration, prompt_means
 from prmd.config import RewardModelConfig
 from prmd.ensemble import fit_ensemble
@@ -37,6 +37,18 @@ def _pair_features(
     return values[..., 0], values[..., 1:]
 
 
+def _member_rewards(
+    reward_model: RewardModel, tokenized: TokenizedPairs, base: Tensor, features: Tensor
+) -> Tensor:
+    """Rewards of every member [n, 2, M]: of heads from the features, of adapters by a pass of their own, else r_0."""
+    if reward_model.ensemble:
+        found = reward_model.ensemble.rewards(features.flatten(0, 1), base.flatten())
+        return found.reshape(*base.shape, -1)
+    if reward_model.adapters:
+        return torch.stack(reward_model.rewards(tokenized.rows, description="test pairs, members")).float()
+    return base[..., None]
+
+
 def fit_heads(task: RewardTask, pairs: Sequence[PreferencePair], reward_model: RewardModel) -> None:
     """Fit the ensemble on pairs the backbone never saw and save it beside the backbone."""
     tokenized = tokenize_reward_pairs(task, pairs, reward_model.tokenizer)
@@ -60,10 +72,8 @@ def measure(
     """Metrics on the test split; written with figures and examples to `outputs/reward_analysis` for a reward model."""
     tokenized = tokenize_reward_pairs(task, data.test, reward_model.tokenizer)
     base, features = _pair_features(reward_model, tokenized, f"{task.objective}: test pairs")
-    flat = features.flatten(0, 1)
-    ensemble = reward_model.ensemble
-    members = ensemble.rewards(flat, base.flatten()) if ensemble else base.flatten()[:, None]
-    held_out = HeldOut(tokenized.pairs, tokenized.rows, base, members.reshape(*base.shape, -1))
+    members = _member_rewards(reward_model, tokenized, base, features)
+    held_out = HeldOut(tokenized.pairs, tokenized.rows, base, members)
     metrics = {
         "objective": task.objective,
         "approach": task.config.paths.approach,
@@ -82,7 +92,7 @@ def measure(
         folder, examples = task.config.paths.reward_analysis, extreme_examples(held_out)
         analysis = io.write_json(folder / f"{task.objective}.json", metrics | examples)
         io.write_text(folder / f"{task.objective}_examples.txt", readable_examples(task.objective, examples))
-        plotting.plot_reward_model(analysis)
+        plotting_rewards.plot_reward_model(analysis)
     return metrics
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prmd.preferences import PreferencePair
 from prmd.reliability import (
-    disagreement_error_correlation,
+    disagreement_measures,
     expected_calibration_error,
     log_odds_slope,
     mean_pairwise_correlation,
@@ -53,11 +53,10 @@ def reward_metrics(held_out: HeldOut) -> dict[str, Any]:
         "log_odds_slope": _defined(log_odds_slope, base),
         "reliability": reliability_bins(base),
         "members": len(members),
+        "member_accuracies": [_accuracy(margins)["value"] for margins in members],
         "member_correlation": _defined(mean_pairwise_correlation, members) if several else None,
         "member_correlation_matrix": _correlations(members),
-        "disagreement_error_correlation": _defined(disagreement_error_correlation, members)
-        if several
-        else None,
+        "disagreement": disagreement_measures(members).to_json() if several else None,
         "margins": base.round(5).tolist(),
         "rewards_chosen": held_out.base[:, 0].double().numpy().round(5).tolist(),
         "rewards_rejected": held_out.base[:, 1].double().numpy().round(5).tolist(),

@@ -2,7 +2,8 @@
 
     L_RM = mean_i [ -log sigma(r_0(x_i, y_w) - r_0(x_i, y_l)) ] + c mean_i (r_0(y_w) + r_0(y_l))^2
 
-The backbone is trained by `trainer.PairTrainer`; the M heads are then fit on a slice of the training pairs it never saw.
+The backbone is trained by `trainer.PairTrainer`; the M heads are then fit on a slice of the training pairs it never saw,
+or M adapters are trained in the same way, each on its own bootstrap of the pairs.
 The evaluation's judges are trained by the same code on the `judge` split (`train_judge`). What
 follows the backbone is in `reward_fitting`.
 """
@@ -10,6 +11,7 @@ follows the backbone is in `reward_fitting`.
 import logging
 import math
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prmd import io
+from prmd.adapter_members import (
+    drop_checkpoints,
+    is_trained,
+    keep_adapter,
+    member_folder,
+    member_seed,
+    resampled,
+)
 from prmd.checkpoints import best_step, copy_model, name_checkpoints
 from prmd.config import EvaluationConfig, RewardModelConfig
 from prmd.dry_run import describe_training
@@ -35,6 +45,7 @@ from prmd.reward_data import RewardPairs, RewardTask, read_reward_pairs, tokeniz
 from prmd.reward_fitting import calibrate_reward_model, fit_heads, measure
 from prmd.reward_models import load_reward_model
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
+from prmd.scoring import free_memory
 from prmd.sequence_models import SequenceRewards
 from prmd.trainer import Columns, PairData, PairLoss
 from prmd.training import TrainingRun, check_training, run_training
@@ -53,7 +64,7 @@ def train_reward_model(
         dry_run: say what would be read, trained and written; load nothing.
 
     Returns:
-        Its folder: a one-logit classifier with `ensemble.safetensors`, `calibration.json`, `metrics.json`.
+        Its folder: a one-logit classifier with `ensemble.safetensors` or `members/`, `calibration.json`, `metrics.json`.
     """
     paths = config.paths
     names = ("reward_models", paths.approach, objective)
@@ -117,6 +128,12 @@ def _say_what_would_be_trained(task: RewardTask) -> None:
         task="reward_model",
         output=task.directory,
     )
+    if task.has_adapters:
+        members = config.ensemble.members
+        logger.info(
+            "would train %d members more, each on its own resample of these pairs: %d trainings in all",
+            *(members, members + 1),
+        )
 
 
 def _build(
@@ -126,8 +143,10 @@ def _build(
     clock = start_run()
     partial = partial_directory(task.directory, fingerprint, force)
     facts = _train_backbone(task, data, tokenizer, partial)
+    if task.has_adapters:
+        _train_members(task, data, tokenizer, partial)
     reward_model = load_reward_model(partial, config=task.config)
-    if task.config.ensemble.members > 1:
+    if task.has_heads:
         fit_heads(task, data.fit, reward_model)
         wait_for_everyone()
         reward_model = load_reward_model(partial, config=task.config)
@@ -174,6 +193,32 @@ def _train_backbone(
         steps = {int(step): name for step, name in facts["checkpoints"].items()}
         name_checkpoints(partial, steps, facts["best_step"])
     return facts
+
+
+def _train_members(
+    task: RewardTask, data: RewardPairs, tokenizer: PreTrainedTokenizerBase, partial: Path
+) -> None:
+    """Train the adapters of the ensemble into `partial/members`, one after the other; finished ones are left alone."""
+    config = task.config
+    draws = resampled(data.train, members=config.ensemble.members, seed=config.seed)
+    for member, pairs in enumerate(draws):
+        folder = member_folder(partial, member)
+        if not is_trained(folder):
+            own = config.model_copy(update={"seed": member_seed(config.seed, member)})
+            names = (*task.log_names, f"member-{member}")
+            facts = _train(
+                replace(task, config=own, log_names=names, member=member),
+                replace(data, train=pairs),
+                tokenizer,
+                folder,
+            )
+            if is_main_process():
+                io.write_json(folder / "training.json", facts)
+                keep_adapter(folder, folder / f"checkpoint-{facts['best_step']}")
+            free_memory()
+        elif is_main_process():
+            drop_checkpoints(folder)
+        wait_for_everyone()
 
 
 def _train(

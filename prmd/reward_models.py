@@ -1,7 +1,7 @@
 """A trained reward model as the other stages use it: r_0, its ensemble and its calibration, scoring token rows.
 
-The folder is a standard one-logit classifier with `ensemble.safetensors` and `calibration.json` beside it. Training is
-in `reward_modeling`; a plain hub classifier (a judge, say) is a reward model without ensemble.
+The folder is a standard one-logit classifier with `ensemble.safetensors` (heads) or `members/` (adapters) and
+`calibration.json` beside it. Training is in `reward_modeling`; a plain hub classifier (a judge, say) is a reward model without ensemble.
 """
 
 import logging
@@ -16,13 +16,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prmd import io
+from prmd.adapter_members import AdapterMembers, find_members
 from prmd.adapters import SharedBase
 from prmd.cache import ScoreTable
 from prmd.calibration import Calibration
-from prmd.config import RewardModelConfig
+from prmd.config import ModelConfig, RewardModelConfig
 from prmd.ensemble import Ensemble
 from prmd.errors import DataError
-from prmd.models import load_classifier, load_folder_config, load_tokenizer_from
+from prmd.models import base_model_key, load_classifier, load_folder_config, load_tokenizer_from
 from prmd.paths import ArtifactPaths
 from prmd.scoring import free_memory, lookup, score_rows
 from prmd.sequence_models import SequenceRewards, supports_shared_prompts
@@ -33,40 +34,45 @@ logger = logging.getLogger(__name__)
 ENSEMBLE_FILE = "ensemble.safetensors"
 CALIBRATION_FILE = "calibration.json"
 
+Opened = tuple[PreTrainedModel | PeftModel, Callable[[dict[str, Tensor]], Tensor]]
+"""A model in memory, and what it computes of a batch: [S, width]."""
+
 
 @dataclass(frozen=True)
 class RewardModel:
     """r_0 with its ensemble, ready to score.
 
     Attributes:
-        ensemble: the M heads, or None for r_0 alone (M = 1).
+        ensemble: the M heads, or None for r_0 alone (M = 1) and for adapters.
+        adapters: the M adapters, or None; they are scored on `base_model`.
         calibration: scale and offset per member, or None where none was stored.
         fingerprint: key of weights, ensemble, template and precision; names the cache table of rewards.
         backbone_fingerprint: the same without the ensemble; names the cache table of features.
-        base: where its weights may be had as an adapter of a base that other reward models share.
+        base_model: what it was trained from, and in which precision it is scored.
+        shared_base: where its weights may be had as an adapter of a base that other reward models share.
     """
 
     directory: Path
     tokenizer: PreTrainedTokenizerBase
     ensemble: Ensemble | None
+    adapters: AdapterMembers | None
     calibration: Calibration | None
     fingerprint: str
     backbone_fingerprint: str
     paths: ArtifactPaths
-    dtype: str
-    attention: str
+    base_model: ModelConfig
     scoring_tokens: int
-    base: SharedBase | None = None
+    shared_base: SharedBase | None = None
 
     @property
     def model(self) -> PreTrainedModel | PeftModel:
         """The backbone with its head, loaded when something really has to be scored."""
-        adapted = self.base.switch_to(self.directory) if self.base else None
+        adapted = self.shared_base.switch_to(self.directory) if self.shared_base else None
         return self._merged if adapted is None else adapted
 
     @cached_property
     def _merged(self) -> PreTrainedModel:
-        return load_classifier(self.directory, self.dtype, attention=self.attention)
+        return load_classifier(self.directory, self.base_model.dtype, attention=self.base_model.attention)
 
     def release(self) -> None:
         """Free the memory of the weights; a base that others share stays until it is released itself."""
@@ -75,7 +81,8 @@ class RewardModel:
 
     @property
     def members(self) -> int:
-        return self.ensemble.members if self.ensemble else 1
+        members = self.ensemble or self.adapters
+        return members.members if members else 1
 
     def rewards(self, rows: Sequence[PrefixRow], *, description: str) -> list[Tensor]:
         """Raw rewards r_m of every response of every row, cached by content.
@@ -91,7 +98,8 @@ class RewardModel:
         def values(features: Tensor, base: Tensor) -> Tensor:
             return self.ensemble.rewards(features, base) if self.ensemble else base[:, None]
 
-        return [found.double() for found in self._score(rows, values, table, description)]
+        opened = self._open_adapters if self.adapters else lambda: self._open_backbone(values)
+        return [found.double() for found in self._score(rows, opened, table, description)]
 
     def features(self, rows: Sequence[PrefixRow], *, description: str) -> list[Tensor]:
         """[r_0, h] of every response, cached: one float32 [n_responses, 1 + d] tensor per row."""
@@ -101,22 +109,30 @@ class RewardModel:
         def values(features: Tensor, base: Tensor) -> Tensor:
             return torch.cat([base[:, None], features], dim=1)
 
-        return self._score(rows, values, table, description)
+        return self._score(rows, lambda: self._open_backbone(values), table, description)
+
+    def _open_backbone(self, values: Callable[[Tensor, Tensor], Tensor]) -> Opened:
+        scorer = SequenceRewards(self.model).eval()
+        return self.model, lambda batch: values(*scorer.features_and_rewards(**batch))
+
+    def _open_adapters(self) -> Opened:
+        self.release()  # one base in memory at a time
+        scorer = self.adapters.load(self.base_model, self.paths, pad_token_id=self.tokenizer.pad_token_id)
+        return scorer.model, lambda batch: scorer.rewards(**batch)
 
     def _score(
         self,
         rows: Sequence[PrefixRow],
-        values: Callable[[Tensor, Tensor], Tensor],
+        opened: Callable[[], Opened],
         table: ScoreTable,
         description: str,
     ) -> list[Tensor]:
         if table.holds(rows):
             return [lookup(table, row) for row in rows]
-        model = self.model
-        scorer = SequenceRewards(model).eval()
+        model, compute = opened()
         return score_rows(
             rows,
-            lambda batch: values(*scorer.features_and_rewards(**batch)),
+            compute,
             table=table,
             pad_id=self.tokenizer.pad_token_id,
             tokens_per_batch=self.scoring_tokens,
@@ -140,18 +156,21 @@ def load_reward_model(directory: Path, *, config: RewardModelConfig) -> RewardMo
     tokenizer = load_tokenizer_from(directory)
     ensemble_file = directory / ENSEMBLE_FILE
     ensemble = Ensemble.load(ensemble_file) if ensemble_file.is_file() else None
+    adapters = find_members(directory)
     rest = [template_fingerprint(tokenizer), config.model.dtype]
     keys = [io.fingerprint([weights_key(directory, with_ensemble=heads), *rest]) for heads in (True, False)]
+    if adapters:
+        keys[0] = io.fingerprint([keys[0], base_model_key(config.model, config.paths)])
     return RewardModel(
         directory=directory,
         tokenizer=tokenizer,
         ensemble=ensemble,
+        adapters=adapters,
         calibration=read_calibration(directory, keys[0]),
         fingerprint=keys[0],
         backbone_fingerprint=keys[1],
         paths=config.paths,
-        dtype=config.model.dtype,
-        attention=config.model.attention,
+        base_model=config.model,
         scoring_tokens=config.scoring_tokens,
     )
 
@@ -161,7 +180,10 @@ def weights_key(directory: Path, *, with_ensemble: bool = True) -> str:
     files = sorted(p for p in directory.glob("*.safetensors") if with_ensemble or p.name != ENSEMBLE_FILE)
     if not files:
         raise DataError(f"{directory}: no .safetensors weights; give a folder saved by save_pretrained")
-    return io.fingerprint([[p.name, io.file_sha256(p)] for p in files])
+    keys: list[list[str]] = [[p.name, io.file_sha256(p)] for p in files]
+    if with_ensemble and (adapters := find_members(directory)):
+        keys += adapters.keys()
+    return io.fingerprint(keys)
 
 
 def read_calibration(directory: Path, fingerprint: str) -> Calibration | None:

@@ -154,6 +154,30 @@ def _plan_embedded(_: DataConfig) -> list[SourceFile]:
     return [_local_file(path, path.stem, None) for path in paths]
 
 
+# ------------------------------------------------------------------ benchmarks
+def benchmark_files(path: str, patterns: tuple[str, ...], key: str) -> list[Path] | None:
+    """Local files of a benchmark: the file `path` names, or all in the folder that a pattern matches; None for a hub id.
+
+    Raises:
+        ConfigError: `path` is neither local nor a hub id, or the folder has no such file; names the YAML key.
+    """
+    found = _local_path(path, key)
+    if found is None or found.is_file():
+        return None if found is None else [found]
+    if files := sorted({file for pattern in patterns for file in found.glob(pattern)}):
+        return files
+    raise ConfigError(f"{key}: {found} has no {' or '.join(patterns)}; point it at a folder that has")
+
+
+def hub_rows(path: str, revision: str, split: str, key: str, *, name: str | None = None) -> Iterable[Row]:
+    """Rows of one split of a benchmark on the hub.
+
+    Raises:
+        ConfigError: it cannot be fetched; names the YAML key.
+    """
+    return _hub_rows(key, path, revision, split, name=name)
+
+
 # ------------------------------------------------------------------ local files
 def _local_path(text: str, key: str) -> Path | None:
     """The local file or folder `text` names, or None where it is a hub id."""

@@ -3,6 +3,8 @@
 `write_outputs(root, approach)` writes what every stage would, from a seeded generator; no model is involved.
 """
 
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ def estimate(value: float, half: float, n: int = PROMPTS, **extra: Any) -> dict[
     return {"value": value, "low": value - half, "high": value + half, "n": n, "method": "bootstrap", **extra}
 
 
-def write_outputs(root: Path, approach: str = "embedded", fingerprint: str = "eval0") -> ArtifactPaths:
+def write_outputs(root: Path, approach: str = "embedded") -> ArtifactPaths:
     """Write data, reward models, policies, metrics and benchmarks of one approach below `root`."""
     paths = ArtifactPaths(root, approach)
     rng = np.random.default_rng(7)
@@ -30,7 +32,7 @@ def write_outputs(root: Path, approach: str = "embedded", fingerprint: str = "ev
         write_reward_model(paths, objective, rng)
     for method in METHODS:
         write_policy(paths, method, rng)
-    write_evaluation(paths, rng, fingerprint)
+    write_evaluation(paths, rng)
     write_benchmarks(paths)
     return paths
 
@@ -95,7 +97,15 @@ def write_reward_model(paths: ArtifactPaths, objective: str, rng: np.random.Gene
         "log_odds_slope": 0.81,
         "length_only_accuracy": estimate(0.52, 0.14, 48, ties=2),
         "member_correlation": 0.83,
-        "disagreement_error_correlation": 0.21,
+        "disagreement": {
+            "mistake_correlation": estimate(0.21, 0.2, 48),
+            "error_correlation": estimate(0.18, 0.2, 48),
+            "auc": estimate(0.61, 0.15, 48),
+            "bins": [
+                {"disagreement": sd, "accuracy": a, "low": a - 0.2, "high": min(1, a + 0.15), "n": 24}
+                for sd, a in ((0.3, 0.79), (0.8, 0.58))
+            ],
+        },
         "reliability": [
             {"confidence": c, "accuracy": c - 0.03, "low": c - 0.15, "high": min(1, c + 0.1), "n": 12}
             for c in (0.55, 0.65, 0.78, 0.9)
@@ -143,15 +153,16 @@ def write_policy(paths: ArtifactPaths, method: str, rng: np.random.Generator) ->
     _record(paths.policy(method), 118.0)
 
 
-def write_evaluation(paths: ArtifactPaths, rng: np.random.Generator, fingerprint: str) -> None:
+def write_evaluation(paths: ArtifactPaths, rng: np.random.Generator) -> None:
     rows = []
     for i, method in enumerate(("reference", *METHODS)):
-        metrics = _method_metrics(paths, method, i, rng, fingerprint)
+        metrics = _method_metrics(paths, method, i, rng)
         io.write_json(paths.metrics / f"{method}.json", metrics)
         io.write_jsonl(paths.metrics / "samples" / f"{method}.jsonl", _samples(method, rng))
         rows.append(
             {
                 "method": method,
+                "approach": paths.approach,
                 "win_rate": {k: v["win_rate"] for k, v in metrics["objectives"].items()},
                 "worst": metrics["worst_objective"]["win_rate"],
                 "mean_of_min": metrics["mean_of_min"],
@@ -163,19 +174,89 @@ def write_evaluation(paths: ArtifactPaths, rng: np.random.Generator, fingerprint
         {
             "method": "hard_min",
             "against": "dpo",
-            "measure": "worst objective",
-            "difference": estimate(0.04, 0.09),
-            "p": 0.41,
-            "p_holm": 0.82,
+            "measure": measure,
+            "difference": estimate(0.14, 0.09),
+            "p": p,
+            "p_holm": 2 * p,
         }
+        for measure, p in (("win rate, helpful", 0.004), ("mean of minimum", 0.41))
     ]
-    comparison = {"rows": rows, "paired": paired, "declared": "each method against dpo, worst objective"}
+    comparison = {"rows": rows, "paired": paired, "declared": "each method against dpo"}
+    comparison["hypervolume"] = estimate(0.03, 0.02, chance=0.0)
+    comparison["win_matrix"] = {
+        k: [
+            {"method": a, "against": b, "win_rate": estimate(0.45, 0.1, chance=0.5)}
+            for a, b in itertools.combinations(("reference", *METHODS), 2)
+        ]
+        for k in OBJECTIVES
+    }
+    policies = [
+        {"method": m, "kl": 0.9 * i, "distance": (0.9 * i) ** 0.5}
+        | {"gold": estimate(0.2, 0.1), "proxy": estimate(0.4, 0.1)}
+        for i, m in enumerate(METHODS, start=1)
+    ]
+    comparison["over_optimisation"] = {"curves": _best_of_n(), "policies": policies}
     io.write_json(paths.metrics / "comparison.json", comparison)
+    io.write_json(paths.metrics / "frontier.json", _frontier(rows))
     _record(paths.metrics, 340.0)
 
 
+def _best_of_n() -> dict[str, Any]:
+    """Best of 1 to 4: the proxy gains, the judges half as much."""
+    points = [
+        {"n": n, "kl": math.log(n) - (n - 1) / n, "distance": math.sqrt(math.log(n) - (n - 1) / n)}
+        | {"proxy": estimate(0.4 * n - 0.4, 0.1), "gold": estimate(0.2 * n - 0.2, 0.1)}
+        for n in range(1, 5)
+    ]
+    fit = {"alpha": estimate(1.1, 0.3), "beta": estimate(0.2, 0.1), "peak_distance": 2.75}
+    units = {"proxy": 1.0, "gold": 1.0}
+    return {
+        "mean": {"points": points, "fit": fit, "units": units},
+        "hard_min": {"points": points, "fit": None, "units": units},
+    }
+
+
+def _frontier(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Two checkpoints before the end of every policy."""
+    points = [
+        row
+        | {
+            "checkpoint": name,
+            "kl": {k: v * share if k in ("value", "low", "high") else v for k, v in row["kl"].items()},
+        }
+        for row in rows[1:]
+        for name, share in (("33", 0.3), ("66", 0.7), ("end", 1.0))
+    ]
+    return {
+        "fingerprint": "f",
+        "prompts": 8,
+        "reference": {"mean_of_min": rows[0]["mean_of_min"]},
+        "points": points,
+    }
+
+
+def _proxy() -> dict[str, Any]:
+    return {
+        "members": 8,
+        "mean_reward": {k: estimate(0.3, 0.1) for k in OBJECTIVES},
+        "worst_member": {k: estimate(-0.6, 0.2) for k in OBJECTIVES},
+        "worst_objective": {"objective": "honest", "reward": estimate(-0.6, 0.3)},
+        "violation_rate": estimate(0.31, 0.05, chance=0.22),
+        "thresholds": dict.fromkeys(OBJECTIVES, -1.4),
+        "per_prompt": {},
+    }
+
+
+def _wins(rate: dict[str, Any], reference: bool) -> dict[str, Any]:
+    if reference:
+        return {"win_rate": rate, "length_controlled": None, "outcomes": None}
+    controlled = {"win_rate": estimate(0.52, 0.1, chance=0.5), "length_effect": 0.44}
+    outcomes = {"won": estimate(0.5, 0.1), "tied": estimate(0.1, 0.02), "lost": estimate(0.4, 0.1)}
+    return {"win_rate": rate, "length_controlled": controlled, "outcomes": outcomes}
+
+
 def _method_metrics(
-    paths: ArtifactPaths, method: str, place: int, rng: np.random.Generator, fingerprint: str
+    paths: ArtifactPaths, method: str, place: int, rng: np.random.Generator
 ) -> dict[str, Any]:
     reference = method == "reference"
     base = 0.5 if reference else 0.5 + 0.03 * place
@@ -184,31 +265,49 @@ def _method_metrics(
         for k in OBJECTIVES
     }
     means = {k: float(np.mean(v)) for k, v in per_prompt.items()}
-    rates = {k: estimate(v, 0.0 if reference else 0.08) for k, v in means.items()}
+    rates = {k: estimate(v, 0.0 if reference else 0.08, chance=0.5) for k, v in means.items()}
     worst = min(rates, key=lambda k: rates[k]["value"])
     kl = 0.0 if reference else 0.9 * place
     judges = {
         k: {"path": f"models/judges/{k}", "fingerprint": "j1", "accuracy": estimate(accuracy, 0.1, 40)}
         for k, accuracy in zip(OBJECTIVES, (0.66, 0.66, 0.55), strict=True)
     }
+    judging = {
+        "answer": "I'm sorry, but I can't help with that.",
+        "objectives": {
+            k: {"win_rate": estimate(rate, 0.08, chance=0.5), "length_correlation": 0.21}
+            for k, rate in zip(OBJECTIVES, (0.12, 0.9, 0.31), strict=True)
+        },
+    }
     return {
         "method": method,
         "approach": paths.approach,
         "evaluation": {
-            "fingerprint": fingerprint,
+            "fingerprint": "eval0",
             "prompts": PROMPTS,
             "samples_per_prompt": 2,
             "max_new_tokens": 48,
             "temperature": 1.0,
             "judges": judges,
         },
-        "objectives": {k: {"win_rate": rates[k], "mean_reward": estimate(0.1, 0.2)} for k in OBJECTIVES},
+        "objectives": {
+            k: {"mean_reward": estimate(0.1, 0.2, chance=0.0), **_wins(rates[k], reference)}
+            for k in OBJECTIVES
+        },
         "worst_objective": {"objective": worst, "win_rate": rates[worst]},
         "mean_of_min": estimate(-0.4 + base / 5, 0.2),
+        "cvar_10": {"value": -1.9, "low": None, "high": None, "n": PROMPTS, "method": "no interval"},
+        "dominance": None
+        if reference
+        else {"dominates": estimate(0.2, 0.05, chance=0.13), "dominated": estimate(0.1, 0.05, chance=0.13)},
+        "hypervolume": estimate(0.01, 0.01, chance=0.0),
+        "proxy": _proxy(),
+        **({"judging": judging, "best_of_n": _best_of_n()} if reference else {}),
         "kl": {
             "per_response": estimate(kl, kl / 5),
             "per_token": estimate(kl / 40, kl / 200),
             "k1": estimate(kl, kl),
+            "k3_per_token": estimate(kl / 40, kl / 90),
         },
         "length": estimate(38.0 + place, 3.0),
         "truncated_share": 0.61,
@@ -236,6 +335,14 @@ def _samples(method: str, rng: np.random.Generator) -> list[dict[str, Any]]:
 
 
 def write_benchmarks(paths: ArtifactPaths) -> None:
+    paired = {"benchmark": "truthfulqa", "outcome": "mc1", "method": "hard_min", "against": "dpo"}
+    paired |= {
+        "difference": estimate(0.1, 0.08, 40),
+        "test": "McNemar, 6 against 2 of 40",
+        "p": 0.29,
+        "p_holm": 0.58,
+    }
+    io.write_json(paths.benchmark_comparison, {"paired": [paired], "declared": "every outcome"})
     for method in ("reference", *METHODS):
         done = {"method": method, "approach": paths.approach, "status": "done", "reason": None, "n": 40}
         io.write_json(
@@ -250,6 +357,16 @@ def write_benchmarks(paths: ArtifactPaths) -> None:
                     "mc2": estimate(0.42, 0.06, 40, chance=0.449),
                 },
             },
+        )
+        card = {"kind": "strings", "name": "lead-regex", "verdicts": 100, "parse_failures": 3}
+        card |= {"parse_rate": estimate(0.97, 0.02, 100), "rubrics": {"jailbreak": "safe or unsafe?"}}
+        card |= {"agreement": {"agree": estimate(0.88, 0.02, 100), "kappa": 0.747, "labels": "published"}}
+        card |= {"position_bias": None, "constant_answer": {"text": HOSTILE, "asr": 0.5}, "usage": {}}
+        io.write_json(
+            paths.benchmark("jailbreakbench") / f"{method}.json",
+            done
+            | {"benchmark": "jailbreakbench", "judge": card}
+            | {"metrics": {"jbb_nonrefusal[lead-regex]": estimate(0.6, 0.09, 100, chance=None)}},
         )
         refused = {"status": "not run", "reason": "data missing at data/raw/mt_bench", "metrics": {}}
         io.write_json(

@@ -135,7 +135,7 @@ def test_released_weights_are_gone(config: RewardModelConfig) -> None:
     for model in models:
         model.release()
     assert network() is not None
-    first.base.release()
+    first.shared_base.release()
     assert network() is None
 
 
@@ -147,7 +147,7 @@ def test_in_bfloat16_they_are_the_rewards_of_the_rounded_checkpoint(tmp_path: Pa
         on_base = rewards(model)
         assert isinstance(model.model, PeftModel)
         alone = load_reward_model(model.directory, config=config_at(tmp_path / "other", "bfloat16"))
-        assert model.fingerprint == alone.fingerprint and alone.base is None
+        assert model.fingerprint == alone.fingerprint and alone.shared_base is None
         torch.testing.assert_close(on_base, rewards(alone), rtol=0, atol=1e-6)
 
 
@@ -162,7 +162,7 @@ def test_stage_three_loads_the_base_once_for_all_pairs(
     loads = count_loads(monkeypatch)
     scores = score_pairs(policy, models, tokenizer, pairs)
     assert loads == ["LlamaForSequenceClassification", "LlamaForCausalLM"]
-    assert "_model" not in vars(models[0].base)  # the reference model was not loaded beside it
+    assert "_model" not in vars(models[0].shared_base)  # the reference model was not loaded beside it
     for k, model in enumerate(models):
         texts = [(p.prompt[0]["content"], (p.chosen, p.rejected)) for p in pairs.pairs]
         assert all(len(p.prompt) == 1 for p in pairs.pairs)
@@ -197,4 +197,4 @@ def test_only_adapters_in_the_format_of_their_base_share_it(config: RewardModelC
     assert shared_base(config_at(Path(config.artifact_root), "bfloat16"), folders) is None
     (folders[2] / "adapter" / "adapter_config.json").unlink()
     assert shared_base(config, folders) is None
-    assert all(model.base is None for model in load_reward_models(config))
+    assert all(model.shared_base is None for model in load_reward_models(config))

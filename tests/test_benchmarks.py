@@ -96,7 +96,8 @@ def test_every_configured_benchmark_is_known_and_held_out_pairs_go_with_hh() -> 
     config = EvaluationConfig()
     assert set(config.benchmarks.run) <= set(BENCHMARKS)
     assert benchmark_names(config) == (
-        "hh_holdout", "heldout_pairs", "truthfulqa", "realtoxicityprompts", "jailbreakbench", "mt_bench",
+        "hh_holdout", "heldout_pairs", "truthfulqa", "truthfulqa_generation", "realtoxicityprompts", "jailbreakbench",
+        "mt_bench",
     )  # fmt: skip
 
 
@@ -123,7 +124,7 @@ def test_the_stage_writes_every_result_reuses_it_and_says_what_did_not_run(
         for n in benchmark_names(workspace)
     }
     assert [n for n, s in statuses.items() if s == "done"] == ["heldout_pairs", "truthfulqa"]
-    assert caplog.text.count("mt_bench: not run: it needs the 80 questions") == 1
+    assert caplog.text.count("mt_bench: not run: data missing at benchmarks.mt_bench.path") == 1
 
     def no_weights(*_: object, **__: object) -> None:
         raise AssertionError("computed again")

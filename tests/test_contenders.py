@@ -85,7 +85,7 @@ def test_an_untrained_adapter_has_no_kl(tmp_path: Path) -> None:
     prompts = evaluation_prompts(config, tokenizer)
     with ContenderModels(config, policy, reference=reference, tokenizer=tokenizer) as models:
         values = torch.stack(models.kls(prompts, models.samples(prompts)))
-    assert torch.equal(values, torch.zeros(7, 3, 2))
+    assert torch.equal(values, torch.zeros(7, 3, 3))
 
 
 def test_equal_weights_do_not_give_equal_samples(tmp_path: Path) -> None:

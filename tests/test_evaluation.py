@@ -109,7 +109,7 @@ def test_rewards_are_calibrated_on_the_reference_samples(evaluated: EvaluationCo
 
 def test_the_reference_row_says_what_holds_by_definition(evaluated: EvaluationConfig) -> None:
     metrics = metrics_of(evaluated, "reference")
-    half = {"value": 0.5, "low": 0.5, "high": 0.5, "n": 7, "method": "by definition"}
+    half = {"value": 0.5, "low": 0.5, "high": 0.5, "n": 7, "method": "by definition", "chance": 0.5}
     assert all(metrics["objectives"][k]["win_rate"] == half for k in OBJECTIVES)
     assert metrics["kl"]["per_response"]["value"] == 0.0 and metrics["kl"]["per_response"]["n"] == 7
     assert any("by definition" in note for note in metrics["notes"])
@@ -126,17 +126,19 @@ def test_kl_is_the_full_softmax_sum_along_the_samples(evaluated: EvaluationConfi
     prompts = evaluation_prompts(evaluated, tokenizer)
     policy = load_policy(contenders[method].directory, shared.model, shared.paths)
     reference = AutoModelForCausalLM.from_pretrained(shared.model.name)
-    exact, k1, tokens = [], [], 0
+    exact, k1, k3, tokens = [], [], 0.0, 0
     for prompt, responses in zip(prompts, models.samples(prompts), strict=True):
         results = [direct_kl(policy, reference, prompt.token_ids, r.token_ids) for r in responses]
-        exact.append(np.mean([kl for kl, _ in results]))
-        k1.append(np.mean([ratio for _, ratio in results]))
+        exact.append(np.mean([kl for kl, _, _ in results]))
+        k1.append(np.mean([ratio for _, ratio, _ in results]))
+        k3 += sum(value for _, _, value in results)
         tokens += sum(len(r.token_ids) for r in responses)
     reported = metrics_of(evaluated, method)
     assert reported["per_prompt"]["kl"] == pytest.approx(exact, rel=1e-4, abs=1e-6)
     assert reported["kl"]["per_response"]["value"] == pytest.approx(np.mean(exact), rel=1e-4)
     assert reported["kl"]["k1"]["value"] == pytest.approx(np.mean(k1), rel=1e-3, abs=1e-5)
     assert reported["kl"]["per_token"]["value"] == pytest.approx(sum(exact) * 3 / tokens, rel=1e-4)
+    assert reported["kl"]["k3_per_token"]["value"] == pytest.approx(k3 / tokens, rel=1e-3)
     assert reported["kl"]["per_response"]["value"] > 1e-3
 
 

@@ -177,6 +177,14 @@ def test_scoring_groups_hold_every_row_once_within_the_budget(rows, tokens, shar
     for group in groups:
         batch = collate_rows([rows[i] for i in group], pad_id=0, share_prompt=share_prompt)
         assert len(group) == 1 or batch["input_ids"].numel() <= tokens
+        if share_prompt:
+            processed, padding = padding_share(batch)
+            assert padding <= 0.05 * processed
+
+
+def test_rows_of_one_length_fill_a_scoring_batch():
+    rows = [PrefixRow((1,) * 6, ((2,) * 2, (3,) * 2))] * 10
+    assert [len(group) for group in plan_scoring(rows, tokens_per_batch=45)] == [4, 4, 2]
 
 
 # ------------------------------------------------------------------ padding

@@ -14,7 +14,7 @@ from tiny_pipeline import MEMBERS, POLICIES, Pipeline, count_loads, no_model_loa
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from prmd import io, plotting
+from prmd import io, plotting, plotting_rewards
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.models import load_policy, load_tokenizer
@@ -35,8 +35,8 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are half of a tiny training's time and have their own tests."""
-    for name in ("plot_reward_model", "plot_policy_training"):
-        monkeypatch.setattr(plotting, name, lambda *arguments: [])
+    for module, name in ((plotting_rewards, "plot_reward_model"), (plotting, "plot_policy_training")):
+        monkeypatch.setattr(module, name, lambda *arguments: [])
 
 
 def artifacts(pipeline: Pipeline) -> Iterator[Path]:

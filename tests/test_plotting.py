@@ -16,10 +16,11 @@ from prmd.plotting import (
     canvas,
     plot_length_distributions,
     plot_policy_training,
-    plot_reward_model,
     plot_split_sizes,
 )
 from prmd.plotting_evaluation import ellipse_95, plot_metrics
+from prmd.plotting_rewards import plot_reward_model
+from prmd.reliability import disagreement_measures
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +63,27 @@ def test_lengths_of_an_empty_objective(tmp_path: Path, recwarn: pytest.WarningsR
 def test_reward_model_draws_what_the_file_holds(paths: ArtifactPaths, tmp_path: Path) -> None:
     source = paths.reward_analysis / "helpful.json"
     names = [p.stem for p in plot_reward_model(source, tmp_path)]
-    assert names == [f"helpful_{n}" for n in ("rewards", "margins", "reliability", "members", "curve")]
+    assert names == [
+        f"helpful_{n}" for n in ("rewards", "margins", "reliability", "members", "disagreement", "curve")
+    ]
     analysis = io.read_json(source)
-    analysis["member_correlation_matrix"] = [[1.0]]
+    analysis["member_correlation_matrix"], analysis["disagreement"] = [[1.0]], None
     analysis["curve"] = []
     io.write_json(tmp_path / "honest.json", analysis)
     names = [p.stem for p in plot_reward_model(tmp_path / "honest.json")]
     assert names == ["honest_rewards", "honest_margins", "honest_reliability"]
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 7, 2000])
+def test_disagreement_is_drawn_for_any_number_of_pairs(
+    pairs: int, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    members = np.random.default_rng(pairs).normal(0.5, 1.0, (5, pairs))
+    measures = disagreement_measures(members, n_resamples=100).to_json()
+    io.write_json(tmp_path / "helpful.json", {"objective": "helpful", "disagreement": measures})
+    (figure,) = plot_reward_model(tmp_path / "helpful.json")
+    assert figure.name == "helpful_disagreement.png" and png_size(figure)[0] == 736
+    assert not recwarn.list
 
 
 def test_policy_without_targets_has_one_figure(paths: ArtifactPaths, tmp_path: Path) -> None:
@@ -81,7 +96,15 @@ def test_policy_without_targets_has_one_figure(paths: ArtifactPaths, tmp_path: P
 
 def test_metrics_figures(paths: ArtifactPaths, tmp_path: Path) -> None:
     names = [p.stem for p in plot_metrics(paths.metrics / "comparison.json", tmp_path)]
-    assert names == ["win_rates", "worst_objective", "kl_frontier", "pareto", "length_win_rate", "radar"]
+    assert names == [
+        "win_rates",
+        "worst_objective",
+        "kl_frontier",
+        "pareto",
+        "over_optimisation",
+        "length_win_rate",
+        "radar",
+    ]
     assert sorted(p.stem for p in tmp_path.glob("*.png")) == sorted(names)
 
 

@@ -20,6 +20,7 @@ from prmd.config import (
     CalibrationConfig,
     DataConfig,
     ModelConfig,
+    PairsConfig,
     PolicyConfig,
     PolicySection,
     RewardModelConfig,
@@ -32,6 +33,7 @@ from prmd.objectives import OBJECTIVES
 from prmd.policy_data import (
     PairScores,
     ScaleResponses,
+    draw_reference_samples,
     held_out_pairs,
     pool_order,
     pooled_pairs,
@@ -146,6 +148,17 @@ def test_held_out_pairs_are_a_pooled_quarter(config: PolicyConfig) -> None:
     assert not train & {p.id for p in held.pairs}
 
 
+def test_pairs_of_one_objective_are_as_many_as_all_together(config: PolicyConfig) -> None:
+    config = adjusted(config, max_pairs=12)
+    together = pooled_pairs(config, tokenizer_of(config), "train", None)
+    alone = pooled_pairs(config, tokenizer_of(config), "train", None, objective="honest")
+    assert len(alone.stream) == len(together.stream) == 12
+    assert {p.objective for p in alone.tokenized.pairs} == {"honest"} and len(alone.tokenized.pairs) == 6
+    assert set(Counter(alone.stream).values()) == {2}
+    held = held_out_pairs(config, tokenizer_of(config), 24, objective="harmless")
+    assert {p.objective for p in held.pairs} == {"harmless"} and len(held.pairs) == 6
+
+
 # ------------------------------------------------------------------ rewards
 @dataclass
 class StandIn:
@@ -157,7 +170,7 @@ class StandIn:
     shift: Tensor = field(default_factory=lambda: torch.zeros(M, dtype=torch.float64))
     by_prompt: float = 0.0
     calibration: Calibration | None = None
-    base: None = None
+    shared_base: None = None
     seen: list[PrefixRow] = field(default_factory=list)
 
     def rewards(self, rows: list[PrefixRow], *, description: str) -> list[Tensor]:
@@ -247,6 +260,30 @@ def test_with_reference_samples_every_prompt_is_centred_on_its_own(
     assert scale.rewards.shape == (K, M, 54) and scale.source.startswith("reference samples")
     centred = scale.rewards.reshape(K, M, 18, 3)
     assert centred.mean(-1).abs().max() < 1e-12
+
+
+def test_samples_beside_a_global_centring_keep_it(config: PolicyConfig, frozen: None) -> None:
+    """`pairs.reference_samples` with calibration by held-out responses: one centring for pairs and samples."""
+    config = config.model_copy(update={"pairs": PairsConfig(reference_samples=3)})
+    models = [StandIn(tokenizer_of(config), k).calibrated(VALIDATION) for k in range(K)]
+    scores, scale = scored(config, models)
+    model = models[2]
+    pair = next(row for row in model.seen if len(row.responses) == 2)
+    samples = next(row for row in model.seen if len(row.responses) == 3)
+    fitted = model.calibration
+    for j, response in enumerate(samples.responses):
+        expected = (model._reward(samples.prompt_ids, response) - fitted.offset) / fitted.scale
+        assert torch.allclose(scale.by_prompt()[2, :, 0, j], expected, atol=1e-12)
+    expected = (model._reward(pair.prompt_ids, pair.responses[1]) - fitted.offset) / fitted.scale
+    assert torch.allclose(scores.rewards[2, :, 0, 1], expected, atol=1e-12)
+    assert scale.samples_per_prompt == 3 and scale.rewards.shape == (K, M, 54)
+    objectives = [OBJECTIVES[k] for k in scores.labelled_for.tolist()]
+    tokenizer = tokenizer_of(config)
+    drawn = pooled_pairs(config, tokenizer, "train", None).tokenized
+    assert objectives == [p.objective for p in drawn.pairs]
+    reference = draw_reference_samples(config, tokenizer, drawn)
+    assert [row.responses for row in reference.rows][:2] == [((5, 0, 2), (5, 1, 2), (5, 2, 2))] * 2
+    assert reference.logps.shape == (18, 3) and set(reference.logps.flatten().tolist()) == {-3.0}
 
 
 @pytest.mark.parametrize("source", ["validation_responses", "reference_samples"])

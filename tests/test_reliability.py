@@ -72,6 +72,72 @@ def test_disagreement_error_correlation_has_the_right_sign():
     assert math.isnan(reliability.disagreement_error_correlation(np.ones((1, 4))))
 
 
+def test_disagreement_measures_by_hand():
+    """Two members, so sd = half their distance: .5, 1, 1.5, 2, 2.5 with mean margins 2, -1, 1, -2, 3."""
+    mean, half = np.array([2.0, -1.0, 1.0, -2.0, 3.0]), np.array([0.5, 1.0, 1.5, 2.0, 2.5])
+    found = reliability.disagreement_measures(np.stack([mean + half, mean - half]), n_resamples=200)
+    # of the 6 (wrong, right) pairs of pairs the wrong one has the larger sd in 1>.5, 2>.5, 2>1.5
+    assert found.auc.value == pytest.approx(3 / 6)
+    # ranks of 1 - sigmoid(mean): 2, 4, 3, 5, 1 against 1..5; sum d^2 = 1 + 4 + 0 + 1 + 16
+    assert found.error_correlation.value == pytest.approx(1 - 6 * 22 / (5 * 24))
+    wrong_ranks, ranks = np.array([2, 4.5, 2, 4.5, 2]), np.arange(1.0, 6)
+    assert found.mistake_correlation.value == pytest.approx(np.corrcoef(ranks, wrong_ranks)[0, 1])
+    assert [bin_["n"] for bin_ in found.bins] == [3, 2]
+    assert [bin_["disagreement"] for bin_ in found.bins] == pytest.approx([1.0, 2.25])
+    assert [bin_["accuracy"] for bin_ in found.bins] == pytest.approx([2 / 3, 1 / 2])
+    assert all(bin_["low"] < bin_["accuracy"] < bin_["high"] for bin_ in found.bins)
+
+
+def test_disagreement_that_predicts_mistakes_is_told_from_disagreement_that_does_not():
+    rng = np.random.default_rng(1)
+    spread = np.exp(rng.normal(size=800))
+    centre = 0.5 + spread * rng.normal(size=800)  # the mean errs where members differ
+    members = centre + spread * rng.normal(size=(8, 800)) / 4
+    found = reliability.disagreement_measures(members, n_resamples=300)
+    disagreement, mean = members.std(axis=0), members.mean(axis=0)
+    wins = (disagreement[mean < 0][:, None] > disagreement[mean > 0]).mean()  # every (wrong, right) couple
+    assert found.auc.value == pytest.approx(wins) and found.auc.low > 0.55 > 0.5
+    assert found.auc.low < found.auc.value < found.auc.high and found.auc.n == 800
+    assert found.mistake_correlation.value == pytest.approx(
+        reliability.disagreement_error_correlation(members)
+    )
+    assert found.mistake_correlation.low > 0
+    assert found.bins[0]["accuracy"] > found.bins[-1]["accuracy"] + 0.2
+    assert sum(bin_["n"] for bin_ in found.bins) == 800 and len(found.bins) == 10
+    # The same spreads, dealt to other pairs: sd and mistakes are independent.
+    noise = members - members.mean(axis=0)
+    noise = noise[:, rng.permutation(800)]
+    dealt = reliability.disagreement_measures(members.mean(axis=0) + noise, n_resamples=300)
+    assert dealt.auc.low < 0.5 < dealt.auc.high and dealt.auc.high < found.auc.low
+
+
+def test_interval_of_the_auc_covers_its_population_value():
+    """sd of a wrong pair ~ U(0, 1) + .3, of a right one ~ U(0, 1): AUC = 1 - .7^2 / 2."""
+    rng, hits = np.random.default_rng(2), 0
+    for seed in range(60):
+        wrong = rng.random(120) < 0.4
+        half = rng.random(120) + 0.3 * wrong
+        mean = np.where(wrong, -1.0, 1.0)
+        found = reliability.disagreement_measures(
+            np.stack([mean + half, mean - half]), n_resamples=200, seed=seed
+        )
+        hits += found.auc.low <= 1 - 0.7**2 / 2 <= found.auc.high
+    assert hits >= 51  # 57 expected of 60; fewer than 51 has probability .004
+
+
+def test_disagreement_measures_that_are_not_defined_are_none():
+    always_right = reliability.disagreement_measures([[1.0, 2.0, 3.0], [2.0, 5.0, 9.0]], n_resamples=10)
+    assert always_right.auc is None and always_right.mistake_correlation is None
+    assert always_right.error_correlation is not None
+    one_model = reliability.disagreement_measures([[1.0, -2.0], [1.0, -2.0]], n_resamples=10)
+    assert (one_model.auc, one_model.error_correlation) == (None, None)
+    one_pair = reliability.disagreement_measures([[1.0], [2.0]], n_resamples=10)
+    assert one_pair.auc is None and [bin_["n"] for bin_ in one_pair.bins] == [1]
+    assert one_pair.to_json()["auc"] is None
+    ties = reliability.disagreement_measures([[1.0, 2.5, -3.0], [-1.0, 1.0, -2.0]], n_resamples=10)
+    assert ties.auc.n == 2  # the pair whose mean is 0 is neither right nor wrong
+
+
 def test_margins_that_are_no_numbers_are_refused():
     for measure in (reliability.expected_calibration_error, reliability.log_odds_slope):
         for margins in ([], [1.0, math.nan]):

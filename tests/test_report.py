@@ -11,15 +11,14 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
-from synthetic_outputs import HOSTILE, METHODS, write_evaluation, write_outputs
+from synthetic_outputs import HOSTILE, METHODS, write_outputs
 
 from prmd import io
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
 from prmd.report import build_report
-from prmd.report_evaluation import approaches_section, headline_section
+from prmd.report_headline import approaches_section, headline_section
 from prmd.report_tables import Table, format_estimate, format_number, to_latex, to_markdown, with_mark
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -70,7 +69,7 @@ def test_headings_and_images_are_accessible(page: Page) -> None:
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    figures_of = {"reward models": 3 * 5, "policies": 1 + 2 * 2, "metrics": 6, "data": 3}
+    figures_of = {"reward models": 3 * 6, "policies": 1 + 2 * 2, "metrics": 7, "data": 3}
     assert len(images) == sum(figures_of.values())
     assert all(len(attributes["alt"]) > 20 for attributes in images)
     identifiers = [a["id"] for _, a in page.tags if "id" in a]
@@ -85,12 +84,63 @@ def test_every_method_and_objective_is_there(page: Page) -> None:
         assert name in comparison
     judged = page.text[page.text.index("Who judged") : page.text.index("Paired comparisons")]
     assert judged.count("not distinguishable from chance") == 1  # honest alone, 0.55 ± 0.10
+    assert judged.count("prefers the constant answer") == 1 and "harmless: the judge prefers" in judged
     assert "s 1.10 to 1.10 over members, 20 prompts" in page.text
     assert "machinery" in page.text  # the embedded approach says what its size allows
     assert "not run: data missing at data/raw/mt_bench" in page.text
     assert "0.449" in page.text  # TruthfulQA MC2's chance line
     assert "near-duplicate of a test prompt" in page.text
     assert "Test CPU" in page.text and "0123456789" in page.text
+
+
+def test_every_measure_has_a_table(page: Page) -> None:
+    for text in (
+        "win rate at equal length, honest",
+        "effect of length, log-odds, helpful",
+        "minimum, mean of the worst 10 % of prompts",
+        "dominates a reference sample",
+        "hypervolume above the reference",
+        "KL, nats per token",
+        "helpful: tied",
+        "Who beats whom: harmless",
+        "mean of the worst member (P15), helpful",
+        "the lowest of these (P16)",
+        "violation rate (P17)",
+        "best of 4, hard min",
+        "highest at d = 2.8",
+        "66 %",
+        "of all policies together 0.030 [0.010, 0.050]",
+    ):
+        assert text in page.text, text
+
+
+def test_judged_and_paired_benchmarks_are_told(page: Page) -> None:
+    told = page.text[page.text.index("Paired comparisons on benchmarks") : page.text.index("Labelled for")]
+    assert "McNemar, 6 against 2 of 40" in told and "0.580" in told
+    assert "jailbreakbench, hard_min" in told and "lead-regex (strings)" in told
+    assert "agree 0.88 [0.86, 0.90], kappa 0.747, labels published" in told
+
+
+def test_marks_say_what_the_paired_tests_found(built: Path, page: Page) -> None:
+    markdown = (built.parent / "tables.md").read_text(encoding="utf-8")
+    row = next(line for line in markdown.splitlines() if line.startswith("| hard_min |"))
+    helpful, minimum = row.split("|")[2], row.split("|")[6]
+    assert helpful.endswith("▲ ") and "▲" not in minimum and row.count("▲") == 1
+    assert "▲ ▼: better or worse than dpo on the same prompts, p < .05 after Holm" in page.text
+
+
+def test_every_number_is_in_one_table_for_machines(built: Path) -> None:
+    text = (built.parent / "measures.csv").read_text(encoding="utf-8")
+    rows = {(r["measure"], r["method"]): r for r in csv.DictReader(text_io.StringIO(text))}
+    violation = rows["violation rate (P17)", "dpo"]
+    assert (violation["value"], violation["clusters"], violation["responses"]) == ("0.31", "24", "48")
+    assert float(violation["chance"]) == 0.22 and violation["interval"] == "bootstrap"
+    tail = rows["minimum, mean of the worst 10 % of prompts", "reference"]
+    assert (tail["value"], tail["low"], tail["high"]) == ("-1.9", "", "")
+    assert ("win rate, helpful", "hard_min") in rows and (
+        "dominates a reference sample",
+        "reference",
+    ) not in rows
 
 
 def test_numbers_are_those_of_the_files(built: Path, page: Page) -> None:
@@ -157,15 +207,23 @@ def test_half_written_artifacts_are_not_reported(tmp_path: Path, monkeypatch: py
 def test_approaches_are_compared_only_where_they_can_be(tmp_path: Path) -> None:
     paths = write_outputs(tmp_path)
     assert approaches_section(paths) is None
-    other = write_outputs(tmp_path, "pku_safe")
-    table = approaches_section(paths)["table"]
-    assert [row[0] for row in table.rows] == [
-        f"{a}: {m}" for a in ("embedded", "pku_safe") for m in ("reference", *METHODS)
-    ]
-    write_evaluation(other, np.random.default_rng(1), "another")
+    write_outputs(tmp_path, "pku_safe")
     section = approaches_section(paths)
-    assert section["table"] is None
-    assert "eval0" in section["why"] and "another" in section["why"]
+    assert section["table"] is None and section["apart"] == ["pku_safe"]
+    assert section["command"] == (
+        "python 4_evaluation/compute_metrics.py data.approach=embedded generation.other_approaches=[pku_safe]"
+    )
+    comparison = io.read_json(paths.metrics / "comparison.json")
+    comparison["rows"].append(
+        comparison["rows"][-1] | {"method": "pku_safe@hard_min", "approach": "pku_safe"}
+    )
+    io.write_json(paths.metrics / "comparison.json", comparison)
+    section = approaches_section(paths)
+    assert [row[0] for row in section["table"].rows] == [
+        *(f"embedded: {m}" for m in METHODS),
+        "pku_safe: hard_min",
+    ]
+    assert section["apart"] == [] and section["command"] is None
 
 
 def test_summary_claims_only_what_the_bands_say(tmp_path: Path) -> None:
@@ -220,6 +278,7 @@ window.problems = [];
 window.addEventListener("error", (event) => window.problems.push(event.message));
 window.addEventListener("load", () => {
   const root = document.documentElement, box = document.getElementById("sample"), seen = [];
+  document.querySelectorAll("details").forEach((folded) => { folded.open = true; });
   const at = () => document.getElementById("position").textContent;
   const press = (key, on) => on.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
   seen.push(at()); press("ArrowRight", document.body); seen.push(at());
@@ -232,6 +291,7 @@ window.addEventListener("load", () => {
   parent.postMessage(JSON.stringify({
     width: innerWidth, scroll: root.scrollWidth, wide: wide.map((e) => e.tagName + "." + e.className), seen, answers, broken,
     hacked: !!window.hacked, problems: window.problems,
+    ink: getComputedStyle(document.body).color, paper: getComputedStyle(document.body).backgroundColor,
   }), "*");
 });
 </script>"""
@@ -244,24 +304,36 @@ window.addEventListener("message", (event) => { document.getElementById("probe")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_in_chromium(built: Path, tmp_path: Path, width: int) -> None:
-    """Loads without errors, nothing overflows, and buttons and arrow keys turn the samples."""
+@pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1280, "light"), (390, "dark")])
+def test_in_chromium(built: Path, tmp_path: Path, width: int, scheme: str) -> None:
+    """Loads without errors, nothing overflows even unfolded, buttons and arrow keys turn the samples, text is legible."""
     probed = built.read_text(encoding="utf-8").replace("<head>", "<head>" + PROBE, 1)
     io.write_text(tmp_path / "index.html", probed)
     frame = io.write_text(tmp_path / "frame.html", FRAME.replace("{width}", str(width)))
-    result = run_chromium(frame, tmp_path / "profile")
+    result = run_chromium(frame, tmp_path / "profile", scheme)
     told = json.loads(html.unescape(re.search(r'<output id="probe">(.*?)</output>', result.stdout, re.S)[1]))
     assert told["width"] == width
     assert told["scroll"] <= width, told["wide"]
     assert told["wide"] == [] and told["problems"] == [] and told["broken"] == 0 and not told["hacked"]
     assert [text.split(" ")[0] for text in told["seen"]] == ["1", "2", "3", "2", "2"]
     assert told["answers"] == len(METHODS) + 1
+    ink, paper = luminance(told["ink"]), luminance(told["paper"])
+    assert (paper > ink) == (scheme == "light")
+    assert (max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) > 7  # WCAG's contrast ratio, level AAA
     assert "CONSOLE" not in result.stderr
 
 
-def run_chromium(page: Path, profile: Path) -> subprocess.CompletedProcess[str]:
+def luminance(colour: str) -> float:
+    """Relative luminance of `rgb(r, g, b)`, by WCAG."""
+    parts = [int(v) / 255 for v in re.findall(r"\d+", colour)[:3]]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def run_chromium(page: Path, profile: Path, scheme: str) -> subprocess.CompletedProcess[str]:
+    preferred = {"dark": 0, "light": 1}[scheme]  # Blink's numbers
     flags = [
+        f"--blink-settings=preferredColorScheme={preferred}",
         "--headless",
         "--no-sandbox",
         "--disable-gpu",

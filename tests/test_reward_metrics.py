@@ -78,18 +78,24 @@ def test_members_are_compared_by_their_margins() -> None:
     )
     mean = margins.mean(0)
     assert metrics["mean_member_accuracy"]["value"] == float((mean > 0).float().mean())
-    assert metrics["disagreement_error_correlation"] is not None
+    assert metrics["member_accuracies"] == [0.75, 0.75, 0.75]
+    disagreement = metrics["disagreement"]
+    sd, wrong = margins.numpy().std(axis=0), (mean < 0).numpy()
+    assert disagreement["auc"]["value"] == np.mean(
+        [sd[i] > sd[j] for i in range(4) for j in range(4) if wrong[i] > wrong[j]]
+    )
+    assert sum(row["n"] for row in disagreement["bins"]) == 4
 
 
 def test_what_is_undefined_is_none_and_stops_nothing() -> None:
     one_pair = reward_metrics(held_out([1.0], torch.randn(1, 2, 3)))
-    assert one_pair["member_correlation"] is None and one_pair["disagreement_error_correlation"] is None
+    assert one_pair["member_correlation"] is None and one_pair["disagreement"]["mistake_correlation"] is None
     assert one_pair["log_odds_slope"] is None  # a margin above zero alone has no maximum
     ties = reward_metrics(held_out([0.0, 0.0], torch.zeros(2, 2, 2)))
     assert ties["log_odds_slope"] is None and ties["member_correlation"] is None
     assert ties["accuracy"]["ties"] == 2 and ties["accuracy"]["value"] == 0.5
     alone = reward_metrics(held_out(MARGINS))
-    assert alone["members"] == 1 and alone["member_correlation"] is None
+    assert alone["members"] == 1 and alone["member_correlation"] is None and alone["disagreement"] is None
 
 
 def test_extremes_are_the_highest_and_the_lowest_margins_in_order() -> None:

@@ -83,16 +83,17 @@ def tiny_classifier(path: Path, *, seed: int = 0) -> Path:
 
 def direct_kl(
     policy: torch.nn.Module, reference: torch.nn.Module, prompt: tuple[int, ...], response: tuple[int, ...]
-) -> tuple[float, float]:
-    """Exact summed KL and log-ratio of one response, by plain forward passes over the whole conversation."""
+) -> tuple[float, float, float]:
+    """Exact summed KL, log-ratio and summed k3 of one response, by plain forward passes over the whole conversation."""
     ids = torch.tensor([prompt + response])
     with torch.no_grad():
         ours, theirs = (
             m(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for m in (policy, reference)
         )
     chosen = torch.tensor(response)[:, None]
-    ratio = (ours.gather(1, chosen) - theirs.gather(1, chosen)).sum()
-    return float((ours.exp() * (ours - theirs)).sum()), float(ratio)
+    ratios = ours.gather(1, chosen) - theirs.gather(1, chosen)
+    k3 = (-ratios).exp() - 1 + ratios
+    return float((ours.exp() * (ours - theirs)).sum()), float(ratios.sum()), float(k3.sum())
 
 
 def plain_logp(model: torch.nn.Module, prompt: list[int], response: list[int]) -> float:

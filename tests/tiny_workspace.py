@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import tiny_causal_lm, tiny_classifier, tiny_tokenizer
+from tiny_models import tiny_causal_lm, tiny_classifier, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from prmd import io
+from prmd.calibration import Calibration
 from prmd.config import (
     BenchmarksConfig,
     DataConfig,
@@ -22,10 +23,12 @@ from prmd.config import (
     TruthfulQaConfig,
 )
 from prmd.contenders import ContenderModels, find_contenders
+from prmd.ensemble import Ensemble, initial_heads
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.paths import ArtifactPaths
 from prmd.preferences import BENCHMARK_QUESTIONS_FILE, make_pair
+from prmd.reward_models import ENSEMBLE_FILE, load_reward_model, write_calibration
 
 PAIRS = 6
 
@@ -112,6 +115,21 @@ def write_workspace(root: Path, *, policies: bool = True) -> EvaluationConfig:
         write_full_policy(config.paths.policy("baseline_dpo"), root / "base")
         write_lora_policy(config.paths.policy("hard_min"), root / "base")
     return config
+
+
+def write_reward_models(config: EvaluationConfig, members: int = 3) -> None:
+    """A calibrated ensemble of random heads on a random classifier, for every objective."""
+    for seed, objective in enumerate(OBJECTIVES):
+        folder = config.paths.reward_model(objective)
+        tiny_classifier(folder, seed=20 + seed)
+        weights = initial_heads(tiny_config().hidden_size, members, seed)
+        width = torch.ones(tiny_config().hidden_size)
+        Ensemble({**weights, "mean": 0 * width, "std": width}).save(folder / ENSEMBLE_FILE)
+        model = load_reward_model(folder, config=config.shared)
+        scale = torch.linspace(0.5, 1.5, members, dtype=torch.float64)
+        calibration = Calibration(scale, torch.zeros(members, dtype=torch.float64), 4, 8)
+        write_calibration(model, calibration, data="none", source="validation_responses")
+        io.write_json(folder / "run.json", {"fingerprint": objective, "seconds": 1.0})
 
 
 def write_truthfulqa_csv(folder: Path, questions: int = 5) -> Path:

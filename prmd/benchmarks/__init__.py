@@ -1,4 +1,4 @@
-"""The benchmarks by name: what runs, and what does not yet and why.
+"""The benchmarks by name.
 
 A benchmark is a function of the evaluation's configuration and one contender. To add one: a module here with a function of
 that type, its name in `BENCHMARKS`, in `config.BenchmarksConfig.run` and in `evaluation_config.yaml`.
@@ -6,36 +6,39 @@ that type, its name in `BENCHMARKS`, in `config.BenchmarksConfig.run` and in `ev
 
 from collections.abc import Callable
 
-from prmd.benchmarks import hh_holdout, truthfulqa
+from prmd.benchmarks import (
+    hh_holdout,
+    jailbreakbench,
+    mt_bench,
+    realtoxicityprompts,
+    truthfulqa,
+    truthfulqa_generation,
+)
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.config import EvaluationConfig
 from prmd.contenders import ContenderModels
 
 Benchmark = Callable[[EvaluationConfig, ContenderModels], BenchmarkResult]
 
-BENCHMARKS: dict[str, Benchmark | str] = {
+BENCHMARKS: dict[str, Benchmark] = {
     "hh_holdout": hh_holdout.run_hh_holdout,
     "heldout_pairs": hh_holdout.run_heldout_pairs,
     "truthfulqa": truthfulqa.run_truthfulqa,
-    "realtoxicityprompts": (
-        "it needs the prompts of allenai/real-toxicity-prompts and a toxicity classifier (the Perspective API of its "
-        "authors ends in 2026); this version reads neither"
-    ),
-    "jailbreakbench": (
-        "it needs the harmful and benign behaviours of JailbreakBench and a judge of jailbreaks and refusals; this version "
-        "reads neither"
-    ),
-    "mt_bench": (
-        "it needs the 80 questions, reference answers and judge templates of FastChat and an instruct model as judge; "
-        "this version reads neither"
-    ),
+    "truthfulqa_generation": truthfulqa_generation.run_truthfulqa_generation,
+    "realtoxicityprompts": realtoxicityprompts.run_realtoxicityprompts,
+    "jailbreakbench": jailbreakbench.run_jailbreakbench,
+    "mt_bench": mt_bench.run_mt_bench,
 }
-"""Name -> what runs it, or why it does not run."""
+"""Name -> what runs it; what lacks its data or its judge says so in its result."""
+
+
+COMPANIONS = {"hh_holdout": "heldout_pairs", "truthfulqa": "truthfulqa_generation"}
+"""Benchmarks that run with another: the approach's own held-out pairs, and the same questions answered in words."""
 
 
 def benchmark_names(config: EvaluationConfig) -> tuple[str, ...]:
-    """What `benchmarks.run` asks for; the approach's own held-out pairs go with `hh_holdout`."""
+    """What `benchmarks.run` asks for, each with its companion."""
     names = []
     for name in config.benchmarks.run:
-        names += [name, "heldout_pairs"] if name == "hh_holdout" else [name]
+        names += [name, COMPANIONS[name]] if name in COMPANIONS else [name]
     return tuple(names)

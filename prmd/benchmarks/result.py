@@ -20,12 +20,21 @@ class BenchmarkResult:
         metrics: name -> estimate with `chance` (None where guessing has no defined score).
         items: one row per question or pair, for paired comparisons and for reading.
         data_sha256: of the data it ran on.
+        label: what the metrics are called in tables where they depend on a judge, such as `mt_bench[judge=...]`; None: the
+            benchmark's name.
+        judge: the judge's card; None where nothing was judged.
+        samples: what was generated, one row per response, in a file of its own.
+        judgements: what the judge said, one row per verdict, in a file of its own.
     """
 
     reason: str | None = None
     metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
     items: list[dict[str, Any]] = field(default_factory=list)
     data_sha256: str | None = None
+    label: str | None = None
+    judge: dict[str, Any] | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    judgements: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def status(self) -> str:

@@ -13,8 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from prmd import io
 from prmd.benchmarks import BENCHMARKS, Benchmark, benchmark_names
 from prmd.benchmarks.result import BenchmarkResult
+from prmd.benchmarks.rows import content_key
 from prmd.config import EvaluationConfig
 from prmd.contenders import Contender, ContenderModels
+from prmd.endpoint import EndpointError
 from prmd.provenance import read_run
 
 logger = logging.getLogger(__name__)
@@ -56,8 +58,10 @@ def _fingerprint(name: str, models: ContenderModels) -> str:
         prepared,
         config.shared.data.truthfulqa.model_dump(mode="json"),
         config.shared.training.max_length,
+        [content_key(s) for s in (config.text_judge, getattr(config.benchmarks, name, None)) if s],
     ]
-    settings = config.benchmarks.model_dump(mode="json", exclude={"run"})
+    settings = config.model_dump(mode="json", include={"benchmarks", "text_judge", "judges"})
+    settings["benchmarks"].pop("run")
     weights = [models.contender.fingerprint, models.reference.fingerprint]
     return io.fingerprint([name, weights, data, settings, config.bootstrap_resamples, config.shared.seed])
 
@@ -69,22 +73,31 @@ def _is_finished(path: Path, key: str) -> bool:
     return found["status"] == "done" and found["fingerprint"] == key
 
 
-def _run_one(name: str, benchmark: Benchmark | str, models: ContenderModels, path: Path, key: str) -> None:
+def _stoppable(benchmark: Benchmark, models: ContenderModels) -> BenchmarkResult:
+    """A benchmark whose judge stops answering did not run; samples and verdicts are kept for the next run."""
+    try:
+        return benchmark(models.config, models)
+    except EndpointError as error:
+        return BenchmarkResult(reason=f"judging stopped: {error}")
+
+
+def _run_one(name: str, benchmark: Benchmark, models: ContenderModels, path: Path, key: str) -> None:
     method, started = models.contender.method, time.monotonic()
-    if isinstance(benchmark, str):
-        result = BenchmarkResult(reason=benchmark)
-    else:
-        result = benchmark(models.config, models)
+    result = _stoppable(benchmark, models)
     if result.reason is None:
-        io.write_jsonl(path.with_name(f"{method}.items.jsonl"), result.items)
+        rows = {"items": result.items, "samples": result.samples, "judgements": result.judgements}
+        for kind in (kind for kind, found in rows.items() if found):
+            io.write_jsonl(path.with_name(f"{method}.{kind}.jsonl"), rows[kind])
     record = {
-        "benchmark": name,
+        "benchmark": result.label or name,
+        "name": name,
         "method": method,
         "approach": models.config.paths.approach,
         "status": result.status,
         "reason": result.reason,
         "metrics": result.metrics,
         "data_sha256": result.data_sha256,
+        "judge": result.judge,
         "n": len(result.items),
         "seconds": round(time.monotonic() - started, 2),
         "fingerprint": key,

@@ -11,7 +11,7 @@ three tokens of an answer, which is right for GPT-2's tokenizer alone; here the 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from scipy.special import logsumexp
@@ -20,14 +20,18 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd import io
 from prmd.benchmarks.result import BenchmarkResult, with_chance
+from prmd.cache import ScoreTable
 from prmd.config import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.preferences import read_benchmark_questions
+from prmd.primer_scoring import score_logps_behind_primer
 from prmd.raw_data import read_source
 from prmd.sources import plan_source, required_sources
 from prmd.statistics import bootstrap_mean, wilson_interval
 from prmd.tokenization import PrefixRow
+
+Item = TypeVar("Item")
 
 # The primer that every question of the benchmark follows, from the Apache-2.0 repository of its authors.
 PRIMER = "\n\n".join(
@@ -78,25 +82,47 @@ class QuestionScores:
 
 def run_truthfulqa(config: EvaluationConfig, models: ContenderModels) -> BenchmarkResult:
     """MC1, MC2 and MC3 with the chance levels of the very questions asked."""
-    try:
-        questions, sha256 = read_questions(config)
-    except UserError as error:
-        return BenchmarkResult(reason=f"no data: {error}")
-    allowed = read_benchmark_questions(config.paths)
-    asked = [q for q in questions if allowed is None or q.text in allowed]
-    asked = strided(asked, config.benchmarks.truthfulqa.max_questions)
-    if not asked:
-        return BenchmarkResult(
-            reason="every question took part in training; raise data.truthfulqa.benchmark_fraction and prepare the data again"
-        )
+    found = asked_questions(config)
+    if isinstance(found, str):
+        return BenchmarkResult(reason=found)
+    asked, sha256 = found
     rows = [question_row(models.tokenizer, question) for question in asked]
-    logps = [values.double().numpy() for values in models.logps(rows)]
+    logps = [values.double().numpy() for values in answer_logps(config, models, rows)]
     scores = [score_question(q, values) for q, values in zip(asked, logps, strict=True)]
     items = [_item(q, s, values) for q, s, values in zip(asked, scores, logps, strict=True)]
     return BenchmarkResult(
         metrics=_metrics(asked, scores, config.bootstrap_resamples, config.shared.seed),
         items=items,
         data_sha256=sha256,
+    )
+
+
+def asked_questions(config: EvaluationConfig) -> tuple[list[Question], str] | str:
+    """The questions to ask, of which no training pair was made, and the sha256 of their file; or why there are none."""
+    try:
+        questions, sha256 = read_questions(config)
+    except UserError as error:
+        return f"no data: {error}"
+    allowed = read_benchmark_questions(config.paths)
+    kept = [q for q in questions if allowed is None or q.text in allowed]
+    asked = strided(kept, config.benchmarks.truthfulqa.max_questions)
+    if not asked:
+        return "every question took part in training; raise data.truthfulqa.benchmark_fraction and prepare the data again"
+    return asked, sha256
+
+
+def answer_logps(
+    config: EvaluationConfig, models: ContenderModels, rows: Sequence[PrefixRow]
+) -> list[Tensor]:
+    """log p of every answer of every question, nats, the primer processed once for all of them."""
+    table = ScoreTable(config.paths.cache("logps", models.contender.fingerprint), 1)
+    return score_logps_behind_primer(
+        None if table.holds(rows) else models.policy,
+        rows,
+        table=table,
+        pad_id=models.tokenizer.pad_token_id,
+        tokens_per_batch=config.shared.scoring_tokens,
+        description=f"{models.contender.method}: TruthfulQA",
     )
 
 
@@ -129,11 +155,16 @@ def _question(row: dict[str, Any]) -> Question:
     )
 
 
-def strided(questions: Sequence[Question], limit: int | None) -> list[Question]:
+def strided(questions: Sequence[Item], limit: int | None) -> list[Item]:
     """At most `limit` questions spread evenly over the file, which is grouped by category."""
     if limit is None or limit >= len(questions):
         return list(questions)
     return [questions[i * len(questions) // limit] for i in range(limit)]
+
+
+def question_context(question: Question) -> str:
+    """What an answer follows: the primer and the question."""
+    return f"{PRIMER}\n\nQ: {question.text}\nA:"
 
 
 def question_row(tokenizer: PreTrainedTokenizerBase, question: Question) -> PrefixRow:
@@ -142,7 +173,7 @@ def question_row(tokenizer: PreTrainedTokenizerBase, question: Question) -> Pref
     Context and answer are tokenised together; an answer begins where the tokens of the context alone end, or earlier,
     for all answers of the question alike, where a tokenizer merges across that boundary.
     """
-    context = f"{PRIMER}\n\nQ: {question.text}\nA:"
+    context = question_context(question)
     alone = tokenizer(context)["input_ids"]
     whole = [tokenizer(f"{context} {answer}")["input_ids"] for answer in question.answers]
     shared = min(_common(alone, ids) for ids in whole)

@@ -1,0 +1,169 @@
+"""Runs the real-text study with the project's own stages: judges once, then every seed from data to judged samples.
+
+Every part lies in an artifact root of its own and is skipped where it is finished, so an interrupted study goes on where
+it stopped; the samples, log-probabilities and rewards of an unfinished part are in that root's cache. What is run is in
+`real_text_plan`, what comes of it in `real_text_summary`; the command line is `real_text`.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.real_text_data import longer_is_chosen, longer_share, prepare_biased
+from benchmarks.real_text_plan import LONGER_SHARE, METHODS, Study
+from benchmarks.real_text_summary import checkpoint_row
+from prmd import io
+from prmd.checkpoint_frontier import checkpoint_contenders
+from prmd.config import EvaluationConfig, RewardModelConfig
+from prmd.contenders import REFERENCE, Contender, EvaluationPrompt, evaluation_prompts, find_contenders
+from prmd.data_preparation import download_dataset, split_objectives
+from prmd.errors import DataError
+from prmd.judges import RewardModelJudge, trained_judge
+from prmd.models import load_tokenizer, model_source
+from prmd.objectives import OBJECTIVES
+from prmd.policy_evaluation import Evaluation, judge_runs, measure, sample
+from prmd.policy_methods import BASELINE
+from prmd.policy_training import train_baseline_dpo, train_pessimistic
+from prmd.preferences import read_pairs
+from prmd.provenance import read_run
+from prmd.reward_modeling import train_judge, train_reward_model
+
+logger = logging.getLogger("prmd.real_text")
+Row = dict[str, Any]
+
+
+def run_seeds(study: Study) -> tuple[list[Row], list[Row]]:
+    """Run what is missing.
+
+    Returns:
+        The results of every seed (`run_seed`), and a row for each judge.
+    """
+    base = study.shared()
+    download_dataset(base)
+    split_objectives(base)
+    model = _converted_model(base)
+    config = study.evaluation(model=model)
+    judges = [trained_judge(k, train_judge(config, objective=k), config) for k in OBJECTIVES]
+    return [run_seed(study, seed, judges, model) for seed in study.sizes.seeds], _judge_rows(config)
+
+
+def _converted_model(base: RewardModelConfig) -> tuple[str, ...]:
+    """Overrides that take the base model from where it was converted, so that no seed converts it again."""
+    source = model_source(base.model, base.paths)
+    return ("model.source=hub", f"model.name={json.dumps(source)}") if base.model.source != "hub" else ()
+
+
+def run_seed(study: Study, seed: int, judges: Sequence[RewardModelJudge], model: Sequence[str] = ()) -> Row:
+    """One seed from its biased pairs to its results.
+
+    Returns:
+        `methods`: the checkpoints of every training from pi_ref on, as `real_text_summary` reads them; `reward_models`;
+        `longer_is_chosen` of the data.
+    """
+    shared, sizes = study.shared(seed, model), study.sizes
+    prepare_biased(study.shared(), shared, share=LONGER_SHARE, count=sizes.pairs)
+    for objective in OBJECTIVES:
+        train_reward_model(shared, objective=objective)
+    policies = study.policies(seed, model)
+    train_pessimistic(policies)
+    if seed in sizes.baseline_seeds:
+        train_baseline_dpo(policies)
+    return {
+        "seed": seed,
+        "methods": _evaluate(study, seed, judges, study.evaluation(seed, model)),
+        "reward_models": [_reward_model_row(shared, objective) for objective in OBJECTIVES],
+        "longer_is_chosen": read_run(shared.paths.processed)["longer_is_chosen"],
+    }
+
+
+# ------------------------------------------------------------------ evaluation
+def _evaluate(
+    study: Study, seed: int, judges: Sequence[RewardModelJudge], config: EvaluationConfig
+) -> dict[str, list[Row]]:
+    """By method, its checkpoints in the order of training, the first of them pi_ref; kept in a file of the seed."""
+    tokenizer = load_tokenizer(config.shared.model, config.paths)
+    contenders = find_contenders(config, tokenizer)
+    stages = {c.method: checkpoint_contenders(c) for c in _wanted(study, seed, contenders)}
+    here = [replace(judge, config=config) for judge in judges]  # rewards are cached below the seed's own root
+    prompts = seed_prompts(config, tokenizer, seed, study.sizes.prompts)
+    evaluation = Evaluation(config, tokenizer, prompts, here, contenders[0])
+    several = [stage for found in stages.values() for stage in found]
+    path = study.root / f"seed-{seed}.json"
+    key = io.fingerprint([evaluation.fingerprint, [stage.fingerprint for stage in several]])
+    if path.is_file() and (kept := io.read_json(path))["fingerprint"] == key:
+        logger.info("seed %d: evaluated before, reused: %s", seed, path)
+        return kept["methods"]
+    runs = [sample(evaluation, contender) for contender in (contenders[0], *several)]
+    verdicts = judge_runs(evaluation, runs)
+    rows = [
+        checkpoint_row(measure(evaluation, run, raw, runs[0], verdicts)[0])
+        for run, raw in zip(runs, verdicts.raw, strict=True)
+    ]
+    by_name = dict(zip([run.contender.method for run in runs], rows, strict=True))
+    methods = {m: [by_name[REFERENCE], *(by_name[s.method] for s in found)] for m, found in stages.items()}
+    io.write_json(path, {"fingerprint": key, "methods": methods})
+    return methods
+
+
+def _wanted(study: Study, seed: int, contenders: Sequence[Contender]) -> list[Contender]:
+    """The policies of this study in its order; what else lies in the root is not compared."""
+    names = (*METHODS, *((BASELINE,) if seed in study.sizes.baseline_seeds else ()))
+    found = {contender.method: contender for contender in contenders}
+    return [found[name] for name in names]
+
+
+def seed_prompts(
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase, seed: int, count: int
+) -> list[EvaluationPrompt]:
+    """The seed's own test prompts: no prompt is in two seeds, so that seeds are independent of one another.
+
+    Raises:
+        DataError: the test splits hold too few.
+    """
+    prompts = evaluation_prompts(config, tokenizer)[seed * count : (seed + 1) * count]
+    if len(prompts) < count:
+        raise DataError(
+            f"seed {seed}: {len(prompts)} test prompts of its own, wanted {count}; give more data"
+        )
+    return prompts
+
+
+# ------------------------------------------------------------------ reward models and judges
+def _judge_rows(config: EvaluationConfig) -> list[Row]:
+    """Size and held-out accuracy of every judge, and of preferring the longer response."""
+    rows = []
+    for objective in OBJECTIVES:
+        metrics = io.read_json(config.paths.judge(objective) / "metrics.json")
+        names = ("accuracy", "length_only_accuracy")
+        pairs = metrics["sizes"]["train"]
+        judged = read_pairs(config.paths, objective, "judge")
+        measured = {name: metrics[name] for name in names} | _longer_preferred(
+            config.shared, objective, metrics
+        )
+        rows.append({"objective": objective, "pairs": pairs, "longer_share": longer_share(judged)} | measured)
+    return rows
+
+
+def _reward_model_row(config: RewardModelConfig, objective: str) -> Row:
+    """Held-out accuracy of a reward model on unbiased pairs, and how often it prefers the longer response."""
+    metrics = io.read_json(config.paths.reward_model(objective) / "metrics.json")
+    names = ("accuracy", "mean_member_accuracy", "member_correlation")
+    return (
+        {"objective": objective}
+        | {n: metrics[n] for n in names}
+        | _longer_preferred(config, objective, metrics)
+    )
+
+
+def _longer_preferred(config: RewardModelConfig, objective: str, metrics: Row) -> Row:
+    """Share of test pairs of unequal length whose longer response gets the higher reward; None where pairs were dropped."""
+    pairs, margins = read_pairs(config.paths, objective, "test"), metrics["margins"]
+    if len(pairs) != len(margins):
+        return {"prefers_longer": None}
+    told = [(longer_is_chosen(pair), margin) for pair, margin in zip(pairs, margins, strict=True)]
+    agreed = [(margin > 0) == longer for longer, margin in told if longer is not None]
+    return {"prefers_longer": sum(agreed) / len(agreed) if agreed else None}

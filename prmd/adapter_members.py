@@ -1,0 +1,124 @@
+"""Members that are LoRA adapters: where they lie, what each is trained on, and how all are scored on one base.
+
+    r_m(x, y) = the reward of the base with adapter and head m,   m = 0 .. M - 1
+
+Every member has its own Poisson bootstrap of the training pairs (that of `ensemble.bootstrap_weights`) and its own seed, which
+draws the start of adapter and head and the order of batches. r_0 is none of them: it is trained on all pairs, each once.
+Their training is in `reward_modeling`, through the same code as that of r_0; heads on frozen features are in `ensemble`.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from prmd import io
+from prmd.adapters import ADAPTER_FOLDER
+from prmd.checkpoints import PREFIX, copy_model
+from prmd.config import ModelConfig
+from prmd.ensemble import bootstrap_weights
+from prmd.models import load_adapted, load_base_classifier
+from prmd.paths import ArtifactPaths
+from prmd.preferences import PreferencePair, hash_share
+from prmd.sequence_models import SequenceRewards
+
+MEMBERS_FOLDER = "members"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterMembers:
+    """The adapters of one reward model.
+
+    Attributes:
+        directories: `members/0`, `members/1`, ...; the adapter with its head lies in `adapter/` of each.
+    """
+
+    directories: tuple[Path, ...]
+
+    @property
+    def members(self) -> int:
+        return len(self.directories)
+
+    def keys(self) -> list[list[str]]:
+        """Keys of weights and scaling of every adapter, in the order of the members."""
+        return [
+            [io.file_sha256(directory / ADAPTER_FOLDER / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
+            for directory in self.directories
+        ]
+
+    def load(self, model: ModelConfig, paths: ArtifactPaths, *, pad_token_id: int) -> "AdapterScorer":
+        """One base in memory with all adapters attached to it."""
+        adapted = load_base_classifier(model, paths, pad_token_id=pad_token_id)
+        names = tuple(f"member-{number}" for number in range(self.members))
+        for name, directory in zip(names, self.directories, strict=True):
+            adapted = load_adapted(adapted, directory / ADAPTER_FOLDER, name=name)
+        return AdapterScorer(adapted.eval(), SequenceRewards(adapted).eval(), names)
+
+
+@dataclass(frozen=True)
+class AdapterScorer:
+    """A base with M adapters, one of which is switched on at a time."""
+
+    model: PeftModel
+    scorer: SequenceRewards
+    names: tuple[str, ...]
+
+    def rewards(self, **batch: Tensor) -> Tensor:
+        """r_m [S, M] float32 of the responses of a batch, one member after the other."""
+        found = []
+        for name in self.names:
+            self.model.set_adapter(name)
+            found.append(self.scorer(**batch))
+        return torch.stack(found, dim=1)
+
+
+def find_members(directory: Path) -> AdapterMembers | None:
+    """The adapters in a reward model's folder, or None where its ensemble, if any, is of heads."""
+    found = directory.glob(f"{MEMBERS_FOLDER}/*/{ADAPTER_FOLDER}/{ADAPTER_CONFIG}")
+    folders = sorted((path.parents[1] for path in found), key=lambda path: int(path.name))
+    return AdapterMembers(tuple(folders)) if folders else None
+
+
+def member_folder(directory: Path, member: int) -> Path:
+    """Where a member of the reward model in `directory` lies."""
+    return directory / MEMBERS_FOLDER / str(member)
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether the member in this folder is finished: its adapter appears whole, and last."""
+    return (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file()
+
+
+def member_seed(seed: int, member: int) -> int:
+    """Seed of a member's adapter, head and order of batches; far from the seeds of other runs, which are often 42, 43, ..."""
+    return int(2**31 * hash_share(f"ensemble-member-{seed}", str(member)))
+
+
+def resampled(pairs: Sequence[PreferencePair], *, members: int, seed: int) -> list[list[PreferencePair]]:
+    """The pairs each member is trained on: pair i as often as its Poisson(1) weight w_{m,i} says."""
+    counts = bootstrap_weights([pair.id for pair in pairs], members, seed).int().tolist()
+    return [[pair for pair, count in zip(pairs, row, strict=True) for _ in range(count)] for row in counts]
+
+
+def keep_adapter(folder: Path, best: Path) -> None:
+    """Make the best checkpoint the member of this folder; what an interrupted call left undone, the next one does."""
+    partial = folder / f".{ADAPTER_FOLDER}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    copy_model(best, partial)
+    values = io.read_json(partial / ADAPTER_CONFIG)
+    base = Path(values.get("base_model_name_or_path") or "")
+    if base.is_absolute():  # a path that holds on this machine alone
+        io.write_json(partial / ADAPTER_CONFIG, values | {"base_model_name_or_path": base.name})
+    io.publish_directory(partial, folder / ADAPTER_FOLDER)
+    drop_checkpoints(folder)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Delete the trainer's checkpoints of a finished member."""
+    for leftover in folder.glob(f"{PREFIX}*"):
+        shutil.rmtree(leftover)

@@ -1,0 +1,268 @@
+"""MT-Bench: 80 questions of two turns in eight categories, answered by a policy and rated from 1 to 10 by a judge.
+
+The second turn follows the policy's own first answer. Temperatures are those of the benchmark, by category; the model's
+own generation settings are not used. Policies are also compared with the reference, in both orders. Figures of different
+judges are different metrics, so the judge is part of the name (arXiv:2306.05685). Questions, reference answers and the
+judge's templates are read from the benchmark's own files; how the judge is asked is in `mt_bench_judging`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prmd.benchmarks.mt_bench_answers import generate_answers
+from prmd.benchmarks.mt_bench_data import FILES, MtBenchData, MtBenchQuestion, read_mt_bench
+from prmd.benchmarks.mt_bench_judging import pair_prompt, parse_rating, parse_verdict, single_prompt
+from prmd.benchmarks.result import BenchmarkResult, with_chance
+from prmd.chats import MAX_REPLY_TOKENS, conversation_key
+from prmd.config import EvaluationConfig
+from prmd.contenders import ContenderModels
+from prmd.errors import ConfigError, DataError, UserError
+from prmd.generation import GeneratedResponse
+from prmd.judge_cards import CONSTANT_ANSWER, PairwiseResult, judge_card, pairwise_both_orders
+from prmd.paths import PROJECT_ROOT
+from prmd.rubrics import Verdict
+from prmd.statistics import bootstrap_mean, wilson_interval
+from prmd.text_judges import TextJudge, make_text_judge
+
+TURNS = (1, 2)
+
+
+@dataclass(frozen=True)
+class Rating:
+    """What the judge said of the answer to one turn; `value` is None where its reply holds no rating."""
+
+    question: MtBenchQuestion
+    turn: int
+    key: str
+    reply: str
+    value: float | None
+
+
+Answers = Sequence[tuple[str, str]]
+"""Both answers to each question, in the order of the questions."""
+
+
+def run_mt_bench(config: EvaluationConfig, models: ContenderModels) -> BenchmarkResult:
+    """Ratings per turn and category, and the win rate against the reference."""
+    settings = config.benchmarks.mt_bench
+    if settings.path is None:
+        return BenchmarkResult(
+            reason="data missing at benchmarks.mt_bench.path: null; name a folder with FastChat's "
+            + ", ".join(FILES)
+        )
+    folder = _folder(settings.path)
+    if missing := [name for name in FILES if not (folder / name).is_file()]:
+        return BenchmarkResult(reason=f"data missing at {folder / missing[0]}")
+    try:
+        judge = make_text_judge(config)
+        data = read_mt_bench(folder, settings.max_questions)
+    except UserError as error:
+        return BenchmarkResult(reason=str(error))
+    if judge is None or not judge.writes:
+        return BenchmarkResult(
+            reason=f"no text judge that writes: text_judge.kind is {config.text_judge.kind}, wanted local_model, endpoint "
+            "or replay"
+        )
+    responses = generate_answers(config, models, data.questions)
+    try:
+        return _judged(config, models, data, responses, judge)
+    except (ConfigError, DataError) as error:  # a judge that cannot be loaded, a file that lacks verdicts
+        return BenchmarkResult(reason=f"judge missing: {error}")
+
+
+def _folder(text: str) -> Path:
+    path = Path(text).expanduser()
+    return path if path.is_absolute() else PROJECT_ROOT / path
+
+
+# ------------------------------------------------------------------ judging
+def rate_answers(judge: TextJudge, data: MtBenchData, answers: Answers) -> list[Rating]:
+    """One rating per question and turn, turn 2 of a question after its turn 1."""
+    asked = [(q, texts, turn) for q, texts in zip(data.questions, answers, strict=True) for turn in TURNS]
+    prompts = [
+        single_prompt(
+            data.templates,
+            category=question.category,
+            turn=turn,
+            questions=question.turns,
+            answers=texts,
+            references=question.references,
+        )
+        for question, texts, turn in asked
+    ]
+    replies = judge.complete(prompts)
+    return [
+        Rating(question, turn, conversation_key(prompt, MAX_REPLY_TOKENS), reply, parse_rating(reply))
+        for (question, _, turn), prompt, reply in zip(asked, prompts, replies, strict=True)
+    ]
+
+
+def compare_answers(
+    judge: TextJudge, data: MtBenchData, answers: Answers, baseline: Answers
+) -> tuple[PairwiseResult, list[dict[str, Any]]]:
+    """Every question and turn judged in both orders: outcomes in the order of `rate_answers`, and the verdicts as rows."""
+    rows: list[dict[str, Any]] = []
+
+    def compare(pairs: Sequence[tuple[Any, Any]]) -> list[str | None]:
+        prompts = [
+            pair_prompt(
+                data.templates,
+                category=question.category,
+                turn=turn,
+                questions=question.turns,
+                answers_a=shown_first,
+                answers_b=shown_second,
+                references=question.references,
+            )
+            for (question, turn, shown_first), (_, _, shown_second) in pairs
+        ]
+        replies = judge.complete(prompts)
+        order = "reference second" if not rows else "reference first"
+        verdicts = [parse_verdict(reply) for reply in replies]
+        rows.extend(
+            {
+                "id": conversation_key(prompt, MAX_REPLY_TOKENS),
+                "question": pair[0][0].id,
+                "turn": pair[0][1],
+                "kind": "pair",
+                "order": order,
+                "verdict": verdict,
+                "text": reply,
+            }
+            for pair, prompt, reply, verdict in zip(pairs, prompts, replies, verdicts, strict=True)
+        )
+        return verdicts
+
+    ours, theirs = (
+        [(q, turn, texts) for q, texts in zip(data.questions, both, strict=True) for turn in TURNS]
+        for both in (answers, baseline)
+    )
+    return pairwise_both_orders(compare, candidate=ours, baseline=theirs), rows
+
+
+def _judged(
+    config: EvaluationConfig,
+    models: ContenderModels,
+    data: MtBenchData,
+    responses: Sequence[tuple[GeneratedResponse, GeneratedResponse]],
+    judge: TextJudge,
+) -> BenchmarkResult:
+    answers = [(first.text, second.text) for first, second in responses]
+    baseline: list[tuple[str, str]] = []
+    if config.benchmarks.mt_bench.pairwise and not models.is_reference:
+        others = generate_answers(config, models, data.questions, of_reference=True)
+        baseline = [(first.text, second.text) for first, second in others]
+    if judge.kind == "local_model":
+        models.close()  # two models do not fit where one just does
+    ratings = rate_answers(judge, data, answers)
+    constant = rate_answers(judge, data, [(CONSTANT_ANSWER, CONSTANT_ANSWER)] * len(data.questions))
+    pairs, pair_rows = compare_answers(judge, data, answers, baseline) if baseline else (None, [])
+    metrics = mt_bench_metrics(
+        ratings, constant, pairs, resamples=config.bootstrap_resamples, seed=config.shared.seed
+    )
+    verdicts = [Verdict(r.key, None if r.value is None else True, r.value, r.reply) for r in ratings]
+    card = judge_card(
+        judge,
+        verdicts,
+        position_bias=pairs.position_bias() if pairs else None,
+        constant_answer={"text": CONSTANT_ANSWER, "average": metrics.get("average, constant answer")},
+    )
+    judgements = [*_rating_rows(ratings, "single"), *_rating_rows(constant, "constant answer"), *pair_rows]
+    return BenchmarkResult(
+        metrics=metrics,
+        items=_items(ratings, pairs),
+        data_sha256=data.sha256,
+        label=f"mt_bench[judge={judge.name}]",
+        judge=card,
+        samples=_sample_rows(data.questions, responses),
+        # One row per reply, so that the file can serve as `text_judge.file` of a replay.
+        judgements=list({row["id"]: row for row in judgements}.values()),
+    )
+
+
+# ------------------------------------------------------------------ numbers and rows
+def mt_bench_metrics(
+    ratings: Sequence[Rating],
+    constant: Sequence[Rating],
+    pairs: PairwiseResult | None,
+    *,
+    resamples: int,
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Means of the readable ratings, intervals over questions; the average pools the turns, as published.
+
+    Args:
+        ratings: of the contender.
+        constant: of the constant answer, in the same order.
+        pairs: outcomes in the same order; None for the reference.
+    """
+
+    def mean(
+        rows: Sequence[tuple[Rating, float | None]], chance: float | None = None
+    ) -> dict[str, Any] | None:
+        read = [(rating.question.id, value) for rating, value in rows if value is not None]
+        if not read:
+            return None
+        values, clusters = np.array([v for _, v in read]), np.array([key for key, _ in read])
+        estimate = bootstrap_mean(values, clusters=clusters, n_resamples=resamples, seed=seed)
+        return {**with_chance(estimate, chance), "items": len(read)}
+
+    valued = [(rating, rating.value) for rating in ratings]
+    found = {"average": mean(valued)}
+    found |= {f"turn {turn}": mean([row for row in valued if row[0].turn == turn]) for turn in TURNS}
+    for category in dict.fromkeys(rating.question.category for rating in ratings):
+        found[f"average, {category}"] = mean([r for r in valued if r[0].question.category == category])
+    found["average, constant answer"] = mean([(rating, rating.value) for rating in constant])
+    if pairs is not None:
+        found["win rate against the reference"] = mean(list(zip(ratings, pairs.outcomes, strict=True)), 0.5)
+    unread = sum(rating.value is None for rating in ratings)
+    found["unreadable ratings"] = with_chance(wilson_interval(unread, len(ratings)), None)
+    return {name: estimate for name, estimate in found.items() if estimate is not None}
+
+
+def _items(ratings: Sequence[Rating], pairs: PairwiseResult | None) -> list[dict[str, Any]]:
+    """One row per question: the ratings and outcomes of both turns."""
+    items: dict[str, dict[str, Any]] = {}
+    for index, rating in enumerate(ratings):
+        question = rating.question
+        item = items.setdefault(question.id, {"id": question.id, "category": question.category})
+        item[f"rating_{rating.turn}"] = rating.value
+        if pairs is not None:
+            item[f"win_{rating.turn}"] = pairs.outcomes[index]
+    return list(items.values())
+
+
+def _rating_rows(ratings: Sequence[Rating], kind: str) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": rating.key,
+            "question": rating.question.id,
+            "turn": rating.turn,
+            "kind": kind,
+            "rating": rating.value,
+            "text": rating.reply,
+        }
+        for rating in ratings
+    ]
+
+
+def _sample_rows(
+    questions: Sequence[MtBenchQuestion], responses: Sequence[tuple[GeneratedResponse, GeneratedResponse]]
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": question.id,
+            "category": question.category,
+            "turn": turn,
+            "prompt": question.turns[turn - 1],
+            "response": answer.text,
+            "tokens": len(answer.token_ids),
+            "finished": answer.finished,
+        }
+        for question, both in zip(questions, responses, strict=True)
+        for turn, answer in zip(TURNS, both, strict=True)
+    ]

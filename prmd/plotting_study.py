@@ -1,0 +1,172 @@
+"""The figures of the gold-reward study: true rewards over length bias, over-optimisation, balance, ablations.
+
+What lives here: `plot_gold_reward`, a pure function of `benchmarks/results/gold_reward.json`. What does not: numbers and
+intervals (`benchmarks/gold_summary.py` makes them, they are only drawn here), the canvas and palette (`plotting`).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prmd import io
+from prmd.plotting import GREY, MARKERS, PALETTE, Axes, canvas, legend_below, objective_colour
+
+Row = Mapping[str, Any]
+_WORST, _MINIMUM = "worst-objective win rate", "E[min over objectives], sd"
+
+
+def plot_gold_reward(results_json: Path, directory: Path | None = None) -> list[Path]:
+    """Every figure of the study that its results have the data for.
+
+    Args:
+        results_json: the results; figures are named after the file.
+        directory: where the PNGs go; beside the file by default.
+
+    Returns:
+        Paths of `<name>_bias`, `<name>_overoptimisation`, `<name>_balance` and `<name>_ablations`, in this order.
+    """
+    results, folder = io.read_json(results_json), directory or results_json.parent
+    setup = results["setup"]
+
+    def path(part: str) -> Path:
+        return folder / f"{results_json.stem}_{part}.png"
+
+    drawn = [_draw_bias(path("bias"), results["summary"], setup)]
+    if results["over_optimisation"]:
+        drawn.append(_draw_over_optimisation(path("overoptimisation"), results["over_optimisation"], setup))
+    tables = dict(results["ablations"])
+    if rows := tables.pop("calibration", None):
+        drawn.append(_draw_balance(path("balance"), rows, results["summary"], setup))
+    if tables:
+        drawn.append(_draw_ablations(path("ablations"), tables, setup))
+    return drawn
+
+
+def _bars(row: Row, value: str, ends: str) -> np.ndarray:
+    """Distances below and above a value, [2, 1], as `errorbar` wants them."""
+    low, high = row[ends]
+    return np.array([[max(0.0, row[value] - low)], [max(0.0, high - row[value])]])
+
+
+def _draw_bias(path: Path, rows: Sequence[Row], setup: Row) -> Path:
+    """Worst-objective win rate and mean of the minimum over the length bias, a line per method."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    width = 0.006 if len({row["bias"] for row in rows}) > 1 else 0.0
+    with canvas(path, height=6.4, rows=2, share_x=True) as panels:
+        for axes, value, ends, label in (
+            (panels[0], "worst_win_rate", "ci", _WORST),
+            (panels[1], "mean_of_min", "mean_of_min_ci", _MINIMUM),
+        ):
+            for i, method in enumerate(methods):
+                own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bias"])
+                axes.errorbar(
+                    [row["bias"] + (i - (len(methods) - 1) / 2) * width for row in own],
+                    [row[value] for row in own],
+                    yerr=np.hstack([_bars(row, value, ends) for row in own]),
+                    elinewidth=0.9,
+                    capsize=2,
+                    label=method,
+                    **_style(i),
+                )
+            axes.set_ylabel(label)
+        _reference_lines(panels, setup)
+        panels[1].set_xlabel("length bias: share of pairs that prefer the longer")
+        panels[0].set_title(f"True rewards at {setup['matched_kl']:g} nat, n = {len(setup['seeds'])} seeds")
+        legend_below(panels[0])
+    return path
+
+
+def _style(index: int) -> dict[str, str]:
+    colours = (*PALETTE, GREY)
+    return {"color": colours[index % len(colours)], "marker": MARKERS[index % len(MARKERS)]}
+
+
+def _reference_lines(panels: Sequence[Axes], setup: Row) -> None:
+    for axes, level in zip(panels, (0.5, setup["reference_mean_of_min"]), strict=True):
+        axes.axhline(level, color="black", linewidth=1, linestyle=":")
+
+
+def _draw_over_optimisation(path: Path, curves: Sequence[Row], setup: Row) -> Path:
+    """Gains over sqrt(KL): what the method's own reward models think, dashed, and what is true, solid."""
+    with canvas(path, height=4.6) as axes:
+        for i, curve in enumerate(curves):
+            points, style = curve["points"], _style(i)
+            x = [point["distance"] for point in points]
+            axes.plot(x, [point["gold"] for point in points], label=curve["label"], **style)
+            axes.fill_between(
+                x,
+                *zip(*(point["gold_ci"] for point in points), strict=True),
+                color=style["color"],
+                alpha=0.12,
+            )
+            axes.plot(
+                x, [point["proxy"] for point in points], color=style["color"], linestyle="--", linewidth=1.2
+            )
+        axes.axhline(0, color="black", linewidth=1, linestyle=":")
+        axes.set_xlabel("square root of KL from the reference, nats")
+        axes.set_ylabel("mean gain over objectives, sd")
+        axes.set_title(f"True (solid) and proxy (dashed), n = {len(setup['ablation_seeds'])} seeds")
+        legend_below(axes, 2)
+    return path
+
+
+def _draw_balance(path: Path, rows: Sequence[Row], summary: Sequence[Row], setup: Row) -> Path:
+    """Win rates of all objectives side by side: raw and calibrated minima, distillation and DPO."""
+    dpo = [
+        {"label": "dpo", **row}
+        for row in summary
+        if row["method"] == "dpo" and row["bias"] == setup["ablation_bias"]
+    ]
+    shown = [*dpo, *rows]
+    with canvas(path, height=1.8 + 0.42 * len(shown)) as axes:
+        places = np.arange(len(shown))
+        for k, objective in enumerate(shown[0]["win_rate"]):
+            low, high = np.array([row["win_rate_ci"][objective] for row in shown]).T
+            values = np.array([row["win_rate"][objective] for row in shown])
+            axes.errorbar(
+                values,
+                places + (k - 1) * 0.16,
+                xerr=np.stack([(values - low).clip(0), (high - values).clip(0)]),
+                linestyle="none",
+                marker=MARKERS[k],
+                color=objective_colour(objective),
+                elinewidth=1,
+                label=objective,
+            )
+        axes.axvline(0.5, color="black", linewidth=1, linestyle=":")
+        axes.set_yticks(places, [row["label"] for row in shown])
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlabel("true win rate against the reference")
+        axes.set_title(f"Balance at {setup['matched_kl']:g} nat, bias {setup['ablation_bias']:g}")
+        legend_below(axes, 3)
+    return path
+
+
+def _draw_ablations(path: Path, tables: Mapping[str, Sequence[Row]], setup: Row) -> Path:
+    """Worst-objective win rate of every value of every ablation, at the matched KL and where training ends."""
+    rows = [(name, row) for name, table in tables.items() for row in table]
+    with canvas(path, height=1.8 + 0.24 * len(rows)) as axes:
+        for i, name in enumerate(tables):
+            own = [(place, row) for place, (table, row) in enumerate(rows) if table == name]
+            places = [place for place, _ in own]
+            axes.errorbar(
+                [row["worst_win_rate"] for _, row in own],
+                places,
+                xerr=np.hstack([_bars(row, "worst_win_rate", "ci") for _, row in own]),
+                linestyle="none",
+                marker="o",
+                color=PALETTE[i % len(PALETTE)],
+                elinewidth=1,
+            )
+            ends = [row["at_end"]["worst_win_rate"] for _, row in own]
+            axes.plot(ends, places, "|", color=PALETTE[i % len(PALETTE)], markersize=9)
+        axes.set_yticks(range(len(rows)), [row["label"] for _, row in rows])
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.axvline(0.5, color="black", linewidth=1, linestyle=":")
+        axes.set_xlabel(f"{_WORST} at {setup['matched_kl']:g} nat (bar: at the end)")
+        axes.set_title(f"Ablations, n = {len(setup['ablation_seeds'])} seeds")
+    return path

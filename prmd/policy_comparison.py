@@ -1,0 +1,148 @@
+"""How methods compare: paired tests against the baseline, who beats whom, the front they span together.
+
+What lives here: contents of the method files and rewards of their samples in, `comparison.json` out, and the refusal to
+compare what was not measured alike. What does not: the numbers of one method (`policy_metrics`), the tests themselves
+(`comparisons`), tables and figures (`report_measures`, `plotting_evaluation`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from prmd.contenders import REFERENCE
+from prmd.errors import DataError
+from prmd.over_optimisation import policy_points
+from prmd.resampling import Resampling, with_chance
+from prmd.statistics import holm, pairwise_win_rate, sign_flip_test
+
+BASELINES = ("baseline_dpo", "dpo", REFERENCE)
+"""What methods are compared with: the first of these that was evaluated."""
+MEAN_OF_MIN = "mean of minimum"
+SHARED_PARTS = ("prompts", "decoding", "reference", "judges")
+"""What two results must have in common to stand in one table."""
+
+
+def compare_methods(
+    metrics: Sequence[dict[str, Any]], rewards: Mapping[str, np.ndarray], resampling: Resampling
+) -> dict[str, Any]:
+    """Rows of the headline table, paired tests of every policy against the baseline, and the win matrix.
+
+    Args:
+        metrics: contents of the method files, the reference first.
+        rewards: judges' rewards of the samples of each method, [K, X, n].
+
+    Returns:
+        `rows`, `paired`, `declared`, `win_matrix`, `hypervolume`, `over_optimisation`: the contents of `comparison.json`.
+
+    Raises:
+        DataError: they were not measured on the same prompts, with the same decoding, by the same judges.
+    """
+    check_comparable(metrics)
+    by_method = {m["method"]: m for m in metrics}
+    baseline = next(name for name in BASELINES if name in by_method)
+    others = [m for name, m in by_method.items() if name not in (baseline, REFERENCE)]
+    tests = [test for m in others for test in _paired(m, by_method[baseline], resampling)]
+    for test, adjusted in zip(tests, holm([t["p"] for t in tests]), strict=True):
+        test["p_holm"] = float(adjusted)
+    policies = [m for m in metrics if m["method"] != REFERENCE]
+    return {
+        "rows": [_row(m) for m in metrics],
+        "paired": tests,
+        "declared": _declared(baseline, len(tests)),
+        "win_matrix": win_matrix(rewards, list(metrics[0]["objectives"]), resampling),
+        "hypervolume": _front(policies, resampling) if policies else None,
+        "over_optimisation": _over_optimisation(by_method, resampling),
+    }
+
+
+def check_comparable(metrics: Sequence[dict[str, Any]]) -> None:
+    """Refuse to compare results with different prompts, decoding, reference or judges, naming what differs.
+
+    Raises:
+        DataError: see above.
+    """
+    first = metrics[0]
+    for other in metrics[1:]:
+        keys = [m["evaluation"]["compared_on"] for m in (first, other)]
+        differing = [part for part in SHARED_PARTS if keys[0].get(part) != keys[1].get(part)]
+        if not differing and first["per_prompt"]["ids"] != other["per_prompt"]["ids"]:
+            differing = ["prompts"]
+        if differing:
+            raise DataError(
+                f"{first['method']} and {other['method']} were evaluated with different {' and '.join(differing)}, so their "
+                "numbers cannot be compared; evaluate both anew with one configuration (compute_metrics.py --force)"
+            )
+
+
+def _declared(baseline: str, count: int) -> str:
+    if not count:
+        return f"no policy beside {baseline}, nothing to compare"
+    return (
+        f"each policy against {baseline}, win rate of every objective and mean of the minimum: {count} two-sided "
+        "sign-flip tests over prompts, Holm-corrected together"
+    )
+
+
+def _row(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "method": metrics["method"],
+        "approach": metrics["approach"],
+        "win_rate": {k: v["win_rate"] for k, v in metrics["objectives"].items()},
+        "worst": metrics["worst_objective"]["win_rate"],
+        "mean_of_min": metrics["mean_of_min"],
+        "kl": metrics["kl"]["per_response"],
+        "length": metrics["length"],
+    }
+
+
+def _paired(ours: dict[str, Any], theirs: dict[str, Any], resampling: Resampling) -> list[dict[str, Any]]:
+    tests = []
+    for measure, values in _measures(ours).items():
+        other = _measures(theirs)[measure]
+        difference = resampling.difference(values, other)
+        p = sign_flip_test(values - other, n_resamples=resampling.resamples, seed=resampling.seed)
+        names = {"method": ours["method"], "against": theirs["method"], "measure": measure}
+        tests.append({**names, "difference": difference.to_json(), "p": p})
+    return tests
+
+
+def _measures(metrics: dict[str, Any]) -> dict[str, np.ndarray]:
+    scores = metrics["per_prompt"]
+    wins = {f"win rate, {k}": np.array(v) for k, v in scores["win_rate"].items()}
+    return {**wins, MEAN_OF_MIN: np.array(scores["mean_of_min"])}
+
+
+def win_matrix(
+    rewards: Mapping[str, np.ndarray], objectives: Sequence[str], resampling: Resampling
+) -> dict[str, list[dict[str, Any]]]:
+    """Win rate of every method over every later one, per objective; the other order is one minus it."""
+    names = list(rewards)
+    return {
+        objective: [
+            {
+                "method": ours,
+                "against": theirs,
+                "win_rate": with_chance(
+                    resampling.win_rate(pairwise_win_rate(rewards[ours][k], rewards[theirs][k])), 0.5
+                ),
+            }
+            for i, ours in enumerate(names)
+            for theirs in names[i + 1 :]
+        ]
+        for k, objective in enumerate(objectives)
+    }
+
+
+def _front(policies: Sequence[dict[str, Any]], resampling: Resampling) -> dict[str, Any]:
+    """Volume above the reference that all policies dominate together."""
+    points = np.array([list(m["per_prompt"]["mean_reward"].values()) for m in policies])
+    return with_chance(resampling.volume(points), 0.0)
+
+
+def _over_optimisation(by_method: dict[str, dict[str, Any]], resampling: Resampling) -> dict[str, Any] | None:
+    curves = by_method[REFERENCE].get("best_of_n")
+    if curves is None:
+        return None
+    scored = [m for name, m in by_method.items() if name != REFERENCE and m.get("proxy")]
+    return {"curves": curves, "policies": policy_points(scored, curves, resampling)}

@@ -1,0 +1,170 @@
+"""The closed-form gate on cached scores: what each method can reach on reference samples, before any policy is trained.
+
+    pi*(y_i | x) = softmax_i( reward_scale R(x, y_i) / beta )   on the n samples of a prompt, at one KL for all methods
+
+Reads what stage 2 or an earlier stage 3 left in `data/cache` and loads no model. The gains are those of the training
+ensemble's mean members, a proxy: they say what the operator trades, not what a judge would see. The maths is in `gate`.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prmd import io
+from prmd.cache import JsonTable, ScoreTable
+from prmd.config import PolicyConfig, RewardModelConfig
+from prmd.errors import UserError
+from prmd.gate import gate_row, usable_kl_target
+from prmd.generation import sample_rows
+from prmd.models import load_tokenizer
+from prmd.objectives import OBJECTIVES
+from prmd.paths import ArtifactPaths
+from prmd.policy_data import ScaleResponses, load_reward_models, sampling_config, score_samples
+from prmd.policy_methods import POLICY_METHODS, reference_sample_count
+from prmd.policy_rewards import solve_reward
+from prmd.preferences import read_pairs
+from prmd.reference import reference_key, reference_samples
+from prmd.reward_models import RewardModel
+from prmd.runtime import is_main_process
+from prmd.tokenization import Tokens, tokenize_prompt
+
+logger = logging.getLogger(__name__)
+
+GATE_METHODS = tuple(name for name, method in POLICY_METHODS.items() if method.loss == "distil")
+"""Methods with a reward R(x, y), which alone has a closed-form optimum."""
+
+
+def gate_file(paths: ArtifactPaths) -> Path:
+    """Where the gate's numbers lie."""
+    return paths.reward_analysis / "gate.json"
+
+
+def describe_gate(config: PolicyConfig) -> None:
+    """Compute, log and write the gate, or say in one line what is missing."""
+    try:
+        models = load_reward_models(config.shared)  # first: without them the base model need not be there
+        tokenizer = load_tokenizer(config.shared.model, config.paths)
+        scored = cached_responses(config, models, tokenizer)
+    except UserError as error:
+        logger.info("gate        not computed: %s", error)
+        return
+    if isinstance(scored, str):
+        logger.info("gate        not computed: %s", scored)
+        return
+    table = gate_table(config, scored)
+    for line in gate_lines(table):
+        logger.info("gate        %s", line)
+    if is_main_process():
+        logger.info("gate        written to %s", io.write_json(gate_file(config.paths), table))
+
+
+def cached_responses(
+    config: PolicyConfig, models: Sequence[RewardModel], tokenizer: PreTrainedTokenizerBase
+) -> ScaleResponses | str:
+    """Scored reference samples from the cache alone; or what is missing, with the command.
+
+    Of held-out prompts if any are there, else of training prompts; stage 3's own number of samples a prompt if those
+    are there, else that of the calibration in stage 2.
+    """
+    if not reference_sample_count(config):
+        return (
+            "it needs scored samples of the reference and none are configured (calibration.source: "
+            "validation_responses); set pairs.reference_samples=8 or calibration.source=reference_samples"
+        )
+    by_prompt = config.shared.calibration.source == "reference_samples"
+    for split, source in (("val", "held-out prompts"), ("train", "training prompts")):
+        prompts = _prompts(config, tokenizer, split)
+        for shared in (sampling_config(config), config.shared):
+            found = _scored_prompts(shared, models, tokenizer, prompts)
+            if found:
+                samples = reference_samples(shared, tokenizer, found)
+                return score_samples(models, found, samples, by_prompt=by_prompt, source=source)
+    if by_prompt:
+        return "no scored reference samples are cached; stage 2 (python 2_reward_modeling/train_*_rm.py) makes them"
+    return "no scored reference samples are cached; python 3_policy_training/pessimistic_dpo.py makes them"
+
+
+def _prompts(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, split: str) -> list[Tokens]:
+    """Distinct prompts of a split of all objectives, as stages 2 and 3 cut them."""
+    lengths = {config.shared.training.max_length, config.training.max_length}
+    pairs = [pair for objective in OBJECTIVES for pair in read_pairs(config.paths, objective, split)]
+    prompts = (tokenize_prompt(tokenizer, p.prompt, max_length=n) for p in pairs for n in sorted(lengths))
+    return list(dict.fromkeys(prompts))
+
+
+def _scored_prompts(
+    shared: RewardModelConfig,
+    models: Sequence[RewardModel],
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tokens],
+) -> list[Tokens]:
+    """The prompts whose samples are cached with the rewards of every model."""
+    table = JsonTable(shared.paths.cache("samples", _samples_key(shared, tokenizer)))
+    sampled = [prompt for prompt in prompts if table.holds([prompt])]
+    if not sampled:
+        return []
+    samples = reference_samples(shared, tokenizer, sampled)
+    kept = set(range(len(sampled)))
+    for model in models:
+        rewards = ScoreTable(shared.paths.cache("rewards", model.fingerprint), model.members)
+        rows = sample_rows(sampled, samples, model.tokenizer, keep_suffix=True)
+        kept &= {i for i, row in enumerate(rows) if rewards.holds([row])}
+    return [sampled[i] for i in sorted(kept)]
+
+
+def _samples_key(shared: RewardModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The key under which `reference.reference_samples` keeps these samples (it would load a model to look)."""
+    settings = {
+        "samples_per_prompt": shared.calibration.samples_per_prompt,
+        "max_new_tokens": shared.calibration.max_new_tokens,
+        "seed": shared.seed,
+    }
+    return io.fingerprint([reference_key(shared, tokenizer), settings])
+
+
+def gate_table(config: PolicyConfig, scored: ScaleResponses) -> dict[str, Any]:
+    """The gate of every method with a reward at one KL, as JSON."""
+    policy, samples = config.policy, scored.by_prompt()
+    budget = usable_kl_target(policy.kl_target, scored.samples_per_prompt)
+    rewards, rows, refused = samples.mean(dim=1), [], []
+    for method in GATE_METHODS:
+        try:
+            robust = solve_reward(policy, method, scored)(samples)
+            row = gate_row(robust=robust, rewards=rewards, beta=policy.beta, kl_target=budget)
+        except (UserError, ValueError) as error:
+            refused.append({"method": method, "reason": str(error)})
+            continue
+        rows.append(
+            {"method": method, **row.to_json(), "gains": dict(zip(OBJECTIVES, row.gains, strict=True))}
+        )
+    return {
+        "kl_target": policy.kl_target,
+        "kl": budget,
+        "prompts": samples.shape[2],
+        "samples_per_prompt": scored.samples_per_prompt,
+        "source": scored.source,
+        "rows": rows,
+        "refused": refused,
+    }
+
+
+def gate_lines(table: dict[str, Any]) -> list[str]:
+    """The gate as lines for the log."""
+    lines = [
+        f"{table['prompts']} {table['source']}, {table['samples_per_prompt']} a prompt, at {table['kl']:.3g} nats"
+        + (
+            f" (kl_target {table['kl_target']:g} needs more samples)"
+            if table["kl"] < table["kl_target"]
+            else ""
+        )
+    ]
+    for row in table["rows"]:
+        gains = ", ".join(f"{k} {gain:+.3f}" for k, gain in row["gains"].items())
+        lines.append(
+            f"{row['method']:<12} gains {gains}; worst {row['worst_gain']:+.3f}; mean of minimum {row['mean_of_min']:+.3f} "
+            f"(reference {row['reference_mean_of_min']:+.3f}); effective samples {row['effective_sample_size']:.1f}"
+        )
+    return lines + [f"{row['method']:<12} not computed: {row['reason']}" for row in table["refused"]]

@@ -1,0 +1,157 @@
+"""The methods of stage 3 as data: what each learns from, which settings it reads, what it needs.
+
+Here: one row per name of `policy.methods`, and the checks of a configuration against them. Not here: how a row becomes
+target margins (`policy_targets`, to be read next) and how policies are trained (`policy_training`). Every method sees the
+same labelled pairs in the same order and the same trainer.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prmd.config import PolicyConfig, PolicySection
+from prmd.errors import ConfigError
+from prmd.objectives import OBJECTIVES
+from prmd.pessimism import METHODS, Aggregation, method_aggregation
+
+BASELINE = "baseline_dpo"
+SOUP = "soup"
+
+
+@dataclass(frozen=True)
+class Method:
+    """What tells one method from another.
+
+    Attributes:
+        loss: key of `policy_targets.LOSSES`; "trl" is trained by TRL and "soup" not at all.
+        reward: the robust reward R. "distil" regresses on its margins; for "paper" and "edpo", whose targets are made
+            from margins, it fixes the reward scale and ranks reference samples. None: R is not used.
+        objective: train on the pairs labelled for this objective alone; None: on all.
+    """
+
+    loss: str
+    reward: Aggregation | None = None
+    objective: str | None = None
+
+    @property
+    def reads_rewards(self) -> bool:
+        """Whether reward models are needed."""
+        return self.reward is not None or self.loss == "modpo"
+
+
+POLICY_METHODS: dict[str, Method] = {
+    **{name: Method("distil", reward) for name, reward in METHODS.items()},
+    "paper_eq5": Method("paper", Aggregation("mean", "mean")),
+    "paper_eq6": Method("paper", Aggregation("min", "mean")),
+    "paper_eq7": Method("paper", Aggregation("cvar", "mean")),
+    "paper_eq9": Method("paper", Aggregation("min", "min")),
+    "edpo": Method("edpo", Aggregation("mean", "mean")),
+    "dpo": Method("dpo"),
+    "ipo": Method("ipo"),
+    "modpo": Method("modpo"),
+    **{f"dpo_{objective}": Method("dpo", objective=objective) for objective in OBJECTIVES},
+    SOUP: Method("soup"),
+    BASELINE: Method("trl"),
+}
+
+SOUP_MEMBERS = tuple(name for name, method in POLICY_METHODS.items() if method.objective is not None)
+"""The per-objective policies that a soup averages."""
+
+_ALWAYS = ("beta", "weights")
+_REGRESSION = (*_ALWAYS, "nll_weight", "gamma", "reward_scale", "margin_clip")
+_READ = {
+    "trl": _ALWAYS,
+    "soup": ("weights",),
+    "dpo": (*_ALWAYS, "nll_weight"),
+    "ipo": (*_ALWAYS, "nll_weight", "ipo_beta"),
+    "modpo": (*_ALWAYS, "nll_weight"),
+    "distil": (*_REGRESSION, "loss", "level", "constraints"),
+    "paper": _REGRESSION,
+    "edpo": _REGRESSION,
+}
+_PARAMETERS = {"cvar": ("alpha", "cvar_estimator"), "lcb": ("kappa",), "softmin": ("eta",)}
+
+
+def aggregation(policy: PolicySection, method: str) -> Aggregation:
+    """The operators of a method's R with the configured parameters.
+
+    `within` and `across` replace the method's own where set; not those of the draft's equations, which are fixed, and
+    not the sum across objectives of maxmin, whose weights are solved for.
+    """
+    parameters = {
+        "alpha": policy.alpha,
+        "cvar_estimator": policy.cvar_estimator,
+        "kappa": policy.kappa,
+        "eta": policy.eta,
+    }
+    known = POLICY_METHODS.get(method)
+    if known is not None and known.loss != "distil" and known.reward is not None:
+        return replace(known.reward, **parameters)
+    across = None if method == "maxmin" else policy.across
+    return method_aggregation(method, within=policy.within, across=across, **parameters)
+
+
+def settings_read(config: PolicyConfig, method: str) -> dict[str, Any]:
+    """The settings of `policy` and `pairs` that this method's targets and loss depend on; nothing it does not read."""
+    policy, kind = config.policy, POLICY_METHODS[method].loss
+    names = [n for n in _READ[kind] if n != "weights" or POLICY_METHODS[method].objective is None]
+    values: dict[str, Any] = {}
+    if POLICY_METHODS[method].reward is not None:
+        chosen = aggregation(policy, method)
+        values["reward"] = [chosen.within, chosen.across]
+        names += [n for op in (chosen.within, chosen.across) for n in _PARAMETERS.get(op, ())]
+        if policy.reward_scale == "auto" or _needs_samples(config, method):
+            names.append("kl_target")
+        if kind == "distil" and policy.loss == "huber":
+            names.append("huber_delta")
+        if config.pairs.reference_samples:
+            values["pairs"] = config.pairs.model_dump()
+    elif kind == "modpo":
+        values["reference_samples"] = config.pairs.reference_samples
+    return values | {name: getattr(policy, name) for name in names}
+
+
+def reference_sample_count(config: PolicyConfig) -> int:
+    """Samples of pi_ref drawn for each prompt; 0 where the configuration draws none."""
+    if config.pairs.reference_samples:
+        return config.pairs.reference_samples
+    calibration = config.shared.calibration
+    return calibration.samples_per_prompt if calibration.source == "reference_samples" else 0
+
+
+def uses_gamma(config: PolicyConfig, method: str) -> bool:
+    """Whether this method's loss has the forward-KL term on reference samples."""
+    return config.policy.gamma > 0 and POLICY_METHODS[method].reward is not None
+
+
+def check_methods(config: PolicyConfig, methods: Sequence[str]) -> None:
+    """Refuse, before anything is loaded, a method that the configuration cannot serve.
+
+    Raises:
+        ConfigError: a method needs samples of the reference and none are configured, or an operator does not fit it.
+    """
+    for method in methods:
+        needs = _needs_samples(config, method)
+        if needs and not reference_sample_count(config):
+            raise ConfigError(
+                f"{needs}: {method} needs samples of the reference policy and there are none (calibration.source: "
+                "validation_responses, pairs.reference_samples: 0); set pairs.reference_samples=8 or "
+                "calibration.source=reference_samples"
+            )
+        if method == "maxmin" and config.policy.within == "none":
+            raise ConfigError(
+                "policy.within: none leaves maxmin no reward per objective; set mean, lcb or cvar, or null"
+            )
+
+
+def _needs_samples(config: PolicyConfig, method: str) -> str:
+    """The setting because of which a method needs samples of the reference; empty where it does not."""
+    if method == "maxmin":
+        return "policy.methods"
+    if uses_gamma(config, method):
+        return "policy.gamma"
+    return "policy.constraints" if config.policy.constraints and _is_distilled(method) else ""
+
+
+def _is_distilled(method: str) -> bool:
+    return POLICY_METHODS[method].loss == "distil"

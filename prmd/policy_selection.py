@@ -1,0 +1,148 @@
+"""e-DPO's choice of members: for each objective the one that the policy is closest to on the whole effective batch.
+
+    m*_k = argmin_m  mean_i (Delta*_{k,m,i} - Delta_theta,i)^2 ,   i over all pairs of the optimiser step
+
+A micro-batch knows its pairs alone, so at the first one of a step the pairs of all of them, of every process, are passed
+through the policy without gradient. The loss with the chosen members is in `losses` and `policy_targets`.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from prmd.config import PolicyConfig, PolicySection
+from prmd.errors import ConfigError
+from prmd.losses import edpo_member_losses, edpo_select, implicit_margins
+from prmd.pair_batches import MicroBatch, collate_rows, plan_batches
+from prmd.policy_inputs import HELD_OUT, MethodInputs
+from prmd.policy_methods import POLICY_METHODS
+from prmd.policy_targets import policy_loss
+from prmd.runtime import get_runtime
+from prmd.sequence_models import SequenceLogps, supports_shared_prompts
+from prmd.tokenization import PrefixRow
+from prmd.trainer import Columns, LossFunction, PairLoss
+
+
+def loss_function(
+    config: PolicyConfig,
+    method: str,
+    inputs: MethodInputs,
+    pad_id: int,
+    model: Callable[[], SequenceLogps],
+) -> LossFunction:
+    """The loss of a batch; e-DPO's looks at the whole optimiser step, so it needs the plan of batches and the policy.
+
+    Args:
+        model: gives the policy once it is loaded.
+    """
+    kind = POLICY_METHODS[method].loss
+    if kind != "edpo":
+        return partial(policy_loss, policy=config.policy, kind=kind)
+    refuse_sharded()
+    training, world_size = config.training, get_runtime().world_size
+    batches_per_step = training.gradient_accumulation_steps * world_size
+    plan = plan_batches(  # the one `run_training` makes of the same arguments
+        [row.shared_length for row in inputs.train.rows],
+        inputs.stream,
+        rows_per_batch=training.pairs_per_device,
+        batches_per_step=batches_per_step,
+        seed=config.shared.seed,
+        world_size=world_size,
+    )
+    selection = MemberSelection(
+        inputs.base_rows,
+        inputs.train.columns,
+        plan,
+        batches_per_step=batches_per_step,
+        policy=config.policy,
+        pad_id=pad_id,
+    )
+    return selection.loss_function(model)
+
+
+def refuse_sharded() -> None:
+    """Refuse a run whose processes hold parts of the weights: they cannot be passed through beside the trainer.
+
+    Raises:
+        ConfigError: launched by accelerate with FSDP or DeepSpeed.
+    """
+    for name in ("FSDP", "DEEPSPEED"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() in ("true", "1"):
+            raise ConfigError(
+                f"policy.methods: edpo does not run under {name}, whose processes hold parts of the weights; launch it on "
+                "one GPU or with configs/accelerate/ddp.yaml"
+            )
+
+
+class MemberSelection:
+    """The loss of e-DPO for a training in which every position of the stream is a row of its own.
+
+    Args:
+        rows: (chosen, rejected) of each position.
+        columns: `ref_logps` [n, 2] and `member_targets` [n, K, M] of each position.
+        plan: the training's micro-batches over positions.
+        batches_per_step: micro-batches of an optimiser step over all processes.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[PrefixRow],
+        columns: Columns,
+        plan: Sequence[MicroBatch],
+        *,
+        batches_per_step: int,
+        policy: PolicySection,
+        pad_id: int,
+    ) -> None:
+        self.rows, self.columns, self.policy, self.pad_id = rows, columns, policy, pad_id
+        self.steps = [plan[i : i + batches_per_step] for i in range(0, len(plan), batches_per_step)]
+        self.step_of = {
+            row: step for step, batches in enumerate(self.steps) for micro in batches for row in micro.rows
+        }
+        self.longest = max(row.longest for row in rows)
+        self.current, self.selected = HELD_OUT, torch.empty(0)
+
+    def loss_function(self, model: Callable[[], SequenceLogps]) -> LossFunction:
+        """What the trainer calls; held-out pairs get the members closest on each batch itself."""
+
+        def loss(logps: Tensor, columns: Columns) -> PairLoss:
+            position = int(columns["position"][0])
+            if position != HELD_OUT:
+                step = self.step_of[position]
+                if step != self.current:
+                    self.current, self.selected = step, self.select(model(), step)
+                columns = {**columns, "selected": self.selected}
+            return policy_loss(logps, columns, self.policy, kind="edpo")
+
+        return loss
+
+    @torch.no_grad()
+    def select(self, model: SequenceLogps, step: int) -> Tensor:
+        """m*_k of an optimiser step, LongTensor [K] on the model's device."""
+        device, training = next(model.parameters()).device, model.training
+        model.eval()  # dropout would choose by chance
+        total, count = torch.zeros(()), 0
+        for micro in self.steps[step]:
+            losses = self._member_losses(model, micro.rows, device)
+            total, count = total.to(device) + len(micro.rows) * losses, count + len(micro.rows)
+        model.train(training)
+        return edpo_select(total / count)
+
+    def _member_losses(self, model: SequenceLogps, positions: Sequence[int], device: torch.device) -> Tensor:
+        rows, index = [self.rows[i] for i in positions], torch.tensor(list(positions))
+        shared = supports_shared_prompts(model.unwrapped.config, self.longest)
+        batch = collate_rows(rows, pad_id=self.pad_id, share_prompt=shared)
+        logps = model(**{name: tensor.to(device) for name, tensor in batch.items()}).reshape(-1, 2)
+        ref = self.columns["ref_logps"][index].to(device)
+        implicit = implicit_margins(
+            policy_chosen_logps=logps[:, 0],
+            policy_rejected_logps=logps[:, 1],
+            ref_chosen_logps=ref[:, 0],
+            ref_rejected_logps=ref[:, 1],
+            beta=self.policy.beta,
+        )
+        members = self.columns["member_targets"][index].to(device).permute(1, 2, 0)
+        return edpo_member_losses(implicit_margins=implicit, member_targets=members)
