@@ -33,7 +33,7 @@ from prmd.pessimism import robust_rewards
 from prmd.policy_methods import aggregation
 from prmd.policy_rewards import objective_weights
 
-FIT_FRACTIONS, ANCHORS = (0.1, 0.3), (1.0, 10.0, 50.0)
+FIT_FRACTIONS, ANCHORS = (0.1, 0.3), (1.0, 10.0, 100.0)
 METHODS = ("mean", "hard_min", "hierarchical")
 _MEASURES = ("accuracy_single", "accuracy_ensemble", "member_correlation", "disagreement_error_correlation")
 
