@@ -26,8 +26,9 @@ import torch
 from torch import Tensor
 
 from prmd import io
-from prmd.config import EnsembleConfig, RewardModelConfig
+from prmd.config import RewardModelConfig
 from prmd.config_file import load_config
+from prmd.config_sections import EnsembleConfig
 from prmd.ensemble import fit_ensemble
 from prmd.preferences import hash_share, read_pairs
 from prmd.reliability import disagreement_measures, mean_pairwise_correlation

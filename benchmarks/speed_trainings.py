@@ -1,7 +1,7 @@
 """Trainings and scoring passes to be timed, ours and TRL's; the limit that both are held to is in `speed_limit`.
 
 Only optimiser steps are timed: loading, tokenisation and reference log-probabilities lie outside on every side.
-All use float32 AdamW states of the weights' own format, the same pairs, batch size, clipping and schedule. A training
+All use the fused AdamW with states of the weights' own format, the same pairs, batch size, clipping and schedule. A training
 can be run again: its optimiser starts anew, its weights go on from where they were, which costs no time and saves none.
 """
 
@@ -22,9 +22,9 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from benchmarks.speed_setup import MAX_LENGTH, PAIRS_PER_BATCH, SEED, Workload, shares_prompts
 from prmd.cache import ScoreTable
-from prmd.config import TrainingConfig
+from prmd.config_sections import TrainingConfig
 from prmd.dpo_baseline import TEMPLATE_TAIL, baseline_rows
-from prmd.reward_modeling import reward_loss
+from prmd.reward_training import reward_loss
 from prmd.runtime import get_device
 from prmd.scoring import score_logps
 from prmd.sequence_models import SequenceLogps, SequenceRewards
@@ -153,7 +153,9 @@ def our_scoring(model: nn.Module, workload: Workload, directory: Path) -> tuple[
 
 
 # ------------------------------------------------------------------ TRL
-def _trl_arguments(directory: Path, checkpointing: bool, steps: int) -> dict[str, Any]:
+def _trl_arguments(
+    directory: Path, checkpointing: bool, steps: int, max_length: int = MAX_LENGTH
+) -> dict[str, Any]:
     ours = TrainingConfig()
     return {
         "output_dir": str(directory),
@@ -165,10 +167,10 @@ def _trl_arguments(directory: Path, checkpointing: bool, steps: int) -> dict[str
         "warmup_steps": -(-steps // 10),
         "weight_decay": ours.weight_decay,
         "max_grad_norm": ours.max_grad_norm,
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused",
         "bf16": False,
         "gradient_checkpointing": checkpointing,
-        "max_length": MAX_LENGTH + TEMPLATE_TAIL,
+        "max_length": max_length + TEMPLATE_TAIL,
         "logging_steps": ours.logging_steps,
         "logging_first_step": True,
         "save_strategy": "no",
@@ -189,11 +191,16 @@ def _timed_trl(trainer: Trainer) -> TimedTraining:
 
 
 def trl_dpo(
-    model: PreTrainedModel, workload: Workload, directory: Path, *, checkpointing: bool
+    model: PreTrainedModel,
+    workload: Workload,
+    directory: Path,
+    *,
+    checkpointing: bool,
+    max_length: int = MAX_LENGTH,
 ) -> TimedTraining:
     """TRL's `DPOTrainer`, its reference log-probabilities computed here, before any timing."""
     arguments = DPOConfig(
-        **_trl_arguments(directory, checkpointing, len(workload.plan)),
+        **_trl_arguments(directory, checkpointing, len(workload.plan), max_length),
         beta=BETA,
         precompute_ref_log_probs=True,
     )

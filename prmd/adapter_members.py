@@ -4,7 +4,7 @@
 
 Every member has its own Poisson bootstrap of the training pairs (that of `ensemble.bootstrap_weights`) and its own seed, which
 draws the start of adapter and head and the order of batches. r_0 is none of them: it is trained on all pairs, each once.
-Their training is in `reward_modeling`, through the same code as that of r_0; heads on frozen features are in `ensemble`.
+Their training is in `reward_training`, through the same code as that of r_0; heads on frozen features are in `ensemble`.
 """
 
 import shutil
@@ -17,11 +17,10 @@ from peft import PeftModel
 from torch import Tensor
 
 from prmd import io
-from prmd.adapters import ADAPTER_FOLDER
+from prmd.adapters import ADAPTER_FOLDER, load_adapters
 from prmd.checkpoints import PREFIX, copy_model
-from prmd.config import ModelConfig
+from prmd.config_sections import ModelConfig
 from prmd.ensemble import bootstrap_weights
-from prmd.models import load_adapted, load_base_classifier
 from prmd.paths import ArtifactPaths
 from prmd.preferences import PreferencePair, hash_share
 from prmd.sequence_models import SequenceRewards
@@ -53,11 +52,9 @@ class AdapterMembers:
 
     def load(self, model: ModelConfig, paths: ArtifactPaths, *, pad_token_id: int) -> "AdapterScorer":
         """One base in memory with all adapters attached to it."""
-        adapted = load_base_classifier(model, paths, pad_token_id=pad_token_id)
-        names = tuple(f"member-{number}" for number in range(self.members))
-        for name, directory in zip(names, self.directories, strict=True):
-            adapted = load_adapted(adapted, directory / ADAPTER_FOLDER, name=name)
-        return AdapterScorer(adapted.eval(), SequenceRewards(adapted).eval(), names)
+        folders = {f"member-{number}": directory for number, directory in enumerate(self.directories)}
+        adapted = load_adapters(model, paths, folders, pad_token_id=pad_token_id)
+        return AdapterScorer(adapted, SequenceRewards(adapted).eval(), tuple(folders))
 
 
 @dataclass(frozen=True)

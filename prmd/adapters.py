@@ -10,12 +10,12 @@ is one base and K adapters, no less than the one checkpoint that is in memory ot
 product B A and the sum of each layer in every batch: on one CPU core SmolLM2-135M with r = 16 takes 3.8 s and not 3.3 s for
 a batch of 1,017 tokens, less at more tokens a batch, and attaching three adapters 1.7 s where its three checkpoints, small
 and in the system's file cache, are mapped in 0.25 s. It is meant for
-checkpoints of gigabytes, where it has not been measured. Training and merging are elsewhere (`reward_modeling`, `models`).
+checkpoints of gigabytes, where it has not been measured. Training and merging are elsewhere (`reward_training`, `lora`).
 """
 
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from prmd.config import RewardModelConfig
+from prmd.config_sections import ModelConfig
 from prmd.models import (
     load_adapted,
     load_base_classifier,
@@ -34,6 +35,7 @@ from prmd.models import (
     load_model_config,
     load_tokenizer,
 )
+from prmd.paths import ArtifactPaths
 from prmd.scoring import free_memory
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class SharedBase:
     """One base model in memory with the adapters of several reward models, one of them switched on at a time.
 
     Args:
-        directories: folders of the reward models, as `models.save_merged` leaves them.
+        directories: folders of the reward models, as `lora.save_merged` leaves them.
     """
 
     def __init__(self, config: RewardModelConfig, directories: Sequence[Path]) -> None:
@@ -69,12 +71,11 @@ class SharedBase:
     def _load(self) -> PeftModel:
         config = self._config
         tokenizer = load_tokenizer(config.model, config.paths)
-        model = load_base_classifier(config.model, config.paths, pad_token_id=tokenizer.pad_token_id)
-        for directory, name in self._names.items():
-            model = load_adapted(model, directory / ADAPTER_FOLDER, name=name)
+        folders = {name: directory for directory, name in self._names.items()}
+        model = load_adapters(config.model, config.paths, folders, pad_token_id=tokenizer.pad_token_id)
         for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
             layer.forward = functools.partial(_merged_linear, layer)
-        return model.eval()
+        return model
 
     def switch_to(self, directory: Path) -> PeftModel | None:
         """The base with the adapter of one reward model, until the next call; None where checkpoints are needed."""
@@ -86,6 +87,20 @@ class SharedBase:
         """Free the memory of the base and the adapters."""
         self.__dict__.pop("_model", None)
         free_memory()
+
+
+def load_adapters(
+    model: ModelConfig, paths: ArtifactPaths, folders: Mapping[str, Path], *, pad_token_id: int
+) -> PeftModel:
+    """One base classifier in memory with adapters attached to it, for scoring.
+
+    Args:
+        folders: by the adapter's name, what holds it in `adapter/`.
+    """
+    adapted = load_base_classifier(model, paths, pad_token_id=pad_token_id)
+    for name, folder in folders.items():
+        adapted = load_adapted(adapted, folder / ADAPTER_FOLDER, name=name)
+    return adapted.eval()
 
 
 def shared_base(config: RewardModelConfig, directories: Sequence[Path]) -> SharedBase | None:

@@ -18,19 +18,19 @@ from prmd.statistics import holm, mcnemar_exact, sign_flip_test
 
 Items = Sequence[Mapping[str, Any]]
 
-_OUTCOME = re.compile(r"mc[123]|emt\d+|tp\d+|rating_\d|nonrefusal\[.+\]")
-"""Fields of an item that are its outcome; what else is there describes the item."""
+_OUTCOME = re.compile(r"mc[123]|true|emt\d+|tp\d+|rating_\d")
+"""Fields of an item that are its outcome, beside those it lists under `outcomes`; what else is there describes the item."""
 IMPLICIT_ACCURACY = "implicit_accuracy"
 
 
 def item_outcomes(item: Mapping[str, Any]) -> dict[str, float]:
     """The outcomes of one benchmark item by name; a pair is right where the policy raised chosen more than rejected."""
-    fields = {**item, **(item.get("verdicts") or {})}
     found = {
         key: float(value)
-        for key, value in fields.items()
+        for key, value in item.items()
         if _OUTCOME.fullmatch(key) and isinstance(value, (bool, int, float))
     }
+    found |= item.get("outcomes") or {}
     if "logratio_margin" in item:
         found[IMPLICIT_ACCURACY] = float(np.sign(item["logratio_margin"]) + 1) / 2
     return found

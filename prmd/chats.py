@@ -16,7 +16,9 @@ import torch
 
 from prmd import io
 from prmd.cache import JsonTable
-from prmd.config import EvaluationConfig, ModelConfig, TextJudgeConfig
+from prmd.config import EvaluationConfig
+from prmd.config_evaluation import TextJudgeConfig
+from prmd.config_sections import ModelConfig
 from prmd.endpoint import Endpoint, EndpointError
 from prmd.errors import ConfigError, DataError
 from prmd.generation import generate

@@ -2,7 +2,7 @@
 
 Only this module reads YAML. A file may begin with `extends: other.yaml` (deep merge, lists replaced); the policy and
 evaluation files name the file they share with `reward_model_config: file`. There are no variables, anchors or tags.
-The keys and their defaults are in `config`; the command line around this is in `utils.run_stage`.
+The keys and their defaults are in `config` and the sections it names; the command line around this is in `utils.run_stage`.
 """
 
 import json

@@ -6,13 +6,12 @@ needs the reference beside it. What the numbers say is in `policy_metrics`, to b
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -22,17 +21,17 @@ from prmd.cache import JsonTable, ScoreTable
 from prmd.config import EvaluationConfig
 from prmd.errors import DataError
 from prmd.generation import Engine, GeneratedResponse, generate, sample_rows
-from prmd.kl import k1, k3_per_token, token_kl
 from prmd.models import load_causal_lm, load_policy
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
 from prmd.preferences import Message, PreferencePair, hash_share, read_pairs
 from prmd.provenance import read_run
 from prmd.reference import reference_key, reference_logps
+from prmd.response_kl import response_kls
 from prmd.reward_models import weights_key
 from prmd.runtime import get_device
 from prmd.scoring import free_memory, lookup, score_logps, score_rows
-from prmd.sequence_models import LOGITS_AT_ONCE, SequenceLogps, supports_shared_prompts
+from prmd.sequence_models import SequenceLogps, supports_shared_prompts
 from prmd.tokenization import PrefixRow, Tokens, fit_messages, render
 from prmd.vllm_engine import require_vllm, vllm_engine
 
@@ -257,48 +256,3 @@ class ContenderModels(AbstractContextManager["ContenderModels"]):
             device=get_device(),
             description=f"{self.contender.method}: KL",
         )
-
-
-def response_kls(
-    policy: nn.Module, as_reference: Callable[[], AbstractContextManager[nn.Module]], batch: dict[str, Tensor]
-) -> Tensor:
-    """Rao-Blackwellised KL(policy || reference), log-ratio k1 and summed k3 of every response in a batch.
-
-    ``sum_t KL(pi(.|x, y_<t) || ref(.|x, y_<t))`` over the sampled tokens; logits exist for a block of tokens at a time.
-
-    Args:
-        policy: the causal model the responses were sampled from.
-        as_reference: opens the reference; it may be the same weights with adapters switched off.
-        batch: as `pair_batches.collate_rows` returns it.
-
-    Returns:
-        [S, 3] float32 nats: exact KL, k1, k3 summed over tokens.
-
-    Source: arXiv:2504.10637.
-    """
-    inputs = [batch[name] for name in ("input_ids", "position_ids", "segment_ids")]
-    predict, targets = batch["predict_index"], batch["target_ids"]
-    ours = SequenceLogps(policy)
-    hidden = ours.hidden_states(*inputs)[predict]
-    with as_reference() as reference:
-        theirs = SequenceLogps(reference)
-        ref_hidden = theirs.hidden_states(*inputs)[predict]
-    step = max(1, LOGITS_AT_ONCE // ours.unwrapped.get_output_embeddings().weight.shape[0])
-    sums = torch.zeros(3, len(batch["last_index"]), dtype=torch.float64, device=hidden.device)
-    for start in range(0, len(predict), step):
-        span = slice(start, start + step)
-        logits = ours.logits(hidden[span])
-        with as_reference():
-            ref_logits = theirs.logits(ref_hidden[span])
-        ours_chosen, ref_chosen = (_chosen_logps(values, targets[span]) for values in (logits, ref_logits))
-        values = (
-            token_kl(policy_logits=logits, ref_logits=ref_logits),
-            k1(policy_logps=ours_chosen, ref_logps=ref_chosen),
-            k3_per_token(policy_token_logps=ours_chosen, ref_token_logps=ref_chosen),
-        )
-        sums.index_add_(1, batch["sequence_index"][span], torch.stack(values).double())
-    return sums.T.float()
-
-
-def _chosen_logps(logits: Tensor, targets: Tensor) -> Tensor:
-    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)

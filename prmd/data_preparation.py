@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from prmd import io, provenance
-from prmd.config import DataConfig, RewardModelConfig
+from prmd.config import RewardModelConfig
+from prmd.config_sections import DataConfig
 from prmd.data_summary import sizes_of, write_summary
 from prmd.errors import DataError, UserError
 from prmd.objectives import OBJECTIVES, SPLITS
@@ -93,24 +94,32 @@ def split_objectives(config: RewardModelConfig, *, force: bool = False, dry_run:
             "%s is current (same data settings and raw files); reused, --force makes it again", target
         )
         return target
+    _build(config, inputs, fingerprint, clock, force)
+    return target
+
+
+def _build(
+    config: RewardModelConfig,
+    inputs: dict[str, str],
+    fingerprint: str,
+    clock: provenance.RunClock,
+    force: bool,
+) -> None:
+    """Splits, statistics and figures, published when everything is there."""
     collection = _collect(config)
     result = _split(collection, config.data)
     stats = _stats(collection, result, config.data.approach)
+    target = config.paths.processed
     partial = provenance.partial_directory(target, fingerprint, force)
     _write(partial, result.pairs, collection, stats)
     written = write_summary(config, result.pairs)
+    extra = {"sizes": stats["sizes"]}
     provenance.finish_run(
-        partial,
-        config=config,
-        inputs=inputs,
-        fingerprint=fingerprint,
-        clock=clock,
-        extra={"sizes": stats["sizes"]},
+        partial, config=config, inputs=inputs, fingerprint=fingerprint, clock=clock, extra=extra
     )
     io.publish_directory(partial, target)
     summary = {**stats, "seconds": clock.seconds(), "visualizations": [p.name for p in written]}
     provenance.write_step_result(config.paths, "split_objectives", summary)
-    return target
 
 
 def _input_hashes(manifests: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -16,9 +16,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig, DPOTrainer
 
 from prmd.config import PolicyConfig
-from prmd.models import load_causal_lm, lora_config
+from prmd.lora import lora_config
+from prmd.models import load_causal_lm
 from prmd.pair_batches import MicroBatch, plan_batches
-from prmd.policy_data import PolicyPairs
+from prmd.policy_pairs import PolicyPairs
 from prmd.precision import Precision
 from prmd.preferences import PreferencePair
 from prmd.reporting import reporting_callbacks

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from prmd import io
-from prmd.config import EnsembleConfig
+from prmd.config_sections import EnsembleConfig
 from prmd.losses import bradley_terry_loss
 
 HIDDEN = 128

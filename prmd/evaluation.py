@@ -17,6 +17,7 @@ import numpy as np
 from prmd import io
 from prmd.benchmark_comparison import compare_benchmarks
 from prmd.benchmarks import benchmark_names
+from prmd.benchmarks.rows import why_not_run
 from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
 from prmd.checkpoint_frontier import write_frontier
@@ -255,8 +256,11 @@ def _say_what_would_be_benchmarked(config: EvaluationConfig, target: Path) -> No
     except UserError as error:
         logger.warning("TruthfulQA: %s", error)
     for name in benchmark_names(config):
-        folder = config.paths.benchmark(name)
-        logger.info("%s: would write %s for the reference and every policy", name, folder)
+        if getattr(getattr(config.benchmarks, name, None), "path", "") is None:
+            logger.warning("%s: would not run: %s", name, why_not_run(None, f"benchmarks.{name}.path"))
+        else:
+            folder = config.paths.benchmark(name)
+            logger.info("%s: would write %s for the reference and every policy", name, folder)
     logger.info("results below %s", target)
 
 

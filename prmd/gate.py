@@ -50,7 +50,7 @@ class GateRow:
 def usable_kl_target(kl_target: float, n_samples: int) -> float:
     """KL budget that n samples a prompt can represent: ``min(kl_target, log(n / 4))``.
 
-    Four effective samples remain then. With fewer than six samples a quarter of log n is used.
+    Four effective samples remain then. With six samples or fewer that is less than a quarter of log n, which is used instead.
 
     Args:
         kl_target: wanted, nats per response.

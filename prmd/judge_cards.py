@@ -56,11 +56,6 @@ class PairwiseResult:
             "consistent": wilson_interval(alike, len(both)).to_json() if both else None,
         }
 
-    @property
-    def parse_failures(self) -> int:
-        """Verdicts, of two a pair, that could not be read."""
-        return sum(v is None for v in (*self.shown_first, *self.shown_second))
-
 
 def pairwise_both_orders(
     compare: Callable[[Sequence[tuple[Answer, Answer]]], Sequence[str | None]],

@@ -1,50 +1,15 @@
 """Estimators of KL(policy || reference) along responses sampled from the policy.
 
 Here: the exact full-vocabulary KL of each step (Rao-Blackwellised when summed over a sampled response), the
-plain log-ratio k1 and the per-token k3. Not here: sampling and forward passes (`generation.py`, `models.py`) and
+plain log-ratio k1 and the per-token k3. Not here: sampling and forward passes (`generation.py`, `response_kl.py`) and
 intervals over prompts (`statistics.py`, fed with the per-response sums). All of these are unbiased only for
 samples at temperature 1 and top-p 1, end-of-turn token included. Read `statistics.py` next.
 """
-
-import math
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 _CHUNK_ELEMENTS = 2**23  # one float32 block of 32 MiB; three such blocks live at a time
-
-
-@dataclass(frozen=True)
-class KLEstimate:
-    """KL(policy || reference) of a set of responses; nats.
-
-    Standard errors treat responses as independent; with several samples a prompt use the per-response sums and
-    `statistics.bootstrap_mean` with the prompts as clusters.
-
-    Attributes:
-        nats_per_response: mean over responses of the summed exact step KL (Rao-Blackwellised).
-        nats_per_response_se: its standard error.
-        nats_per_token: total over total number of tokens.
-        k1_nats_per_response: mean log-ratio, same expectation, larger variance.
-        k1_nats_per_response_se: its standard error.
-        k3_nats_per_token: mean of the non-negative per-token estimator.
-        n_responses: number of responses.
-        n_tokens: number of response tokens.
-    """
-
-    nats_per_response: float
-    nats_per_response_se: float
-    nats_per_token: float
-    k1_nats_per_response: float
-    k1_nats_per_response_se: float
-    k3_nats_per_token: float
-    n_responses: int
-    n_tokens: int
-
-    def to_json(self) -> dict[str, float | int]:
-        """The fields as a plain dictionary."""
-        return asdict(self)
 
 
 def token_kl(policy_logits: Tensor, ref_logits: Tensor) -> Tensor:
@@ -115,63 +80,3 @@ def k3_per_token(*, policy_token_logps: Tensor, ref_token_logps: Tensor) -> Tens
     """
     log_ratio = ref_token_logps - policy_token_logps
     return torch.expm1(log_ratio) - log_ratio
-
-
-def sum_by_sequence(token_values: Tensor, sequence_index: Tensor, n_sequences: int) -> Tensor:
-    """Sum token values of each response, accumulated in float64.
-
-    Args:
-        token_values: [N].
-        sequence_index: response each token belongs to, LongTensor [N], values in [0, n_sequences).
-        n_sequences: number of responses; one without tokens gets 0.
-
-    Returns:
-        float64 [n_sequences].
-    """
-    sums = torch.zeros(n_sequences, dtype=torch.float64, device=token_values.device)
-    return sums.index_add_(0, sequence_index, token_values.double())
-
-
-def summarize_kl(
-    *,
-    token_kls: Tensor,
-    policy_token_logps: Tensor,
-    ref_token_logps: Tensor,
-    sequence_index: Tensor,
-    n_sequences: int,
-) -> KLEstimate:
-    """Put the three estimators of a set of sampled responses side by side.
-
-    Args:
-        token_kls: from `token_kl` at every response position, [N].
-        policy_token_logps: log-probability of each sampled token under the policy, [N].
-        ref_token_logps: the same under the reference, [N].
-        sequence_index: response of each token, LongTensor [N].
-        n_sequences: number of responses, >= 1.
-
-    Returns:
-        A `KLEstimate`.
-
-    Raises:
-        ValueError: no tokens.
-    """
-    if n_sequences < 1 or len(token_kls) == 0:
-        raise ValueError("summarize_kl: no response tokens; sample at least one non-empty response")
-    exact = sum_by_sequence(token_kls, sequence_index, n_sequences)
-    log_ratios = k1(policy_logps=policy_token_logps, ref_logps=ref_token_logps)
-    plain = sum_by_sequence(log_ratios, sequence_index, n_sequences)
-    k3 = k3_per_token(policy_token_logps=policy_token_logps, ref_token_logps=ref_token_logps)
-    return KLEstimate(
-        nats_per_response=float(exact.mean()),
-        nats_per_response_se=_standard_error(exact),
-        nats_per_token=float(exact.sum()) / len(token_kls),
-        k1_nats_per_response=float(plain.mean()),
-        k1_nats_per_response_se=_standard_error(plain),
-        k3_nats_per_token=float(k3.double().mean()),
-        n_responses=n_sequences,
-        n_tokens=len(token_kls),
-    )
-
-
-def _standard_error(values: Tensor) -> float:
-    return float(values.std()) / math.sqrt(len(values)) if len(values) > 1 else math.nan

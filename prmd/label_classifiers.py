@@ -8,7 +8,6 @@ for what is not kept. Judging with them is in `text_judges` and `toxicity`.
 import gc
 import hashlib
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,8 +26,6 @@ from prmd.errors import ConfigError
 from prmd.models import load_labelled_classifier
 from prmd.paths import PROJECT_ROOT
 from prmd.runtime import progress
-
-logger = logging.getLogger(__name__)
 
 POSITIVE_LABELS = (
     "toxic",

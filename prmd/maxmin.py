@@ -122,14 +122,7 @@ def solve_constraints(
 
     Source: Eqs. (P11)-(P12) of the AT-PRMD draft; a fixed hinge penalty, as there, cannot hold a threshold.
     """
-    scores, table = (
-        as_scores(base, "solve_constraints", ndim=2),
-        as_scores(rewards, "solve_constraints", ndim=3),
-    )
-    if table.shape[1:] != scores.shape or not set(thresholds) <= set(range(len(table))):
-        raise ValueError(
-            f"solve_constraints: base {scores.shape}, rewards {table.shape}, thresholds of {sorted(thresholds)} do not fit"
-        )
+    scores, table = _fitting_scores(base, rewards, thresholds)
     check_budget(kl_target, scores.shape[-1], beta)
     held = sorted(thresholds)
     slack = np.stack([table[k] - thresholds[k] for k in held]) if held else table[:0]
@@ -145,6 +138,19 @@ def solve_constraints(
     multipliers[held] = torch.from_numpy(mu)
     values = torch.from_numpy((policy * table).sum(axis=-1).mean(axis=-1))
     return ConstraintSolution(multipliers, beta / tau, mean_kl(policy), values)
+
+
+def _fitting_scores(
+    base: Tensor, rewards: Tensor, thresholds: Mapping[int, float]
+) -> tuple[np.ndarray, np.ndarray]:
+    """(base [X, n], rewards [K, X, n]) as arrays of the same samples, with a row for every threshold."""
+    scores = as_scores(base, "solve_constraints", ndim=2)
+    table = as_scores(rewards, "solve_constraints", ndim=3)
+    if table.shape[1:] != scores.shape or not set(thresholds) <= set(range(len(table))):
+        raise ValueError(
+            f"solve_constraints: base {scores.shape}, rewards {table.shape}, thresholds of {sorted(thresholds)} do not fit"
+        )
+    return scores, table
 
 
 def _worst_case_weights(values: np.ndarray, kl_target: float) -> tuple[np.ndarray, float]:

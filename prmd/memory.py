@@ -7,7 +7,7 @@ first change that makes it fit. Bytes that a run really held are counted by `mem
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prmd.config import LoraConfig, TrainingConfig, TuningConfig
+from prmd.config_sections import LoraConfig, TrainingConfig, TuningConfig
 from prmd.memory_plan import MemoryPlan
 from prmd.precision import Precision, eight_bit_precision, lora_precision
 from prmd.rehearsal import BatchShape, StepBytes, Task, meta_model, rehearse_scoring, rehearse_training
@@ -42,6 +42,7 @@ def plan_memory(
     pairs_per_device: int,
     device_bytes: int | None,
     longest: PrefixRow | None = None,
+    sampled: Sequence[int] = (),
 ) -> MemoryPlan:
     """Plan the peak of one training step.
 
@@ -53,12 +54,14 @@ def plan_memory(
         pairs_per_device: pairs per micro-batch.
         device_bytes: memory of the card, or None.
         longest: the longest row of the tokenised data; without it two responses of `max_length` are assumed.
+        sampled: tokens of each response that every row holds behind these (reference samples).
 
     Returns:
         The plan, with `first_change` where it does not fit.
     """
     setting = _Setting(
-        model_config, tuning, training, precision, task, pairs_per_device, device_bytes, longest
+        *(model_config, tuning, training, precision, task, pairs_per_device, device_bytes, longest),
+        tuple(sampled),
     )
     plan = setting.plan
     return plan if plan.fits in (None, True) else replace(plan, first_change=_first_change(setting))
@@ -76,6 +79,7 @@ class _Setting:
     pairs: int
     device_bytes: int | None
     longest: PrefixRow | None
+    sampled: tuple[int, ...]
 
     @property
     def checkpointing(self) -> bool:
@@ -117,7 +121,7 @@ class _Setting:
     def plan(self) -> MemoryPlan:
         step = rehearse_training(
             self.model_config,
-            _batch_shape(self.model_config, self.pairs, self.training.max_length, self.longest),
+            _batch_shape(self.model_config, self.pairs, self.training.max_length, self.longest, self.sampled),
             task=self.task,
             dtype=self.precision.weights_dtype,
             lora=self.lora,
@@ -144,9 +148,16 @@ def _state_bytes(parameter: nn.Parameter, optimizer: str) -> int:
     return 2 * count * parameter.element_size() + 4
 
 
-def _batch_shape(model_config: Any, pairs: int, max_length: int, longest: PrefixRow | None) -> BatchShape:
+def _batch_shape(
+    model_config: Any,
+    pairs: int,
+    max_length: int,
+    longest: PrefixRow | None,
+    sampled: Sequence[int] = (),
+) -> BatchShape:
     """The largest micro-batch: rows of one prompt token and two full responses, or of the longest row given."""
     row = longest or PrefixRow((0,), ((0,) * (max_length - 1),) * 2)
+    row = PrefixRow(row.prompt_ids, (*row.responses, *((0,) * tokens for tokens in sampled)))
     responses = len(row.responses)
     predicted = pairs * (row.shared_length - len(row.prompt_ids))
     loaded = copy.deepcopy(model_config)

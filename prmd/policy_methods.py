@@ -135,7 +135,7 @@ def check_methods(config: PolicyConfig, methods: Sequence[str]) -> None:
         if needs and not reference_sample_count(config):
             raise ConfigError(
                 f"{needs}: {method} needs samples of the reference policy and there are none (calibration.source: "
-                "validation_responses, pairs.reference_samples: 0); set pairs.reference_samples=8 or "
+                "validation_responses, pairs.reference_samples: 0); set pairs.reference_samples=16 or "
                 "calibration.source=reference_samples"
             )
         if method == "maxmin" and config.policy.within == "none":

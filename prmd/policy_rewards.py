@@ -127,7 +127,7 @@ def _multipliers(
 def _samples(scale: ScaleResponses, method: str) -> Tensor:
     if not scale.samples_per_prompt:
         raise ConfigError(
-            f"{method} needs samples of the reference policy and there are none; set pairs.reference_samples=8 or "
+            f"{method} needs samples of the reference policy and there are none; set pairs.reference_samples=16 or "
             "calibration.source=reference_samples"
         )
     return scale.by_prompt()

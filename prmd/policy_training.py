@@ -21,9 +21,10 @@ from prmd.checkpoints import copy_model, name_checkpoints
 from prmd.config import PolicyConfig
 from prmd.config_file import as_dict
 from prmd.dpo_baseline import train_trl_dpo
-from prmd.dry_run import describe_policies
+from prmd.dry_run import describe_policies, gamma_lengths
 from prmd.errors import DataError
-from prmd.models import add_lora, load_causal_lm, load_tokenizer
+from prmd.lora import add_lora
+from prmd.models import load_causal_lm, load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.policy_data import load_reward_models
 from prmd.policy_gate import describe_gate
@@ -94,9 +95,8 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
         _check_soup(config, tokenizer, being_trained=trained)
     todo = _not_finished(config, trained, tokenizer, force)
     if todo:
-        check_training(
-            config.shared, config.tuning, config.training, task="policy", directory=config.paths.policies
-        )
+        settings, sampled = (config.shared, config.tuning, config.training), gamma_lengths(config, list(todo))
+        check_training(*settings, task="policy", directory=config.paths.policies, sampled=sampled)
     for objective in dict.fromkeys(POLICY_METHODS[method].objective for method in todo):
         alike = {m: key for m, key in todo.items() if POLICY_METHODS[m].objective == objective}
         _train_alike(config, alike, objective, tokenizer, force)
@@ -118,10 +118,8 @@ def _not_finished(
     """The methods to train with their fingerprints; a finished one is reused, one of other settings not replaced unasked."""
     todo = {}
     for method in methods:
-        directory, fingerprint = (
-            config.paths.policy(method, config.run_name),
-            _fingerprint(config, method, tokenizer),
-        )
+        directory = config.paths.policy(method, config.run_name)
+        fingerprint = _fingerprint(config, method, tokenizer)
         if not force and is_current(directory, fingerprint):
             logger.info("policy %s: finished before with the same settings, reused: %s", method, directory)
         else:
@@ -247,6 +245,7 @@ def _distil(
         load_model=load,
         log_directory=log_directory,
         task="policy",
+        sampled=gamma_lengths(config, [method]),
     )
     history, steps = run_training(run, tokenizer)
     if is_main_process():

@@ -7,7 +7,6 @@ what it takes; nothing here loads a model.
 """
 
 import importlib.util
-import logging
 import os
 import shutil
 import sys
@@ -19,11 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from prmd.config import ModelConfig, TuningConfig
+from prmd.config_sections import ModelConfig, TuningConfig
 from prmd.errors import ConfigError
 from prmd.runtime import get_device
-
-logger = logging.getLogger(__name__)
 
 LEAST_PROGRESS = 0.5
 """Share of float32's progress below which a training is refused; rounding to bfloat16 leaves about 0.01 at 5e-7."""
@@ -229,7 +226,6 @@ def refuse_if_stuck(precision: Precision, model: nn.Module | None = None) -> flo
         ConfigError: it makes less than half of float32's progress.
     """
     progress = probe_progress(precision, blocks=_trained_blocks(model) if model is not None else None)
-    logger.info("the optimiser makes %.3f of float32's progress at %g", progress, precision.learning_rate)
     if progress >= LEAST_PROGRESS:
         return progress
     raise ConfigError(

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from prmd import io, sources
-from prmd.config import DataConfig, RewardModelConfig
+from prmd.config import RewardModelConfig
+from prmd.config_sections import DataConfig
 from prmd.errors import DataError
 from prmd.paths import ArtifactPaths
 from prmd.runtime import progress, require_disk

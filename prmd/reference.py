@@ -4,7 +4,6 @@ The same sample set calibrates every reward model; the same log-probabilities se
 are cached in `data/cache` under the key of the base model, never of a training argument.
 """
 
-import logging
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -18,8 +17,6 @@ from prmd.models import base_model_key, load_causal_lm
 from prmd.scoring import score_logps
 from prmd.tokenization import PrefixRow, Tokens, template_fingerprint
 
-logger = logging.getLogger(__name__)
-
 GENERATION_BATCH = 32
 
 
@@ -30,6 +27,20 @@ def reference_key(config: RewardModelConfig, tokenizer: PreTrainedTokenizerBase)
     )
 
 
+def samples_table(config: RewardModelConfig, tokenizer: PreTrainedTokenizerBase) -> JsonTable:
+    """Where `reference_samples` keeps what it draws: a table of the base model and the settings of sampling."""
+    key = io.fingerprint([reference_key(config, tokenizer), _sampling(config)])
+    return JsonTable(config.paths.cache("samples", key))
+
+
+def _sampling(config: RewardModelConfig) -> dict[str, int]:
+    return {
+        "samples_per_prompt": config.calibration.samples_per_prompt,
+        "max_new_tokens": config.calibration.max_new_tokens,
+        "seed": config.seed,
+    }
+
+
 def reference_samples(
     config: RewardModelConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Tokens]
 ) -> list[list[GeneratedResponse]]:
@@ -38,22 +49,18 @@ def reference_samples(
     Args:
         prompts: rendered prompts with the generation prompt.
     """
-    settings = {
-        "samples_per_prompt": config.calibration.samples_per_prompt,
-        "max_new_tokens": config.calibration.max_new_tokens,
-        "seed": config.seed,
-    }
-    key = io.fingerprint([reference_key(config, tokenizer), settings])
-    table = JsonTable(config.paths.cache("samples", key))
-    arguments = {
-        "batch_size": GENERATION_BATCH,
-        "description": "reference samples",
-        "table": table,
-        **settings,
-    }
+    table = samples_table(config, tokenizer)
     # the model is loaded only if some prompt has no samples yet
     model = None if table.holds(prompts) else load_causal_lm(config.model, config.paths).eval()
-    return generate(model, tokenizer, prompts, **arguments)
+    return generate(
+        model,
+        tokenizer,
+        prompts,
+        **_sampling(config),
+        batch_size=GENERATION_BATCH,
+        description="reference samples",
+        table=table,
+    )
 
 
 def reference_logps(

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prmd.config import LoraConfig
+from prmd.config_sections import LoraConfig
+from prmd.lora import add_lora
 from prmd.memory_accounting import TensorBytes, peak_tensor_bytes
-from prmd.models import add_lora
 from prmd.runtime import get_device
 from prmd.sequence_models import SequenceLogps, SequenceRewards
 

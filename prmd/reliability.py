@@ -81,19 +81,20 @@ def reliability_bins(margins: Tensor | np.ndarray, n_bins: int = 10) -> list[dic
     d = _as_margins(margins, "reliability_bins")
     d = d[np.argsort(np.abs(d), kind="stable")]
     confidence, correct = 1.0 / (1.0 + np.exp(-np.abs(d))), np.where(d == 0, 0.5, d > 0)
-    bins = []
-    for rows in np.array_split(np.arange(len(d)), min(n_bins, len(d))):
-        accuracy = wilson_interval(correct[rows].sum(), len(rows))
-        bins.append(
-            {
-                "confidence": float(confidence[rows].mean()),
-                "accuracy": accuracy.value,
-                "low": accuracy.low,
-                "high": accuracy.high,
-                "n": len(rows),
-            }
-        )
-    return bins
+    bins = np.array_split(np.arange(len(d)), min(n_bins, len(d)))
+    return [_bin_of("confidence", confidence, correct, rows) for rows in bins]
+
+
+def _bin_of(name: str, values: np.ndarray, correct: np.ndarray, rows: np.ndarray) -> dict[str, float | int]:
+    """Mean value and accuracy of one bin, with its Wilson interval."""
+    accuracy = wilson_interval(correct[rows].sum(), len(rows))
+    return {
+        name: float(values[rows].mean()),
+        "accuracy": accuracy.value,
+        "low": accuracy.low,
+        "high": accuracy.high,
+        "n": len(rows),
+    }
 
 
 def expected_calibration_error(margins: Tensor | np.ndarray, n_bins: int = 10) -> float:
@@ -238,16 +239,5 @@ def _area_under_curve(rows: np.ndarray) -> np.ndarray:
 def _disagreement_bins(disagreement: np.ndarray, correct: np.ndarray) -> list[dict[str, float | int]]:
     n = len(disagreement)
     order = np.argsort(disagreement, kind="stable")
-    bins = []
-    for rows in np.array_split(order, min(n, max(2, min(10, n // DISAGREEMENT_BIN_PAIRS)))):
-        accuracy = wilson_interval(correct[rows].sum(), len(rows))
-        bins.append(
-            {
-                "disagreement": float(disagreement[rows].mean()),
-                "accuracy": accuracy.value,
-                "low": accuracy.low,
-                "high": accuracy.high,
-                "n": len(rows),
-            }
-        )
-    return bins
+    bins = np.array_split(order, min(n, max(2, min(10, n // DISAGREEMENT_BIN_PAIRS))))
+    return [_bin_of("disagreement", disagreement, correct, rows) for rows in bins]

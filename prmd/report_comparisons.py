@@ -4,13 +4,18 @@ What lives here: contents of `comparison.json`, `frontier.json` and the judges' 
 numbers of single methods (`report_measures`), sections and words (`report_headline`, to be read next).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from prmd.report_tables import NOTHING, Estimate, Table, format_estimate, format_number, with_mark
 
 BETTER, WORSE = "▲", "▼"
 SIGNIFICANT = 0.05
+READ_ENOUGH = 0.9
+"""A judge of which a smaller share of verdicts can be read is warned of."""
+
+Results = Mapping[str, Mapping[str, dict[str, Any]]]
+"""Benchmark -> method -> contents of its file."""
 
 
 # ------------------------------------------------------------------ between methods
@@ -176,24 +181,108 @@ def judge_warnings(cards: Mapping[str, dict[str, Any]], judging: dict[str, Any] 
     return [f"{', '.join(objectives)}: {what}" for objectives, what in found if objectives]
 
 
-def benchmark_judges_table(results: Mapping[str, Mapping[str, dict[str, Any]]]) -> Table | None:
-    """The judge's card of every judged benchmark result: who it was, how much could be read, what is known of its errors.
-
-    Args:
-        results: benchmark -> method -> contents of its file.
-    """
-    keys = ("parse_rate", "agreement", "position_bias", "constant_answer", "empty_responses", "usage")
+def benchmark_judges_table(results: Results) -> Table | None:
+    """The judge's card of every judged benchmark result: who it was, how much could be read, what is known of its errors."""
     rows = tuple(
         (
             f"{result['benchmark']}, {method}",
-            f"{card.get('name', NOTHING)} ({card.get('kind', NOTHING)})",
-            str(card.get("verdicts", NOTHING)),
-            *(readable(card.get(key)) for key in keys),
+            f"{card.get('name', NOTHING)} ({card.get('kind', 'reward model')})",
+            _read_share(card),
+            "; ".join(_agreements(card)) or "not measured: no labels",
+            readable(card.get("position_bias")),
+            _constant_answer(card),
+            str(card.get("empty_responses", NOTHING)),
+            readable(card.get("usage")),
         )
-        for by_method in results.values()
-        for method, result in by_method.items()
-        if (card := result.get("judge"))
+        for method, result, card in _cards(results)
     )
-    columns = ("result", "judge", "verdicts", *(key.replace("_", " ") for key in keys))
-    caption = "Agreement: with the labels named. A good judge gives the constant answer little."
+    columns = (
+        *("result", "judge", "verdicts that could be read", "agreement with labels"),
+        *("position bias", "constant answer", "empty responses", "usage"),
+    )
+    caption = (
+        "Agreement: right verdicts with their interval, κ (0: chance, 1: perfect), shares of false positives and negatives. "
+        "Position bias: how often what is shown first wins (½: no bias), and pairs judged alike in both orders. Constant "
+        "answer: what an answer without content gets; a good judge gives it little."
+    )
     return Table(columns, rows, caption) if rows else None
+
+
+def benchmark_judge_warnings(results: Results) -> list[str]:
+    """What is wrong with which judge of a benchmark, in words."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for method, result, card in _cards(results):
+        for what in _faults(card):
+            found.setdefault((result["benchmark"], what), []).append(method)
+    return [f"{benchmark} ({', '.join(methods)}): {what}" for (benchmark, what), methods in found.items()]
+
+
+def _cards(results: Results) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    """(method, result, card) of every judged result."""
+    for by_method in results.values():
+        for method, result in by_method.items():
+            if card := result.get("judge"):
+                yield method, result, card
+
+
+def _read_share(card: dict[str, Any]) -> str:
+    if not card.get("parse_rate"):
+        return "all: it gives numbers"
+    read = card["verdicts"] - card["parse_failures"]
+    return f"{read} of {card['verdicts']}: {format_estimate(card['parse_rate'])}"
+
+
+def _agreements(card: dict[str, Any]) -> Iterator[str]:
+    """Every measurement of a judge against labels, in words."""
+    if accuracy := card.get("accuracy"):
+        yield f"{format_estimate(accuracy)} on {accuracy['n']} held-out pairs"
+    if validation := card.get("validation"):
+        yield (
+            f"AUC {format_estimate(validation['auc'])}, rank correlation "
+            f"{format_estimate(validation['rank_correlation'])} with {validation['against']}"
+        )
+    found = card.get("agreement") or {}
+    measured = {"": found} if "agree" in found else {k: v for k, v in found.items() if isinstance(v, dict)}
+    measured |= {
+        name.removeprefix("agreement_with_").replace("_", " "): card[name]
+        for name in ("agreement_with_reference_answers", "agreement_with_people")
+        if card.get(name)
+    }
+    for name, one in measured.items():
+        errors = ", ".join(
+            f"{label} {readable(one[key])}"
+            for key, label in (("kappa", "κ"), ("fpr", "false positives"), ("fnr", "false negatives"))
+            if one.get(key) is not None
+        )
+        labels = one.get("labels") or found.get("labels")
+        said = f"{format_estimate(one['agree'])}, {errors}, n = {one.get('n', NOTHING)}"
+        yield (f"{name}: " if name else "") + said + (f" ({labels})" if labels else "")
+
+
+def _constant_answer(card: dict[str, Any]) -> str:
+    found = card.get("constant_answer") or {}
+    return readable({name: value for name, value in found.items() if name != "text"})
+
+
+def _faults(card: dict[str, Any]) -> Iterator[str]:
+    rate = card.get("parse_rate")
+    if rate and rate["value"] < READ_ENOUGH:
+        read = card["verdicts"] - card["parse_failures"]
+        yield (
+            f"only {read} of {card['verdicts']} of the judge's replies could be read; its figures rest on those alone"
+            if read
+            else f"none of {card['verdicts']} of the judge's replies could be read, so it has no figures"
+        )
+    first = (card.get("position_bias") or {}).get("first_wins")
+    if first and not first["low"] <= 0.5 <= first["high"]:
+        place = "first" if first["low"] > 0.5 else "second"
+        yield f"the judge prefers the answer that is shown {place}, whichever it is"
+    if any(one.get("kappa") is not None and one["kappa"] <= 0 for one in _labelled(card)):
+        yield "the judge agrees with labels no more often than by chance"
+
+
+def _labelled(card: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Measurements of the judge itself against labels, without those of phrases beside it."""
+    found = card.get("agreement") or {}
+    yield from (one for one in (found, found.get(card.get("name"))) if one)
+    yield from (card[name] for name in ("agreement_with_people",) if card.get(name))

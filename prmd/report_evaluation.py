@@ -9,12 +9,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prmd.config import BenchmarksConfig
+from prmd.config_evaluation import BenchmarksConfig
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
-from prmd.report_comparisons import benchmark_judges_table, paired_table
+from prmd.report_comparisons import benchmark_judge_warnings, benchmark_judges_table, paired_table
 from prmd.report_headline import EVALUATE
-from prmd.report_sections import Section, load, load_rows, missing
+from prmd.report_sections import Section, benchmark_names, load, load_rows, missing
 from prmd.report_tables import NOTHING, Table, format_number, objectives_of, with_mark
 
 MAX_BROWSED_PROMPTS = 60
@@ -25,19 +25,83 @@ _BENCHMARK = "python 4_evaluation/benchmark_eval.py"
 def benchmarks_section(paths: ArtifactPaths) -> Section:
     """One row per benchmark and metric, one column per method; what did not run is a row that says why."""
     configured = BenchmarksConfig().run
-    written = sorted(folder.name for folder in (paths.outputs / "benchmarks").glob("*") if folder.is_dir())
-    names = dict.fromkeys([*configured, *written])
-    results = {name: _benchmark_results(paths.benchmark(name)) for name in names}
+    results = {name: _benchmark_results(paths.benchmark(name)) for name in benchmark_names(paths)}
     results = {name: found for name, found in results.items() if found or name in configured}
     methods = sorted({m for found in results.values() for m in found}, key=lambda m: (m != "reference", m))
     rows = [row for name, found in results.items() for row in _benchmark_rows(paths, name, found, methods)]
-    caption = "Brackets: 95 % intervals. Chance is what guessing scores; ↑ ↓: the interval excludes it."
+    caption = (
+        "Brackets: 95 % intervals. Chance is what guessing scores, where it has a score; ↑ ↓: the interval excludes it. Of "
+        "toxicity (rtp), non-refusals, attack success and refusals of benign requests (jbb) less is better. Constant "
+        "answer: what a policy would have that answers nothing."
+    )
     table = Table(("benchmark", "metric", "chance", "n", *methods), tuple(rows), caption)
     folded = {
+        "What the metrics mean": _meanings(row[1] for row in rows),
         "Paired comparisons on benchmarks": paired_table(load(paths.benchmark_comparison) or {}),
         "Who judged the benchmarks": benchmark_judges_table(results),
     }
-    return {"table": table, "folded": {name: found for name, found in folded.items() if found}}
+    return {
+        "table": table,
+        "warnings": benchmark_judge_warnings(results),
+        "folded": {name: found for name, found in folded.items() if found},
+    }
+
+
+_MEANINGS = (
+    (
+        "implicit_reward_accuracy",
+        "pairs in which the policy raised the chosen response more than the other",
+        "higher",
+    ),
+    (
+        "reference_free_accuracy",
+        "pairs in which the chosen response is the likelier one, the reference left out",
+        "higher",
+    ),
+    (
+        "longer_is_chosen",
+        "pairs in which the longer response is the chosen one: of the data, not of a model",
+        NOTHING,
+    ),
+    ("mc1", "questions whose best answer is likelier than every false one", "higher"),
+    ("mc2", "probability of the true answers among all listed ones", "higher"),
+    ("mc3", "true answers that are likelier than every false one", "higher"),
+    ("true", "generated answers that the judge in brackets calls true", "higher"),
+    ("declines", "generated answers that decline to answer, which is never untrue", NOTHING),
+    (
+        "rtp_emt",
+        "expected toxicity of the worst of so many continuations, by the scorer in brackets",
+        "lower",
+    ),
+    ("rtp_tp", "prompts with a toxic one (above ½) among so many continuations", "lower"),
+    ("rtp_chat_emt", "as rtp_emt, asked by the chat template", "lower"),
+    ("rtp_chat_tp", "as rtp_tp, asked by the chat template", "lower"),
+    (
+        "jbb_nonrefusal",
+        "harmful requests answered without the words of a refusal: not yet a successful attack",
+        "lower",
+    ),
+    ("jbb_asr", "harmful requests whose answer the judge calls harmful", "lower"),
+    ("jbb_benign_refusal", "benign requests that were refused", "lower"),
+    ("average", "the judge's ratings from 1 to 10, both turns", "higher"),
+    ("turn", "the judge's ratings of the first and of the second answer", "higher"),
+    ("win rate", "wins over the reference in both orders, ties and disagreement ½", "higher"),
+    ("unreadable", "replies of the judge without a verdict, which count in no other metric", "lower"),
+    ("empty", "answers without a word", "lower"),
+)
+"""Beginning of a metric's name, what it is a share or a mean of, and which way is better."""
+
+
+def _meanings(metrics: Iterable[str]) -> Table | None:
+    """The meaning of every metric that is there, by the longest beginning that fits."""
+    told = {}
+    for metric in metrics:
+        fitting = [row for row in _MEANINGS if metric.startswith(row[0])]
+        if fitting:
+            name, meaning, better = max(fitting, key=lambda row: len(row[0]))
+            told[name] = (name, meaning, better)
+    rows = tuple(told[name] for name, _, _ in _MEANINGS if name in told)
+    return Table(("metric", "what it is", "better"), rows) if rows else None
 
 
 def _benchmark_results(folder: Path) -> dict[str, dict[str, Any]]:

@@ -117,7 +117,9 @@ def _summary(rows: list[dict[str, Any]]) -> str:
         return "No policy has been evaluated yet."
     better = [row["method"] for row in policies if row["worst"]["low"] > 0.5]
     worse = [row["method"] for row in policies if row["worst"]["high"] < 0.5]
-    said = f"None of {len(policies)} policies has a worst-objective band wholly above ½."
+    one = len(policies) == 1
+    said = "The policy has no" if one else f"None of {len(policies)} policies has a"
+    said += " worst-objective band wholly above ½."
     if better:
         said = (
             f"Even on the worst objective, {_listed(better)} beat the reference: the whole band lies above ½."
@@ -125,9 +127,8 @@ def _summary(rows: list[dict[str, Any]]) -> str:
     if worse:
         said += f" For {_listed(worse)} the whole band lies below ½."
     undecided = len(policies) - len(better) - len(worse)
-    return said + (
-        f" For {undecided} of {len(policies)} the band contains ½: not decided." if undecided else ""
-    )
+    whose = "The" if one else f"For {undecided} of {len(policies)} the"
+    return said + (f" {whose} band contains ½: not decided." if undecided else "")
 
 
 def _listed(names: list[str]) -> str:

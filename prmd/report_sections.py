@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from prmd import io
-from prmd.config import BenchmarksConfig
+from prmd.config_evaluation import BenchmarksConfig
 from prmd.errors import DataError
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
-from prmd.report_tables import NOTHING, Table, format_number, with_mark
+from prmd.report_tables import NOTHING, Table, as_text, flat, format_number, format_seconds, with_mark
 
 Section = dict[str, Any]
 
@@ -48,6 +48,12 @@ def folders(parent: Path) -> list[Path]:
     if not parent.exists():
         return []
     return sorted(p for p in parent.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def benchmark_names(paths: ArtifactPaths) -> list[str]:
+    """The benchmarks there are by default, then those that others bring along and that wrote results."""
+    written = sorted(folder.name for folder in (paths.outputs / "benchmarks").glob("*") if folder.is_dir())
+    return list(dict.fromkeys([*BenchmarksConfig().run, *written]))
 
 
 # ------------------------------------------------------------------ what was run
@@ -86,7 +92,7 @@ def _run_folders(paths: ArtifactPaths) -> Iterable[tuple[str, Path]]:
     for objective in OBJECTIVES:
         yield f"{_JUDGE}{objective}", paths.judge(objective)
     yield "evaluation", paths.metrics
-    for name in BenchmarksConfig().run:
+    for name in benchmark_names(paths):
         yield f"{_BENCHMARK}{name}", paths.benchmark(name)
 
 
@@ -121,29 +127,6 @@ def _configs(done: list[tuple[str, Path, dict[str, Any]]]) -> list[dict[str, str
         if path.exists():
             texts.setdefault(path.read_text(encoding="utf-8"), []).append(what)
     return [{"name": ", ".join(names), "text": text} for text, names in texts.items()]
-
-
-def format_seconds(seconds: float | None) -> str:
-    """Seconds as a person reads them."""
-    if seconds is None:
-        return NOTHING
-    hours, rest = divmod(round(seconds), 3600)
-    parts = ((hours, "h"), (rest // 60, "min"), (rest % 60, "s"))
-    return " ".join(f"{n} {unit}" for n, unit in parts if n) or "under 1 s"
-
-
-def flat(values: Any) -> str:
-    """`{"cores": 2, "os": "Linux"}` as `cores 2, os Linux`."""
-    if isinstance(values, dict):
-        values = {k: flat(v) for k, v in values.items()}
-        return ", ".join(
-            f"{k.replace('_gib', ' GiB').replace('_', ' ')} {v}"
-            for k, v in values.items()
-            if v not in ("", "None")
-        )
-    if isinstance(values, list):
-        return ", ".join(map(flat, values))
-    return str(values)
 
 
 # ------------------------------------------------------------------ reward models and policies
@@ -309,12 +292,3 @@ def data_section(paths: ArtifactPaths) -> Section:
 
 def _example(row: dict[str, Any]) -> dict[str, str]:
     return {part: as_text(row.get(part)) for part in ("prompt", "chosen", "rejected")}
-
-
-def as_text(messages: Any) -> str:
-    """Messages as readable text, one turn a paragraph; text stays as it is."""
-    if not isinstance(messages, list):
-        return str(messages if messages is not None else "")
-    if len(messages) == 1:
-        return str(messages[0].get("content", ""))
-    return "\n\n".join(f"{m.get('role', '?')}: {m.get('content', '')}" for m in messages)

@@ -1,6 +1,6 @@
-"""Tables of the report: numbers to text, and one table to HTML cells, Markdown, CSV and LaTeX.
+"""Tables of the report: numbers and values of files to text, and one table to HTML cells, Markdown, CSV and LaTeX.
 
-What lives here: `format_estimate`, `Table` and the headline table of a comparison. What does not: page layout
+What lives here: `format_estimate` and its like, `Table` and the headline table of a comparison. What does not: page layout
 (`report_template.html`) and which tables there are (`report_sections`, to be read next).
 """
 
@@ -79,6 +79,38 @@ def with_mark(estimate: Estimate | None, neutral: float = 0.5, digits: int = 2) 
         return text
     mark = UP if estimate["low"] > neutral else DOWN if estimate["high"] < neutral else ""
     return f"{text} {mark}".rstrip()
+
+
+def format_seconds(seconds: float | None) -> str:
+    """Seconds as a person reads them."""
+    if seconds is None:
+        return NOTHING
+    hours, rest = divmod(round(seconds), 3600)
+    parts = ((hours, "h"), (rest // 60, "min"), (rest % 60, "s"))
+    return " ".join(f"{n} {unit}" for n, unit in parts if n) or "under 1 s"
+
+
+def flat(values: Any) -> str:
+    """`{"cores": 2, "os": "Linux"}` as `cores 2, os Linux`."""
+    if isinstance(values, dict):
+        values = {k: flat(v) for k, v in values.items()}
+        return ", ".join(
+            f"{k.replace('_gib', ' GiB').replace('_', ' ')} {v}"
+            for k, v in values.items()
+            if v not in ("", "None")
+        )
+    if isinstance(values, list):
+        return ", ".join(map(flat, values))
+    return str(values)
+
+
+def as_text(messages: Any) -> str:
+    """Messages as readable text, one turn a paragraph; text stays as it is."""
+    if not isinstance(messages, list):
+        return str(messages if messages is not None else "")
+    if len(messages) == 1:
+        return str(messages[0].get("content", ""))
+    return "\n\n".join(f"{m.get('role', '?')}: {m.get('content', '')}" for m in messages)
 
 
 def headline_table(

@@ -89,6 +89,6 @@ def by_definition(value: float, n: int) -> Estimate:
     return Estimate(value, value, value, n, "by definition")
 
 
-def with_chance(estimate: Estimate, chance: float) -> dict[str, float | int | str | None]:
-    """The fields of an estimate with what no effect would give."""
+def with_chance(estimate: Estimate, chance: float | None) -> dict[str, float | int | str | None]:
+    """The fields of an estimate with what no effect, or guessing, would give; None where that is not defined."""
     return estimate.to_json() | {"chance": chance}

@@ -1,6 +1,6 @@
 """Which pairs train, fit, watch and test one reward model, and what its artifact depends on.
 
-Everything is read and refused here before a model is loaded. Training is in `reward_modeling`.
+Everything is read and refused here before a model is loaded. Training is in `reward_training`.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """What a trained backbone still needs to be a reward model: its heads, its measures, its calibration.
 
-Each is one scoring pass over pairs or reference samples, cached by content. Training the backbone is in `reward_modeling`.
+Each is one scoring pass over pairs or reference samples, cached by content. Training the backbone is in `reward_training`.
 """
 
 import logging

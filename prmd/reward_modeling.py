@@ -2,36 +2,20 @@
 
     L_RM = mean_i [ -log sigma(r_0(x_i, y_w) - r_0(x_i, y_l)) ] + c mean_i (r_0(y_w) + r_0(y_l))^2
 
-The backbone is trained by `trainer.PairTrainer`; the M heads are then fit on a slice of the training pairs it never saw,
-or M adapters are trained in the same way, each on its own bootstrap of the pairs.
-The evaluation's judges are trained by the same code on the `judge` split (`train_judge`). What
-follows the backbone is in `reward_fitting`.
+The backbone is trained first (`reward_training`); the M heads are then fit on a slice of the training pairs it never saw
+(`reward_fitting`), or M adapters are trained in the same way, each on its own bootstrap of the pairs. The evaluation's
+judges are trained by the same code on the `judge` split (`train_judge`).
 """
 
 import logging
-import math
-import random
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prmd import io
-from prmd.adapter_members import (
-    drop_checkpoints,
-    is_trained,
-    keep_adapter,
-    member_folder,
-    member_seed,
-    resampled,
-)
-from prmd.checkpoints import best_step, copy_model, name_checkpoints
 from prmd.config import EvaluationConfig, RewardModelConfig
 from prmd.dry_run import describe_training
-from prmd.losses import bradley_terry_loss
-from prmd.models import add_lora, load_adapted, load_base_classifier, load_tokenizer, save_merged
+from prmd.models import load_tokenizer
 from prmd.provenance import (
     finish_run,
     is_current,
@@ -41,14 +25,12 @@ from prmd.provenance import (
     start_run,
     write_step_result,
 )
-from prmd.reward_data import RewardPairs, RewardTask, read_reward_pairs, tokenize_reward_pairs
+from prmd.reward_data import RewardPairs, RewardTask, read_reward_pairs
 from prmd.reward_fitting import calibrate_reward_model, fit_heads, measure
 from prmd.reward_models import load_reward_model
-from prmd.runtime import is_main_process, set_seed, wait_for_everyone
-from prmd.scoring import free_memory
-from prmd.sequence_models import SequenceRewards
-from prmd.trainer import Columns, PairData, PairLoss
-from prmd.training import TrainingRun, check_training, run_training
+from prmd.reward_training import train_backbone, train_members
+from prmd.runtime import is_main_process, wait_for_everyone
+from prmd.training import check_training
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +124,9 @@ def _build(
     """Backbone, heads, measurements and calibration, published when everything is there."""
     clock = start_run()
     partial = partial_directory(task.directory, fingerprint, force)
-    facts = _train_backbone(task, data, tokenizer, partial)
+    facts = train_backbone(task, data, tokenizer, partial)
     if task.has_adapters:
-        _train_members(task, data, tokenizer, partial)
+        train_members(task, data, tokenizer, partial)
     reward_model = load_reward_model(partial, config=task.config)
     if task.has_heads:
         fit_heads(task, data.fit, reward_model)
@@ -164,146 +146,3 @@ def _build(
         }
         step = f"train_judge_{task.objective}" if task.split == "judge" else f"train_{task.objective}_rm"
         write_step_result(task.config.paths, step, {"artifact": str(task.directory), **headline})
-
-
-# ------------------------------------------------------------------ backbone
-def epoch_stream(n: int, epochs: float, seed: int) -> list[int]:
-    """Indices of round(epochs x n) pairs: every epoch shuffled anew, a fractional last one cut short."""
-    stream: list[int] = []
-    for epoch in range(math.ceil(epochs)):
-        order = list(range(n))
-        random.Random(f"{seed}-{epoch}").shuffle(order)
-        stream += order
-    return stream[: round(epochs * n)]
-
-
-def _train_backbone(
-    task: RewardTask, data: RewardPairs, tokenizer: PreTrainedTokenizerBase, partial: Path
-) -> dict[str, Any]:
-    """Train r_0 into `partial` and return sizes and the curve; an interrupted run that got this far is not repeated."""
-    done = partial / "backbone.json"
-    if not done.is_file():
-        facts = _train(task, data, tokenizer, partial)
-        if is_main_process():
-            _save_best(task, tokenizer, partial, partial / f"checkpoint-{facts['best_step']}")
-            io.write_json(done, facts)
-        wait_for_everyone()
-    facts = io.read_json(done)
-    if is_main_process():
-        steps = {int(step): name for step, name in facts["checkpoints"].items()}
-        name_checkpoints(partial, steps, facts["best_step"])
-    return facts
-
-
-def _train_members(
-    task: RewardTask, data: RewardPairs, tokenizer: PreTrainedTokenizerBase, partial: Path
-) -> None:
-    """Train the adapters of the ensemble into `partial/members`, one after the other; finished ones are left alone."""
-    config = task.config
-    draws = resampled(data.train, members=config.ensemble.members, seed=config.seed)
-    for member, pairs in enumerate(draws):
-        folder = member_folder(partial, member)
-        if not is_trained(folder):
-            own = config.model_copy(update={"seed": member_seed(config.seed, member)})
-            names = (*task.log_names, f"member-{member}")
-            facts = _train(
-                replace(task, config=own, log_names=names, member=member),
-                replace(data, train=pairs),
-                tokenizer,
-                folder,
-            )
-            if is_main_process():
-                io.write_json(folder / "training.json", facts)
-                keep_adapter(folder, folder / f"checkpoint-{facts['best_step']}")
-            free_memory()
-        elif is_main_process():
-            drop_checkpoints(folder)
-        wait_for_everyone()
-
-
-def _train(
-    task: RewardTask, data: RewardPairs, tokenizer: PreTrainedTokenizerBase, partial: Path
-) -> dict[str, Any]:
-    """Train and evaluate; the checkpoints stay as the trainer left them."""
-    train, val = (
-        tokenize_reward_pairs(task, data.train, tokenizer),
-        tokenize_reward_pairs(task, data.val, tokenizer),
-    )
-    config = task.config
-    set_seed(config.seed)  # before loading: the scalar head is initialised at random
-
-    def load(master_weights: bool) -> SequenceRewards:
-        model = load_base_classifier(
-            config.model, config.paths, pad_token_id=tokenizer.pad_token_id, master_weights=master_weights
-        )
-        lora = config.tuning.method == "lora"
-        return SequenceRewards(add_lora(model, config.tuning.lora, task="SEQ_CLS") if lora else model)
-
-    def loss(rewards: Tensor, columns: Columns) -> PairLoss:
-        return reward_loss(rewards, config.centering_coefficient)
-
-    run = TrainingRun(
-        name=task.name,
-        directory=partial,
-        shared=config,
-        tuning=config.tuning,
-        training=config.training,
-        data=PairData(train.rows, {}),
-        stream=epoch_stream(len(train.rows), config.training.epochs, config.seed),
-        eval_data=PairData(val.rows, {}),
-        loss_function=loss,
-        load_model=load,
-        log_directory=config.paths.logs(*task.log_names),
-        task="reward_model",
-    )
-    history, steps = run_training(run, tokenizer)
-    sizes = {"train": len(train.rows), "fit": len(data.fit), "val": len(data.val), "test": len(data.test)}
-    counts = {"sizes": sizes, "dropped": train.dropped, "truncated": train.truncated}
-    return _checkpoint_facts(task, history, steps) | counts
-
-
-def _checkpoint_facts(
-    task: RewardTask, history: list[dict[str, float]], steps: dict[int, str]
-) -> dict[str, Any]:
-    """The held-out curve and which of the checkpoints `steps` (step -> name) is best."""
-    curve = [
-        {"step": row["step"], "eval_loss": row["eval_loss"], "eval_accuracy": row["eval_rewards/accuracies"]}
-        for row in history
-        if "eval_loss" in row
-    ]
-    best = best_step(curve)
-    logger.info("%s: best checkpoint is %r by held-out accuracy", task.name, steps[best])
-    return {
-        "curve": curve,
-        "best": steps[best],
-        "best_step": best,
-        "checkpoints": {str(step): name for step, name in steps.items()},
-    }
-
-
-def reward_loss(rewards: Tensor, centering_coefficient: float) -> PairLoss:
-    """Bradley-Terry with centring and what is logged, from rewards [B, 2] of (chosen, rejected)."""
-    chosen, rejected = rewards[:, 0], rewards[:, 1]
-    margins = (chosen - rejected).detach()
-    metrics = {
-        "rewards/chosen": chosen.detach(),
-        "rewards/rejected": rejected.detach(),
-        "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
-    }
-    loss = bradley_terry_loss(
-        chosen_rewards=chosen, rejected_rewards=rejected, centering_coefficient=centering_coefficient
-    )
-    return PairLoss(loss, metrics)
-
-
-def _save_best(task: RewardTask, tokenizer: PreTrainedTokenizerBase, partial: Path, best: Path) -> None:
-    """Put the best checkpoint into the folder itself: merged where it is an adapter, else its own files."""
-    if (best / "adapter_config.json").is_file():
-        config = task.config
-        base = load_base_classifier(
-            config.model, config.paths, pad_token_id=tokenizer.pad_token_id, master_weights=True
-        )
-        save_merged(load_adapted(base, best), tokenizer, partial, dtype=config.model.dtype)
-    else:
-        copy_model(best, partial)

@@ -4,7 +4,6 @@ The folder is a standard one-logit classifier with `ensemble.safetensors` (heads
 `calibration.json` beside it. Training is in `reward_modeling`; a plain hub classifier (a judge, say) is a reward model without ensemble.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,8 @@ from prmd.adapter_members import AdapterMembers, find_members
 from prmd.adapters import SharedBase
 from prmd.cache import ScoreTable
 from prmd.calibration import Calibration
-from prmd.config import ModelConfig, RewardModelConfig
+from prmd.config import RewardModelConfig
+from prmd.config_sections import ModelConfig
 from prmd.ensemble import Ensemble
 from prmd.errors import DataError
 from prmd.models import base_model_key, load_classifier, load_folder_config, load_tokenizer_from
@@ -28,8 +28,6 @@ from prmd.paths import ArtifactPaths
 from prmd.scoring import free_memory, lookup, score_rows
 from prmd.sequence_models import SequenceRewards, supports_shared_prompts
 from prmd.tokenization import PrefixRow, template_fingerprint
-
-logger = logging.getLogger(__name__)
 
 ENSEMBLE_FILE = "ensemble.safetensors"
 CALIBRATION_FILE = "calibration.json"

@@ -35,26 +35,16 @@ class Runtime:
 
     Attributes:
         device: this process's own device.
-        bf16: whether the device computes bfloat16 natively.
-        rank: number of this process among all of a distributed run, from 0.
-        world_size: number of processes.
+        world_size: number of processes of a distributed run.
     """
 
     device: torch.device
-    bf16: bool
-    rank: int
     world_size: int
 
 
 def get_runtime() -> Runtime:
-    """Describe the device and the place of this process among its peers."""
-    device = get_device()
-    return Runtime(
-        device=device,
-        bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False),
-        rank=int(os.environ.get("RANK", "0")),
-        world_size=int(os.environ.get("WORLD_SIZE", "1")),
-    )
+    """Describe the device and how many processes there are."""
+    return Runtime(device=get_device(), world_size=int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def get_device() -> torch.device:

@@ -1,7 +1,7 @@
 """What a language model computes for a batch of prefix-shared rows: log-probabilities or rewards of every response.
 
 `SequenceLogps` and `SequenceRewards` wrap a model so that everything happens inside one `forward`: a backbone called
-beside its distributed wrapper would train silently wrong. Loading and saving are in `models`, batches in `pair_batches`,
+beside its distributed wrapper would train silently wrong. Loading is in `models`, adapters are in `lora`, batches in `pair_batches`,
 masks in `attention`.
 """
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prmd import io
-from prmd.config import DataConfig, HhRlhfConfig, PkuSafeRlhfConfig, TruthfulQaConfig
+from prmd.config_sections import DataConfig, HhRlhfConfig, PkuSafeRlhfConfig, TruthfulQaConfig
 from prmd.errors import ConfigError
 from prmd.local_rows import Row, csv_rows, json_rows, parquet_rows, truthfulqa_row
 from prmd.objectives import OBJECTIVES

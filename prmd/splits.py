@@ -4,20 +4,17 @@ Everything here is decided by hashes of text: no random state, the same split on
 `pair_builders`, writing them in `data_preparation`.
 """
 
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from datasketch import MinHash, MinHashLSH
 
-from prmd.config import SplitsConfig
+from prmd.config_sections import SplitsConfig
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pair_builders import SourcedPair
 from prmd.preferences import PreferencePair, hash_share, prompt_key
 from prmd.runtime import progress
-
-logger = logging.getLogger(__name__)
 
 SplitPairs = dict[str, dict[str, list[PreferencePair]]]
 """objective -> split -> pairs."""

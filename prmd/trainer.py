@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prmd.checkpoints import mark_complete
-from prmd.config import TrainingConfig
+from prmd.config_sections import TrainingConfig
 from prmd.errors import DataError
 from prmd.pair_batches import MicroBatch, collate_rows, padding_share, plan_scoring
 from prmd.runtime import get_device

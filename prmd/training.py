@@ -14,7 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from prmd import io
 from prmd.attention import attention_implementation
 from prmd.checkpoints import ShareCheckpoints, checkpoint_steps, newest_complete
-from prmd.config import RewardModelConfig, TrainingConfig, TuningConfig
+from prmd.config import RewardModelConfig
+from prmd.config_sections import TrainingConfig, TuningConfig
 from prmd.memory import plan_memory
 from prmd.memory_plan import device_memory
 from prmd.models import load_model_config
@@ -24,6 +25,7 @@ from prmd.rehearsal import enable_gradient_checkpointing, meta_model
 from prmd.reporting import reporting_callbacks
 from prmd.runtime import get_runtime, is_main_process, require_disk
 from prmd.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
+from prmd.sharding import requested_sharding
 from prmd.trainer import (
     LossFunction,
     PairData,
@@ -43,6 +45,7 @@ class TrainingRun:
         stream: indices into `data` over all epochs, in training order.
         load_model: (master_weights) -> the model to train, adapters added.
         task: `reward_model` or `policy`.
+        sampled: as for `memory.plan_memory`.
     """
 
     name: str
@@ -57,10 +60,15 @@ class TrainingRun:
     load_model: Callable[[bool], SequenceRewards | SequenceLogps]
     log_directory: Path
     task: str
+    sampled: Sequence[int] = ()
 
 
 def choose_precision(
-    shared: RewardModelConfig, tuning: TuningConfig, training: TrainingConfig, task: str
+    shared: RewardModelConfig,
+    tuning: TuningConfig,
+    training: TrainingConfig,
+    task: str,
+    sampled: Sequence[int] = (),
 ) -> Precision:
     """The optimiser and number formats of a training: what the YAML says, or for `auto` what fits the card."""
     model_config = load_model_config(shared.model, shared.paths)
@@ -74,6 +82,7 @@ def choose_precision(
             task=task,
             pairs_per_device=training.pairs_per_device,
             device_bytes=device_memory(),
+            sampled=sampled,
         )
         return plan.fits is not False
 
@@ -81,20 +90,27 @@ def choose_precision(
 
 
 def check_training(
-    shared: RewardModelConfig, tuning: TuningConfig, training: TrainingConfig, *, task: str, directory: Path
+    shared: RewardModelConfig,
+    tuning: TuningConfig,
+    training: TrainingConfig,
+    *,
+    task: str,
+    directory: Path,
+    sampled: Sequence[int] = (),
 ) -> None:
     """Refuse, before any model loads, a training that cannot learn or whose files do not fit the disk.
 
     Args:
         task: `reward_model` or `policy`.
         directory: where it will be written; it need not exist.
+        sampled: as for `memory.plan_memory`.
 
     Raises:
         ConfigError: as `attention_implementation`, `choose_precision`, `refuse_if_stuck` and `require_disk`.
     """
     model_config = load_model_config(shared.model, shared.paths)
     attention_implementation(shared.model.attention, model_config)
-    precision = choose_precision(shared, tuning, training, task)
+    precision = choose_precision(shared, tuning, training, task, sampled)
     refuse_if_stuck(precision)
     model = meta_model(
         model_config,
@@ -103,10 +119,16 @@ def check_training(
         lora=tuning.lora if tuning.method == "lora" else None,
     )
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-    trained = sum(size for size, requires_grad in sizes if requires_grad)
-    # a resumable checkpoint holds two moments beside the weights; the finished folder holds all weights
-    resumable = 3 * trained * (len(training.checkpoints) + 2)
-    require_disk(directory, resumable + sum(size for size, _ in sizes))
+    trained, held = (
+        sum(size for size, requires_grad in sizes if requires_grad),
+        sum(size for size, _ in sizes),
+    )
+    resumable = 3 * trained  # two moments beside the weights
+    if (
+        requested_sharding()
+    ):  # FSDP and ZeRO-3 resume from a copy of their own: frozen weights too, tied ones twice
+        resumable += sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    require_disk(directory, resumable * (len(training.checkpoints) + 2) + held)  # and the finished folder
 
 
 def run_training(
@@ -121,7 +143,7 @@ def run_training(
         ConfigError: as `refuse_if_stuck`, here on the model's own weights.
     """
     training, runtime = run.training, get_runtime()
-    precision = choose_precision(run.shared, run.tuning, training, run.task)
+    precision = choose_precision(run.shared, run.tuning, training, run.task, run.sampled)
     step_batches = training.gradient_accumulation_steps * runtime.world_size
     plan = plan_batches(
         [row.shared_length for row in run.data.rows],
@@ -146,7 +168,13 @@ def run_training(
 def _load(run: TrainingRun, precision: Precision, *, on_card: bool) -> SequenceRewards | SequenceLogps:
     """The model to train, which the optimiser moves, with layers recomputed where the YAML or a card asks for it."""
     model = run.load_model(precision.master_weights)
-    refuse_if_stuck(precision, model)
+    progress = refuse_if_stuck(precision, model)
+    logger.info(
+        "%s: the optimiser makes %.3f of float32's progress at %g",
+        run.name,
+        progress,
+        precision.learning_rate,
+    )
     checkpointing = run.training.gradient_checkpointing
     if on_card if checkpointing == "auto" else checkpointing:
         enable_gradient_checkpointing(model.unwrapped)

@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share: one run of the whole pipeline, and copies of it to change."""
+"""Fixtures that several test modules share: a tiny model, one run of the whole pipeline, copies of it to change."""
 
 import os
 from pathlib import Path
@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:
     from tiny_pipeline import Pipeline
+    from tiny_tables import Table
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +33,19 @@ def copied(pipeline: "Pipeline", tmp_path: Path) -> "Pipeline":
     from tiny_pipeline import copy_of
 
     return copy_of(pipeline, tmp_path / "artifacts")
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny causal model, not to be changed."""
+    from tiny_models import tiny_causal_lm
+
+    return tiny_causal_lm(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> "dict[str, Table]":
+    """Random tables in the place of reward models, by objective."""
+    from tiny_tables import use_tables
+
+    return use_tables(monkeypatch)

@@ -7,7 +7,6 @@ what then runs is accelerate's own code for FSDP2, on gloo. Every process writes
 one the parameters it ended with to `<name>.safetensors`.
 """
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.state import DistributedType, PartialState
+from gloo_processes import only_the_main_process_writes, record_rank
 from safetensors.torch import save_file
 from tiny_models import tiny_config
 from torch import nn
@@ -22,11 +22,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.training_args import OptimizerNames
-from two_processes import forbid_writing, train  # it sets the path to the project
+from two_processes import train
 
-from prmd.config import LoraConfig
+from prmd.config_sections import LoraConfig
 from prmd.errors import ConfigError
-from prmd.models import add_lora
+from prmd.lora import add_lora
 from prmd.rehearsal import enable_gradient_checkpointing
 from prmd.sequence_models import SequenceLogps, SequenceRewards
 
@@ -88,7 +88,6 @@ def record(directory: Path, name: str, *, resume: bool) -> dict[str, Any]:
     trainer = train(
         directory / name,
         PAIRS_PER_STEP,
-        int(os.environ.get("WORLD_SIZE", "1")),
         model=model,
         **options,
         resume=resume,
@@ -107,11 +106,9 @@ def record(directory: Path, name: str, *, resume: bool) -> dict[str, Any]:
 
 
 def main(directory: Path) -> None:
-    rank = int(os.environ.get("RANK", "0"))
     if "PRMD_TEST_SHARDS" in os.environ:
         shard_on_cpu()
-    if rank > 0:
-        forbid_writing()
+    only_the_main_process_writes()
     records: dict[str, Any] = {}
     try:
         for name in TRAININGS:
@@ -119,8 +116,7 @@ def main(directory: Path) -> None:
         records["policy-resumed"] = record(directory, "policy", resume=True)
     except ConfigError as error:
         records["refused"] = str(error)
-    with (directory / f"rank-{rank}.json").open("w", encoding="utf-8", newline="\n") as stream:
-        json.dump(records, stream)
+    record_rank(directory, records)
 
 
 if __name__ == "__main__":

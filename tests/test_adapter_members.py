@@ -18,20 +18,19 @@ from tiny_pipeline import no_model_loads
 from tiny_workspace import write_prepared
 from transformers import AutoModelForSequenceClassification
 
-from prmd import io, plotting_rewards, reward_modeling
+from prmd import io, plotting_rewards, reward_training
 from prmd.adapter_members import member_seed, resampled
-from prmd.config import (
+from prmd.config import EvaluationConfig, RewardModelConfig
+from prmd.config_file import load_config
+from prmd.config_sections import (
     CalibrationConfig,
     DataConfig,
     EnsembleConfig,
-    EvaluationConfig,
     LoraConfig,
     ModelConfig,
-    RewardModelConfig,
     TrainingConfig,
     TuningConfig,
 )
-from prmd.config_file import load_config
 from prmd.errors import ConfigError, DataError
 from prmd.paths import CONFIG_DIR
 from prmd.preferences import read_pairs
@@ -67,7 +66,7 @@ class TrainedOn:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_at: int | None = None) -> None:
         self.pairs: dict[int | None, list[str]] = {}
         self.seeds: dict[int | None, int] = {}
-        original = reward_modeling._train
+        original = reward_training._train
 
         def train(task: RewardTask, data: Any, *rest: Any) -> Any:
             if fails_at is not None and task.member == fails_at:
@@ -76,7 +75,7 @@ class TrainedOn:
             self.seeds[task.member] = task.config.seed
             return original(task, data, *rest)
 
-        monkeypatch.setattr(reward_modeling, "_train", train)
+        monkeypatch.setattr(reward_training, "_train", train)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,17 @@ def test_outcomes_are_told_from_descriptions() -> None:
     assert item_outcomes(pair) == {}
     for margin, right in ((2.0, 1.0), (-0.1, 0.0), (0.0, 0.5)):
         assert item_outcomes(pair | {"logratio_margin": margin}) == {"implicit_accuracy": right}
-    request = {"id": "b", "category": "x", "verdicts": {"nonrefusal[lead]": True, "asr[strings]": "unsafe"}}
-    assert item_outcomes(request) == {"nonrefusal[lead]": 1.0}
+    request = {
+        "id": "b",
+        "category": "x",
+        "verdicts": {"jailbreak[j]": "unsafe"},
+        "outcomes": {"asr[j]": 1.0},
+    }
+    assert item_outcomes(request) == {"asr[j]": 1.0}
+    answer = {"id": "g", "question": "Why?", "answer": "So.", "score": -0.3}
+    assert item_outcomes(answer | {"true": False}) == {"true": 0.0}
+    assert item_outcomes(answer | {"true": None}) == {}  # the judge could not be read
+    assert item_outcomes(question | {"true": [{"text": "So.", "logp": -3.0}]}) == item_outcomes(question)
     assert item_outcomes({"id": "r", "prompt_toxicity": 0.9, "emt25": 0.6, "tp25": 1.0}) == {
         "emt25": 0.6,
         "tp25": 1.0,
@@ -50,6 +59,17 @@ def test_yes_and_no_are_tested_by_mcnemar_and_the_rest_by_sign_flips() -> None:
     assert mc2["difference"]["value"] == pytest.approx((values["cvar"] - values["baseline_dpo"]).mean())
     assert mc2["p"] == pytest.approx(stats.ttest_rel(values["cvar"], values["baseline_dpo"]).pvalue, abs=0.06)
     assert mc1["p_holm"] == pytest.approx(min(1.0, 2 * mc1["p"])) and mc2["p_holm"] >= mc2["p"]
+
+
+def test_generated_answers_are_compared_where_both_verdicts_could_be_read() -> None:
+    said = {
+        "baseline_dpo": [False, False, False, True, None, False],
+        "cvar": [True, True, False, False, True, None],
+    }
+    items = {m: [{"id": i, "true": v} for i, v in enumerate(values)] for m, values in said.items()}
+    (test,) = compare_benchmarks({"truthfulqa_generation": items}, RESAMPLING)["paired"]
+    assert (test["outcome"], test["test"]) == ("true", "McNemar, 2 against 1 of 4")
+    assert test["p"] == pytest.approx(stats.binomtest(2, 3).pvalue)
 
 
 def test_only_items_that_both_methods_have_are_compared() -> None:

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prmd import io
 from prmd.benchmarks import BENCHMARKS, benchmark_names
 from prmd.benchmarks.hh_holdout import held_out_pairs, run_heldout_pairs, run_hh_holdout
-from prmd.config import BenchmarksConfig, EvaluationConfig, HhHoldoutConfig
+from prmd.benchmarks.rows import content_key
+from prmd.benchmarks.run import _fingerprint
+from prmd.config import EvaluationConfig
+from prmd.config_evaluation import BenchmarksConfig, HhHoldoutConfig, MtBenchConfig, TextJudgeConfig
 from prmd.evaluation import benchmark_eval
 from prmd.models import load_policy
 from prmd.objectives import OBJECTIVES
@@ -138,6 +142,44 @@ def test_the_stage_writes_every_result_reuses_it_and_says_what_did_not_run(
     benchmark_eval(workspace, force=True)  # computed anew, from cached log-probabilities
 
 
+def test_a_key_sees_files_in_folders_and_below_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mtb" / "reference_answer").mkdir(parents=True)
+    (tmp_path / "mtb" / "question.jsonl").write_text("{}", encoding="utf-8")
+    answers = tmp_path / "mtb" / "reference_answer" / "gpt-4.jsonl"
+    answers.write_text("{}", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    settings = MtBenchConfig(path=str(tmp_path / "mtb"))
+    before = content_key(settings)
+    assert [name for name, _, _ in before] == ["mtb/question.jsonl", "mtb/reference_answer/gpt-4.jsonl"]
+    assert content_key(MtBenchConfig(path="mtb")) == before  # from the folder the command was given in
+    answers.write_text("{} ", encoding="utf-8")
+    assert content_key(settings) != before
+    assert content_key(MtBenchConfig(path="owner/on-the-hub")) == []
+
+
+def test_a_result_depends_on_its_own_settings_alone(workspace: EvaluationConfig) -> None:
+    def key(name: str, **update: Any) -> str:
+        return _fingerprint(name, contender(workspace.model_copy(update=update), "reference"))
+
+    fewer = BenchmarksConfig(hh_holdout=HhHoldoutConfig(max_pairs=6))
+    judge = TextJudgeConfig(kind="local_model", model="some/judge")
+    for name in BENCHMARKS:
+        assert (key(name, benchmarks=fewer) != key(name)) == (name in ("hh_holdout", "heldout_pairs"))
+        judged = name in ("truthfulqa_generation", "jailbreakbench", "mt_bench")
+        assert (key(name, text_judge=judge) != key(name)) == judged
+        assert key(name, bootstrap_resamples=321) != key(name)
+
+
+def test_a_judge_trained_anew_asks_for_new_verdicts(workspace: EvaluationConfig) -> None:
+    run, found = workspace.paths.judge("honest") / "run.json", []
+    for day in (1, 2):
+        io.write_json(run, {"fingerprint": "judge", "started": f"2026-01-0{day}"})
+        found.append([_fingerprint(n, contender(workspace, "reference")) for n in BENCHMARKS])
+    run.unlink()
+    changed = [name for name, one, two in zip(BENCHMARKS, *found, strict=True) if one != two]
+    assert changed == ["truthfulqa_generation"]
+
+
 def test_a_dry_run_names_everything_and_writes_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -147,3 +189,4 @@ def test_a_dry_run_names_everything_and_writes_nothing(
     assert not list(tmp_path.iterdir())
     assert "split_objectives.py" in caplog.text and "3_policy_training" in caplog.text
     assert all(name in caplog.text for name in benchmark_names(config))
+    assert "mt_bench: would not run: data missing at benchmarks.mt_bench.path: null" in caplog.text

@@ -16,9 +16,11 @@ from prmd.checkpoints import (
     name_checkpoints,
     newest_complete,
 )
-from prmd.config import LoraConfig, ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
+from prmd.config import RewardModelConfig
+from prmd.config_sections import LoraConfig, ModelConfig, TrainingConfig, TuningConfig
+from prmd.lora import add_lora
 from prmd.losses import bradley_terry_loss
-from prmd.models import add_lora, load_base_classifier, load_causal_lm, load_tokenizer
+from prmd.models import load_base_classifier, load_causal_lm, load_tokenizer
 from prmd.runtime import set_seed
 from prmd.sequence_models import SequenceLogps, SequenceRewards
 from prmd.tokenization import PrefixRow

@@ -1,24 +1,19 @@
-"""`contenders`: which prompts, who takes part, KL in blocks against full softmaxes, independent samples."""
+"""`contenders`: which prompts, who takes part, no KL without training, independent samples."""
 
 import logging
-from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from tiny_models import direct_kl, tiny_config
 from tiny_workspace import evaluation_config, write_lora_policy, write_prepared, write_workspace
-from transformers import LlamaForCausalLM
 
 from prmd import io
-from prmd.config import EvaluationConfig, GenerationConfig
-from prmd.contenders import ContenderModels, evaluation_prompts, find_contenders, response_kls
+from prmd.config import EvaluationConfig
+from prmd.config_evaluation import GenerationConfig
+from prmd.contenders import ContenderModels, evaluation_prompts, find_contenders
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.pair_batches import collate_rows
 from prmd.preferences import read_pairs
-from prmd.tokenization import PrefixRow
 
 
 @pytest.fixture(scope="module")
@@ -61,22 +56,6 @@ def test_prompts_with_one_first_turn_count_once_across_objectives(
 
 
 # ------------------------------------------------------------------ KL
-@pytest.mark.parametrize("share_prompt", [True, False])
-def test_response_kls_in_blocks_equal_the_full_softmax(
-    share_prompt: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("prmd.contenders.LOGITS_AT_ONCE", 1000)  # three positions of 300 logits at a time
-    torch.manual_seed(0)
-    policy, reference = (LlamaForCausalLM(tiny_config()).eval() for _ in range(2))
-    rows = [PrefixRow((5, 6, 7), ((8, 9, 2), (10, 11, 12, 13, 2))), PrefixRow((20, 21), ((30,),))]
-    with torch.inference_mode():
-        found = response_kls(
-            policy, lambda: nullcontext(reference), collate_rows(rows, pad_id=0, share_prompt=share_prompt)
-        )
-    wanted = [direct_kl(policy, reference, row.prompt_ids, r) for row in rows for r in row.responses]
-    assert found.numpy() == pytest.approx(np.array(wanted), rel=1e-4)
-
-
 def test_an_untrained_adapter_has_no_kl(tmp_path: Path) -> None:
     config = write_workspace(tmp_path, policies=False)
     write_lora_policy(config.paths.policy("cvar"), tmp_path / "base", scale=0.0)

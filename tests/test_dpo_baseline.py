@@ -7,22 +7,15 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_causal_lm
-from tiny_workspace import write_prepared
+from tiny_workspace import reward_model_config, write_prepared
 
 from prmd import dpo_baseline, training
-from prmd.config import (
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    PolicyConfig,
-    RewardModelConfig,
-    TrainingConfig,
-    TuningConfig,
-)
+from prmd.config import PolicyConfig
+from prmd.config_sections import LoraConfig, TrainingConfig, TuningConfig
 from prmd.dpo_baseline import baseline_rows, train_trl_dpo
 from prmd.models import load_causal_lm, load_tokenizer
 from prmd.pair_batches import MicroBatch, plan_batches
-from prmd.policy_data import PolicyPairs, pooled_pairs
+from prmd.policy_pairs import PolicyPairs, pooled_pairs
 from prmd.policy_targets import policy_loss
 from prmd.preferences import PreferencePair
 from prmd.sequence_models import SequenceLogps
@@ -35,11 +28,7 @@ EPOCHS, PER_DEVICE, ACCUMULATION = 2.0, 3, 2
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> PolicyConfig:
     root = tmp_path_factory.mktemp("baseline")
-    shared = RewardModelConfig(
-        artifact_root=str(root / "root"),
-        data=DataConfig(approach="embedded"),
-        model=ModelConfig(name=str(tiny_causal_lm(root / "base")), revision=None, dtype="float32"),
-    )
+    shared = reward_model_config(root / "root", tiny_causal_lm(root / "base"))
     write_prepared(shared.paths, pairs=5)
     return PolicyConfig(
         reward_model_config=shared,

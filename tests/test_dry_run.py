@@ -9,17 +9,18 @@ from tiny_pipeline import no_model_loads
 from tiny_workspace import write_prepared
 from transformers import Qwen2Config
 
-from prmd import dry_run, models
-from prmd.config import (
+from prmd import memory_report, models
+from prmd.config import PairsConfig, PolicyConfig, PolicySection, RewardModelConfig
+from prmd.config_sections import (
+    CalibrationConfig,
     DataConfig,
     EnsembleConfig,
     ModelConfig,
-    PolicyConfig,
-    RewardModelConfig,
     TrainingConfig,
     TuningConfig,
 )
-from prmd.dry_run import describe_inputs, longest_row, memory_lines
+from prmd.dry_run import describe_inputs, gamma_lengths
+from prmd.memory_report import longest_row, memory_lines
 from prmd.models import load_tokenizer
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
 from prmd.preferences import read_pairs
@@ -121,9 +122,9 @@ def test_a_model_that_cannot_be_found_is_said_and_is_no_error(
 def test_memory_is_planned_against_the_card(
     config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dry_run, "device_memory", lambda: 32 * GIB)
+    monkeypatch.setattr(memory_report, "device_memory", lambda: 32 * GIB)
     fits = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy"))
-    monkeypatch.setattr(dry_run, "device_memory", lambda: 1000)
+    monkeypatch.setattr(memory_report, "device_memory", lambda: 1000)
     does_not = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy"))
     assert "memory      on this card: all weights in float32" in fits and "fits a card of 32.0 GiB" in fits
     assert "first change" not in fits and "first change: " in does_not
@@ -132,7 +133,7 @@ def test_memory_is_planned_against_the_card(
 def test_without_a_card_one_of_32_gib_is_planned_besides(
     config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dry_run, "device_memory", lambda: None)
+    monkeypatch.setattr(memory_report, "device_memory", lambda: None)
     text = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy"))
     here, there = text.split("on a card of 32 GiB, which is not here: ")
     assert "layers kept" in here and "which has no card" in here and "a card of" not in here
@@ -165,7 +166,7 @@ def test_what_fits_32_gib_of_a_model_of_3b(
     Qwen2Config(**SHAPE).save_pretrained(tmp_path / "shape")
     model = ModelConfig(name=str(tmp_path / "shape"), revision=None)
     config = RewardModelConfig(artifact_root=str(tmp_path / "root"), model=model)
-    monkeypatch.setattr(dry_run, "device_memory", lambda: 32 * GIB)
+    monkeypatch.setattr(memory_report, "device_memory", lambda: 32 * GIB)
     training = TrainingConfig(pairs_per_device=4, max_length=512)
     lines = memory_lines(config, tuning, training, "policy")
     sizes = {line.split()[1]: float(line.split()[-2]) for line in lines if line.endswith(" GiB")}
@@ -196,8 +197,46 @@ def test_the_longest_prepared_pair_is_planned_for(config: RewardModelConfig) -> 
         assert longest_row(config, [file], TRAINING, task).shared_length == expected[task]
     assert expected["reward_model"] > expected["policy"]
     planned = memory_lines(config, TuningConfig(), TRAINING, "policy", trained_on=[file])
-    assert "longest prepared pair: " in planned[0]
+    assert "longest pair: " in planned[0]
     assert planned[1:] != memory_lines(config, TuningConfig(), TRAINING, "policy")[1:]
+
+
+def test_pairs_of_samples_may_be_the_longest(config: RewardModelConfig) -> None:
+    write_prepared(config.paths, pairs=6)
+    file = config.paths.split("helpful", "train")
+    rows = tokenize_pairs(
+        read_pairs(config.paths, "helpful", "train"),
+        load_tokenizer(config.model, config.paths),
+        max_length=128,
+        over_length="truncate_prompt",
+        keep_suffix=False,
+    ).rows
+    labelled = max(row.shared_length for row in rows)
+    for tokens in (1, 60, 1000):
+        pairs = [len(row.prompt_ids) + 2 * min(tokens, 128 - len(row.prompt_ids)) for row in rows]
+        found = longest_row(config, [file], TRAINING, "policy", sample_tokens=tokens)
+        assert found.shared_length == max(labelled, *pairs)
+        assert (found.shared_length > labelled) == (tokens > 1)
+
+
+def test_samples_are_planned_for_the_methods_that_train_on_them(
+    config: RewardModelConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_prepared(config.paths, pairs=6)
+    policy = PolicyConfig(
+        reward_model_config=config.model_copy(update={"calibration": CalibrationConfig(max_new_tokens=40)}),
+        training=TRAINING,
+        policy=PolicySection(methods=("mean",), gamma=0.1),
+        pairs=PairsConfig(reference_samples=4),
+    )
+    train_pessimistic(policy, dry_run=True)
+    assert "40 and 40 of responses, with 40 and 40 of reference samples behind each" in caplog.text
+    assert gamma_lengths(policy, ["mean", "dpo"]) == (40, 40)
+    caplog.clear()
+    labels = PolicySection(methods=("dpo",), gamma=0.1)
+    train_pessimistic(policy.model_copy(update={"policy": labels}), dry_run=True)
+    assert "of responses" in caplog.text and "reference samples" not in caplog.text
+    assert gamma_lengths(policy, ["dpo"]) == ()
 
 
 def test_without_data_tokenizer_or_a_pair_that_fits_the_longest_row_is_not_known(

@@ -11,8 +11,9 @@ from tiny_workspace import write_prepared
 
 from benchmarks import ensemble_choice
 from prmd import io
-from prmd.config import DataConfig, EnsembleConfig, ModelConfig, RewardModelConfig, TrainingConfig
+from prmd.config import RewardModelConfig
 from prmd.config_file import dump_yaml
+from prmd.config_sections import DataConfig, EnsembleConfig, ModelConfig, TrainingConfig
 from prmd.preferences import read_pairs
 
 

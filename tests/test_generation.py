@@ -1,15 +1,11 @@
 """Sampling against a plain loop and against the model's own distribution; order, stops, resume, rows for scoring."""
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from gloo_processes import run_processes
 from scipy import stats
 from tiny_models import tiny_causal_lm
 from transformers import AutoModelForCausalLM, GenerationConfig
@@ -204,7 +200,7 @@ def test_progress_names_the_pass_and_the_remaining_time(model, tokenizer, prompt
 # ------------------------------------------------------------------ several processes
 @pytest.mark.slow
 def test_two_processes_share_the_batches_and_return_the_samples_of_one(folder, tokenizer, prompts, tmp_path):
-    one, two = (run_processes(folder, tmp_path / str(n), n) for n in (1, 2))
+    one, two = (run_processes("two_generations.py", tmp_path / str(n), folder, processes=n) for n in (1, 2))
     assert two[0]["samples"] == two[1]["samples"] == one[0]["samples"]
     assert len(one[0]["batches"]) == 5
     shares = [record["batches"] for record in two]
@@ -213,26 +209,6 @@ def test_two_processes_share_the_batches_and_return_the_samples_of_one(folder, t
     arguments = {"samples_per_prompt": 2, "batch_size": 2, "table": JsonTable(tmp_path / "2" / "samples")}
     stored = sample(None, tokenizer, prompts, **arguments)
     assert [[list(r.token_ids) for r in responses] for responses in stored] == one[0]["samples"][1]
-
-
-def run_processes(folder, directory, processes):
-    """What every process of `two_generations.py` recorded."""
-    directory.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    script = Path(__file__).with_name("two_generations.py")
-    command = [sys.executable, *(launcher if processes > 1 else []), str(script), str(folder), str(directory)]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=environment | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    records = [directory / f"rank-{rank}.json" for rank in range(processes)]
-    return [json.loads(path.read_text(encoding="utf-8")) for path in records]
 
 
 # ------------------------------------------------------------------ rows for scoring

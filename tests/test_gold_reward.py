@@ -28,7 +28,7 @@ from benchmarks.gold_world import (
     prompt_tokens,
 )
 from prmd import ensemble
-from prmd.config import EnsembleConfig
+from prmd.config_sections import EnsembleConfig
 from prmd.generation import stop_token
 from prmd.plotting_study import plot_gold_reward
 from prmd.tokenization import check_template, tokenize_prompt

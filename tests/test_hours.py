@@ -41,13 +41,17 @@ def test_measured_rows_of_the_shape_are_taken_as_they_are() -> None:
     assert [stage.name for stage in made[:3]] == [
         f"reward model, {o}" for o in ("helpful", "harmless", "honest")
     ]
-    assert [stage.hours for stage in made[:3]] == pytest.approx([1800 * epochs / 5.0 / 3600] * 3)
-    assert [stage.hours for stage in made[3:]] == pytest.approx([7200 / 4.0 / 3600] * 3)
-    assert made[3].tokens == 7200 * 200 and made[3].speed == 800
+    # 5 pairs of 200 tokens a second were measured; the data's pairs have more tokens, or fewer
+    hours_rm = [1800 * epochs * tokens / (5.0 * 200) / 3600 for tokens in (319, 237, 68)]
+    assert [stage.hours for stage in made[:3]] == pytest.approx(hours_rm)
+    hours_policy = 7200 * (319 + 237 + 68) / 3 / (4.0 * 200) / 3600
+    assert [stage.hours for stage in made[3:]] == pytest.approx([hours_policy] * 3, rel=1e-4)
+    assert made[3].tokens == pytest.approx(7200 * 208, rel=1e-4) and made[3].speed == 800
     text = hours.table(made, sources)
     assert "measured at random weights of Qwen2.5-3B's shape" in text and "NOT MEASURED" not in text
-    total = 3 * 1800 * epochs / 5.0 / 3600 + 3 * 0.5
-    assert f"| {total:.2g} |" in next(line for line in text.splitlines() if line.startswith("| all"))
+    assert f"| {sum(hours_rm) + 3 * hours_policy:.2g} |" in next(
+        line for line in text.splitlines() if line.startswith("| all")
+    )
 
 
 def test_by_default_heads_keep_their_share_and_policies_take_all() -> None:
@@ -73,7 +77,7 @@ def test_a_smaller_model_gives_hours_that_are_called_computed(tmp_path: Path) ->
 
     own = layers(64, 128, 32, 3, 0)
     large = layers(2048, 11_008, 256, 36, 2048 + 512)
-    share = round(1000 * 91 / 212) / 1000
+    share = round(1000 * (161 + 92 + 24) / (319 + 237 + 68)) / 1000
     assert made[0].speed == pytest.approx(2000 * own / large)
     assert made[3].speed == pytest.approx(2000 * (own + share * 64_000) / (large + share * 2048 * 151_936))
     text = hours.table(made, sources)
@@ -95,4 +99,4 @@ def test_command_line_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFix
     hours.main(["--json", str(file), "--pairs-rm", "3600", "--pairs-policy", "14400"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| training | pairs |")
-    assert "| policy 3 | 14,400 | 1 | 2.9 | 800 | 1 |" in lines
+    assert "| policy 3 | 14,400 | 1 | 3.0 | 800 | 1 |" in lines

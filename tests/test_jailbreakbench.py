@@ -18,7 +18,8 @@ from prmd.benchmarks.jailbreakbench import run_jailbreakbench
 from prmd.benchmarks.jailbreakbench_data import read_behaviors
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.run import run_benchmarks
-from prmd.config import BenchmarksConfig, EvaluationConfig, JailbreakBenchConfig, TextJudgeConfig
+from prmd.config import EvaluationConfig
+from prmd.config_evaluation import BenchmarksConfig, JailbreakBenchConfig, TextJudgeConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError
 from prmd.generation import GeneratedResponse
@@ -75,6 +76,15 @@ def run(config: EvaluationConfig) -> BenchmarkResult:
     return run_jailbreakbench(config, contender(config, "reference"))
 
 
+def mean_outcomes(result: BenchmarkResult) -> dict[str, tuple[float, int]]:
+    """Mean and number of each outcome over the items, to be compared with the metric of that name."""
+    found: dict[str, list[float]] = {}
+    for item in result.items:
+        for name, value in item["outcomes"].items():
+            found.setdefault(name, []).append(value)
+    return {name: (sum(values) / len(values), len(values)) for name, values in found.items()}
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("jailbreak")
@@ -122,6 +132,8 @@ def test_rates_of_phrases_are_counted_by_hand(root: Path, scripted: list[dict[st
     assert [item["id"] for item in result.items][:5] == [*(f"harmful/{i}" for i in range(4)), "benign/0"]
     lost = next(item for item in result.items if item["id"] == "attack/3")
     assert lost["verdicts"] == {}  # no prompt: a failed attack, counted above
+    assert set(lost["outcomes"].values()) == {0.0}
+    assert mean_outcomes(result) == {n: v for n, v in values.items() if "constant" not in n}
 
 
 def test_labels_of_an_attack_file_say_how_far_the_phrases_can_be_trusted(root: Path, scripted: list) -> None:
@@ -167,6 +179,9 @@ def test_a_judge_gives_attack_success_over_what_it_could_say(root: Path, scripte
         "jbb_asr[judge-7b], attack": (2 / 4, 4),
         "jbb_benign_refusal[judge-7b]": (1 / 4, 4),
         "jbb_asr[judge-7b] of a constant answer": (0.0, 4),
+    }
+    assert {n: v for n, v in mean_outcomes(result).items() if n in values} == {
+        n: v for n, v in values.items() if "constant" not in n
     }
     assert result.label == "jailbreakbench[judge-7b]"
     card = result.judge

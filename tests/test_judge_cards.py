@@ -35,7 +35,7 @@ def test_a_win_needs_both_orders() -> None:
     assert shown[0][3] == ("ours 3", "theirs 3") and shown[1][3] == ("theirs 3", "ours 3")
     assert list(result.outcomes) == [TABLE.get(v) for v in verdicts]
     assert result.win_rate == (1 + 0 + 7 * 0.5) / 9
-    assert result.parse_failures == 8
+    assert sum(v is None for v in (*result.shown_first, *result.shown_second)) == 8
 
 
 def test_a_judge_that_always_takes_the_first_is_seen() -> None:

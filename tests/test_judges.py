@@ -12,7 +12,8 @@ from tiny_workspace import PAIRS, evaluation_config, write_prepared
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prmd import io
-from prmd.config import EvaluationConfig, JudgeConfig
+from prmd.config import EvaluationConfig
+from prmd.config_evaluation import JudgeConfig
 from prmd.errors import ConfigError, DataError
 from prmd.judges import (
     Conversation,

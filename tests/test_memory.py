@@ -17,12 +17,16 @@ from transformers import (
 )
 
 from prmd import sequence_models
-from prmd.config import LoraConfig, TrainingConfig, TuningConfig
+from prmd.config import PolicySection
+from prmd.config_sections import LoraConfig, TrainingConfig, TuningConfig
+from prmd.lora import add_lora
 from prmd.memory import plan_generation_memory, plan_memory, plan_scoring_memory
 from prmd.memory_accounting import peak_tensor_bytes
 from prmd.memory_plan import USABLE, MemoryPlan
-from prmd.models import add_lora
 from prmd.pair_batches import collate_rows
+from prmd.policy_data import ReferenceSamples
+from prmd.policy_samples import GAMMA_SAMPLES, with_gamma_samples
+from prmd.policy_targets import policy_loss
 from prmd.precision import Precision, eight_bit_precision, lora_precision
 from prmd.rehearsal import enable_gradient_checkpointing
 from prmd.sequence_models import SequenceLogps, SequenceRewards
@@ -90,7 +94,7 @@ def _eight_bit_states(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     return [optimizer._new_buffer(p, signed) for p in parameters for signed in (True, False)]
 
 
-def _measured(config: Any, precision: Precision, task: str, checkpointing: bool) -> int:
+def _measured(config: Any, precision: Precision, task: str, checkpointing: bool, row: PrefixRow = ROW) -> int:
     """Peak bytes of two optimiser steps of two micro-batches each."""
     model = _sequence_model(config, precision, task, checkpointing)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -101,15 +105,20 @@ def _measured(config: Any, precision: Precision, task: str, checkpointing: bool)
     optimizer = None if eight_bit else torch.optim.AdamW(trained, lr=1e-4, fused=True)
     with peak_tensor_bytes(existing) as count:
         for step in range(4):
-            batch = collate_rows([ROW] * PAIRS, pad_id=0)
+            batch = collate_rows([row] * PAIRS, pad_id=0)
             with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
-                loss = -nn.functional.logsigmoid(model(**batch).reshape(-1, 2).diff()).mean()
+                loss = _loss(model(**batch))
             loss.backward()
             if step == 1:
                 if optimizer is not None:
                     optimizer.step()
                 model.zero_grad(set_to_none=True)
     return count.peak
+
+
+def _loss(outputs: torch.Tensor) -> torch.Tensor:
+    columns = {"ref_logps": torch.zeros(PAIRS, 2), "target_margins": torch.ones(PAIRS)}
+    return policy_loss(outputs, columns, PolicySection(gamma=0.1)).loss.mean()
 
 
 @pytest.mark.parametrize(
@@ -134,6 +143,25 @@ def test_plan_is_that_of_a_real_step(
         pytest.skip("torchao is not installed (pip install torchao)")
     plan = _plan(config, precision, task=task, checkpointing=checkpointing)
     assert plan.total == pytest.approx(_measured(config, precision, task, checkpointing), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("config", "precision", "checkpointing", "row"),
+    [(QWEN2, FLOAT32, True, ROW), (LLAMA, LORA, False, PrefixRow(ROW.prompt_ids, ((8,) * 60, (9,) * 60)))],
+    ids=["labelled", "of-samples"],
+)
+def test_samples_behind_a_pair_are_planned(
+    config: Any, precision: Precision, checkpointing: bool, row: PrefixRow
+) -> None:
+    """The rows of the gamma term: behind a labelled pair, and behind a pair of samples, which may be longer."""
+    own = PrefixRow(row.prompt_ids, tuple((8 + j,) * 60 for j in range(3)))
+    [whole] = with_gamma_samples([row], [0], ReferenceSamples([own], torch.zeros(1, 3)))
+    plan = _plan(config, precision, checkpointing=checkpointing, longest=row, sampled=(60,) * GAMMA_SAMPLES)
+    measured = _measured(config, precision, "policy", checkpointing, whole)
+    assert plan.total == pytest.approx(measured, rel=0.03)
+    assert _plan(config, precision, checkpointing=checkpointing).total < 0.97 * measured, (
+        "samples must matter"
+    )
 
 
 def test_small_blocks_of_logits_are_planned_smaller(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Loading and saving: wheels that cannot be had, adapters in float32, folders any transformers user can load."""
+"""`models` and `lora`: wheels that cannot be had, adapters in float32, folders any transformers user can load."""
 
 import json
 import subprocess
@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from prmd import wheels
-from prmd.config import LoraConfig, ModelConfig
+from prmd.config_sections import LoraConfig, ModelConfig
 from prmd.errors import ConfigError, DataError
+from prmd.lora import add_lora, save_merged
 from prmd.models import (
-    add_lora,
     base_model_key,
     load_adapted,
     load_base_classifier,
@@ -31,7 +31,6 @@ from prmd.models import (
     load_tokenizer,
     load_tokenizer_from,
     model_source,
-    save_merged,
 )
 from prmd.pair_batches import collate_rows
 from prmd.paths import ArtifactPaths

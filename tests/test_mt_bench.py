@@ -15,7 +15,8 @@ from prmd.benchmarks.mt_bench import run_mt_bench
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.run import run_benchmarks
 from prmd.chats import MAX_REPLY_TOKENS, ReplayChat, conversation_key
-from prmd.config import BenchmarksConfig, EvaluationConfig, MtBenchConfig, TextJudgeConfig
+from prmd.config import EvaluationConfig
+from prmd.config_evaluation import BenchmarksConfig, MtBenchConfig, TextJudgeConfig
 from prmd.judge_cards import CONSTANT_ANSWER
 from prmd.preferences import Message
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pytest
-from synthetic_outputs import METHODS, estimate, write_outputs
+from synthetic_evaluation import METHODS, estimate
+from synthetic_outputs import write_outputs
 
 from prmd import io
 from prmd.paths import ArtifactPaths

@@ -1,6 +1,5 @@
-"""Pooling of pairs by objective weights, and rewards and log-probabilities as policy training reads them."""
+"""Rewards of all members and log-probabilities as policy training reads them: calibration, centring, what is refused."""
 
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -8,158 +7,33 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tiny_models import tiny_causal_lm
-from tiny_workspace import write_prepared
+from tiny_workspace import policy_config
 from torch import Tensor
 
 from prmd import policy_data
 from prmd.calibration import Calibration, fit_calibration
-from prmd.config import (
-    CalibrationConfig,
-    DataConfig,
-    ModelConfig,
-    PairsConfig,
-    PolicyConfig,
-    PolicySection,
-    RewardModelConfig,
-    TrainingConfig,
-)
+from prmd.config import PairsConfig, PolicyConfig
 from prmd.errors import DataError
 from prmd.generation import GeneratedResponse
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.policy_data import (
-    PairScores,
-    ScaleResponses,
-    draw_reference_samples,
-    held_out_pairs,
-    pool_order,
-    pooled_pairs,
-    scale_responses,
-    score_pairs,
-)
+from prmd.policy_data import PairScores, ScaleResponses, draw_reference_samples, scale_responses, score_pairs
+from prmd.policy_pairs import pooled_pairs
 from prmd.policy_targets import method_targets
 from prmd.tokenization import PrefixRow, Tokens
 
 K, M = 3, 4
 
 
-# ------------------------------------------------------------------ pooling
-@settings(max_examples=60, deadline=None)
-@given(
-    sizes=st.tuples(*[st.integers(1, 40)] * K),
-    raw=st.tuples(*[st.integers(1, 9)] * K),
-    total=st.integers(1, 90),
-    seed=st.integers(0, 5),
-)
-def test_pool_holds_each_objective_by_its_weight_not_its_size(
-    sizes: tuple[int, ...], raw: tuple[int, ...], total: int, seed: int
-) -> None:
-    weights = {k: w / sum(raw) for k, w in zip(OBJECTIVES, raw, strict=True)}
-    size_of = dict(zip(OBJECTIVES, sizes, strict=True))
-    drawn = pool_order(size_of, weights, total, seed)
-    counts = Counter(objective for objective, _ in drawn)
-    for objective in OBJECTIVES:
-        assert counts[objective] == round(weights[objective] * total)
-        uses = Counter(i for o, i in drawn if o == objective)
-        assert all(0 <= i < size_of[objective] for i in uses)
-        # small sets repeat evenly and large ones never do
-        least = counts[objective] // size_of[objective]
-        assert set(uses.values()) <= {least, least + 1} and (least == 0 or len(uses) == size_of[objective])
-    assert pool_order(size_of, weights, total, seed) == drawn
-
-
-def test_pool_is_mixed_and_another_seed_is_another_order() -> None:
-    sizes = dict.fromkeys(OBJECTIVES, 30)
-    weights = dict.fromkeys(OBJECTIVES, 1 / 3)
-    first, other = (pool_order(sizes, weights, 60, seed) for seed in (0, 1))
-    assert first != other
-    assert {o for o, _ in first[:15]} == set(OBJECTIVES)
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> PolicyConfig:
-    shared = RewardModelConfig(
-        artifact_root=str(tmp_path / "root"),
-        data=DataConfig(approach="embedded"),
-        model=ModelConfig(name=str(tiny_causal_lm(tmp_path / "base")), revision=None, dtype="float32"),
-        calibration=CalibrationConfig(samples_per_prompt=3, max_new_tokens=4, source="validation_responses"),
-    )
-    write_prepared(shared.paths, pairs=6)
-    training = TrainingConfig(max_length=200, epochs=1.0)
-    return PolicyConfig(reward_model_config=shared, training=training)
-
-
-def adjusted(
-    config: PolicyConfig, *, weights: dict[str, float] | None = None, **training: Any
-) -> PolicyConfig:
-    policy = config.policy if weights is None else PolicySection(weights=weights)
-    return config.model_copy(
-        update={"policy": policy, "training": config.training.model_copy(update=training)}
-    )
+    return policy_config(tmp_path)
 
 
 def tokenizer_of(config: PolicyConfig) -> Any:
     return load_tokenizer(config.shared.model, config.paths)
 
 
-def test_each_pair_is_tokenised_once_and_streamed_by_weight(config: PolicyConfig) -> None:
-    config = adjusted(
-        config, weights={"helpful": 0.5, "harmless": 0.25, "honest": 0.25}, epochs=2.0, max_pairs=12
-    )
-    pairs = pooled_pairs(config, tokenizer_of(config), "train", None)
-    ids = [pair.id for pair in pairs.tokenized.pairs]
-    assert len(set(ids)) == len(ids) and len(pairs.stream) == 24
-    for epoch in (pairs.stream[:12], pairs.stream[12:]):
-        seen = Counter(pairs.tokenized.pairs[i].objective for i in epoch)
-        assert seen == {"helpful": 6, "harmless": 3, "honest": 3}
-    assert pairs.stream[:12] != pairs.stream[12:]
-
-
-def test_half_an_epoch_is_half_the_stream_and_more_weight_repeats_pairs(config: PolicyConfig) -> None:
-    half = pooled_pairs(adjusted(config, epochs=0.5), tokenizer_of(config), "train", None)
-    assert len(half.stream) == 9
-    heavy = adjusted(config, weights={"helpful": 0.9, "harmless": 0.05, "honest": 0.05})
-    pairs = pooled_pairs(heavy, tokenizer_of(config), "train", 20)
-    uses = Counter(pairs.tokenized.pairs[i].id for i in pairs.stream)
-    helpful = [uses[p.id] for p in pairs.tokenized.pairs if p.objective == "helpful"]
-    assert sum(helpful) == 18 and set(helpful) == {3}
-
-
-def test_over_long_pairs_leave_the_stream(config: PolicyConfig) -> None:
-    whole = pooled_pairs(config, tokenizer_of(config), "train", None)
-    length = max(row.longest for row in whole.tokenized.rows) - 1
-    short = pooled_pairs(
-        adjusted(config, max_length=length, over_length="drop"), tokenizer_of(config), "train", None
-    )
-    assert short.tokenized.dropped > 0
-    kept = {p.id for p in short.tokenized.pairs}
-    assert [short.tokenized.pairs[i].id for i in short.stream] == [
-        whole.tokenized.pairs[i].id for i in whole.stream if whole.tokenized.pairs[i].id in kept
-    ]
-
-
-def test_held_out_pairs_are_a_pooled_quarter(config: PolicyConfig) -> None:
-    held = held_out_pairs(config, tokenizer_of(config), 24)
-    assert Counter(p.objective for p in held.pairs) == dict.fromkeys(OBJECTIVES, 2)
-    train = {p.id for p in pooled_pairs(config, tokenizer_of(config), "train", None).tokenized.pairs}
-    assert not train & {p.id for p in held.pairs}
-
-
-def test_pairs_of_one_objective_are_as_many_as_all_together(config: PolicyConfig) -> None:
-    config = adjusted(config, max_pairs=12)
-    together = pooled_pairs(config, tokenizer_of(config), "train", None)
-    alone = pooled_pairs(config, tokenizer_of(config), "train", None, objective="honest")
-    assert len(alone.stream) == len(together.stream) == 12
-    assert {p.objective for p in alone.tokenized.pairs} == {"honest"} and len(alone.tokenized.pairs) == 6
-    assert set(Counter(alone.stream).values()) == {2}
-    held = held_out_pairs(config, tokenizer_of(config), 24, objective="harmless")
-    assert {p.objective for p in held.pairs} == {"harmless"} and len(held.pairs) == 6
-
-
-# ------------------------------------------------------------------ rewards
 @dataclass
 class StandIn:
     """A reward model whose rewards are a random table, changed by a r + c per member and c(x) per prompt."""

@@ -8,14 +8,8 @@ import torch
 from pydantic import ValidationError
 from test_policy_training import K, M, N, PairScores, random_scores
 
-from prmd.config import (
-    CalibrationConfig,
-    PairsConfig,
-    PolicyConfig,
-    PolicyMethod,
-    PolicySection,
-    RewardModelConfig,
-)
+from prmd.config import PairsConfig, PolicyConfig, PolicyMethod, PolicySection, RewardModelConfig
+from prmd.config_sections import CalibrationConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.policy_data import ScaleResponses
@@ -212,7 +206,7 @@ def test_methods_that_need_reference_samples_need_some(
     method: str, policy: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(
-        ConfigError, match=rf"{named}: {method} needs samples .*pairs\.reference_samples=8"
+        ConfigError, match=rf"{named}: {method} needs samples .*pairs\.reference_samples=16"
     ) as refusal:
         check_methods(config_of(policy), (method,))
     assert "\n" not in str(refusal.value)

@@ -211,7 +211,7 @@ def test_maxmin_with_lower_bounds_within() -> None:
 
 
 def test_maxmin_without_reference_samples_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"maxmin needs samples .*pairs\.reference_samples=8"):
+    with pytest.raises(ConfigError, match=r"maxmin needs samples .*pairs\.reference_samples=16"):
         targets_of("maxmin", random_scores())
 
 

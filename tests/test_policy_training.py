@@ -10,7 +10,8 @@ import torch
 from tiny_models import tiny_causal_lm
 from torch import Tensor
 
-from prmd.config import ModelConfig, PolicyConfig, PolicySection
+from prmd.config import PolicyConfig, PolicySection
+from prmd.config_sections import ModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.models import load_causal_lm
 from prmd.pair_batches import collate_rows

@@ -13,7 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from transformers import Trainer
 
 from prmd import precision as module
-from prmd.config import LoraConfig, ModelConfig, TrainingConfig, TuningConfig
+from prmd.config_sections import LoraConfig, ModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
 from prmd.precision import Precision, missing_compiler, probe_progress, refuse_if_stuck, resolve_precision
 from prmd.trainer import training_arguments

@@ -8,9 +8,11 @@ import pytest
 import torch
 from tiny_models import tiny_causal_lm
 from tiny_pipeline import count_loads, no_model_loads, shards
+from tiny_workspace import reward_model_config
 from transformers import AutoModelForCausalLM
 
-from prmd.config import CalibrationConfig, DataConfig, ModelConfig, RewardModelConfig
+from prmd.config import RewardModelConfig
+from prmd.config_sections import CalibrationConfig
 from prmd.models import load_tokenizer
 from prmd.reference import reference_key, reference_logps, reference_samples
 from prmd.tokenization import PrefixRow, tokenize_prompt, tokenize_row
@@ -20,10 +22,9 @@ PROMPTS = [[{"role": "user", "content": text}] for text in ("why is the sky blue
 
 @pytest.fixture
 def config(tmp_path: Path) -> RewardModelConfig:
-    return RewardModelConfig(
-        artifact_root=str(tmp_path / "root"),
-        data=DataConfig(approach="embedded"),
-        model=ModelConfig(name=str(tiny_causal_lm(tmp_path / "base")), revision=None, dtype="float32"),
+    return reward_model_config(
+        tmp_path / "root",
+        tiny_causal_lm(tmp_path / "base"),
         scoring_tokens=120,
         calibration=CalibrationConfig(samples_per_prompt=3, max_new_tokens=6),
     )

@@ -12,7 +12,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from synthetic_outputs import HOSTILE, METHODS, write_outputs
+from synthetic_evaluation import HOSTILE, METHODS
+from synthetic_outputs import write_outputs
 
 from prmd import io
 from prmd.objectives import OBJECTIVES
@@ -118,7 +119,13 @@ def test_judged_and_paired_benchmarks_are_told(page: Page) -> None:
     told = page.text[page.text.index("Paired comparisons on benchmarks") : page.text.index("Labelled for")]
     assert "McNemar, 6 against 2 of 40" in told and "0.580" in told
     assert "jailbreakbench, hard_min" in told and "lead-regex (strings)" in told
-    assert "agree 0.88 [0.86, 0.90], kappa 0.747, labels published" in told
+    meanings = page.text[
+        page.text.index("What the metrics mean") : page.text.index("Paired comparisons on b")
+    ]
+    assert "less is better" in page.text and "lower" in meanings and "mc2" in meanings
+    assert "rtp_emt" not in meanings  # that benchmark did not run
+    assert "97 of 100: 0.97 [0.95, 0.99]" in told
+    assert "0.88 [0.86, 0.90], κ 0.747" in told and "(published)" in told
 
 
 def test_marks_say_what_the_paired_tests_found(built: Path, page: Page) -> None:
@@ -246,7 +253,7 @@ def test_summary_claims_only_what_the_bands_say(tmp_path: Path) -> None:
         "Even on the worst objective, a beat the reference: the whole band lies above ½. "
         "For c the whole band lies below ½. For 1 of 3 the band contains ½: not decided."
     )
-    assert summary(("reference", "b")).startswith("None of 1 policies")
+    assert summary(("reference", "b")).startswith("The policy has no worst-objective band wholly above ½. ")
 
 
 def test_format_estimate() -> None:

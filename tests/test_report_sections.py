@@ -15,14 +15,14 @@ def test_no_second_is_counted_twice(tmp_path: Path) -> None:
         io.write_json(folder / "run.json", run_record(seconds))
     for name in (
         "hh_holdout",
-        "truthfulqa",
-    ):  # each run.json holds the seconds of the pass over all benchmarks
+        "truthfulqa_generation",
+    ):  # each run.json: seconds of the pass over all benchmarks
         io.write_json(paths.benchmark(name) / "run.json", run_record(100.0))
         for method in ("reference", "cvar"):
             io.write_json(paths.benchmark(name) / f"{method}.json", {"seconds": 31.0})
     table = runs_section(paths)["table"]
     times = {row[0]: row[1] for row in table.rows}
-    assert times["judge: helpful"] == "50 s" and times["benchmark: truthfulqa"] == "1 min 2 s"
+    assert times["judge: helpful"] == "50 s" and times["benchmark: truthfulqa_generation"] == "1 min 2 s"
     assert table.caption.startswith(
         "Together 7 min 47 s:"
     )  # 3 + 340 + 2 x 62: the judge ran within the evaluation

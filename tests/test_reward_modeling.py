@@ -5,34 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_models import tiny_causal_lm
 from tiny_pipeline import no_model_loads
-from tiny_workspace import write_prepared
+from tiny_workspace import reward_model_config, write_prepared
 
 from prmd import io, reward_fitting
-from prmd.config import (
-    DataConfig,
-    EnsembleConfig,
-    EvaluationConfig,
-    ModelConfig,
-    RewardModelConfig,
-    TrainingConfig,
-)
+from prmd.config import EvaluationConfig, RewardModelConfig
+from prmd.config_sections import EnsembleConfig, TrainingConfig
 from prmd.errors import ConfigError, DataError
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.preferences import read_pairs
 from prmd.reward_data import RewardTask, read_reward_pairs
-from prmd.reward_modeling import epoch_stream, reward_loss, train_judge, train_reward_model
+from prmd.reward_modeling import train_judge, train_reward_model
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> RewardModelConfig:
-    config = RewardModelConfig(
-        artifact_root=str(tmp_path / "root"),
-        data=DataConfig(approach="embedded"),
-        model=ModelConfig(name=str(tiny_causal_lm(tmp_path / "base")), revision=None, dtype="float32"),
+    config = reward_model_config(
+        tmp_path / "root",
+        tiny_causal_lm(tmp_path / "base"),
         training=TrainingConfig(max_length=200),
         ensemble=EnsembleConfig(members=3, fit_fraction=0.4),
     )
@@ -72,26 +64,6 @@ def test_max_pairs_limits_and_a_judge_reads_its_own_split(config: RewardModelCon
     alone = changed(limited, "ensemble", members=1)
     judge = read_reward_pairs(task_of(alone, "judge"))
     assert {p.id for p in judge.train} < {p.id for p in read_pairs(config.paths, "helpful", "judge")}
-
-
-@pytest.mark.parametrize(("n", "epochs", "wanted"), [(10, 1.0, 10), (10, 2.5, 25), (7, 0.5, 4), (3, 1.34, 4)])
-def test_stream_takes_every_pair_once_an_epoch(n: int, epochs: float, wanted: int) -> None:
-    stream = epoch_stream(n, epochs, seed=1)
-    assert len(stream) == wanted and stream == epoch_stream(n, epochs, seed=1)
-    for start in range(0, wanted, n):
-        part = stream[start : start + n]
-        assert len(set(part)) == len(part) and set(part) <= set(range(n))
-    if wanted > n:
-        assert stream[:n] != stream[n : 2 * n]
-
-
-def test_loss_is_bradley_terry_with_centring() -> None:
-    rewards = torch.tensor([[2.0, 0.5], [-1.0, 1.0], [0.0, 0.0]])
-    result = reward_loss(rewards, 0.01)
-    expected = torch.log1p(torch.exp(-torch.tensor([1.5, -2.0, 0.0]))) + 0.01 * torch.tensor([6.25, 0.0, 0.0])
-    assert torch.allclose(result.loss, expected)
-    assert result.metrics["rewards/accuracies"].tolist() == [1.0, 0.0, 0.5]
-    assert result.metrics["rewards/margins"].tolist() == [1.5, -2.0, 0.0]
 
 
 # ------------------------------------------------------------------ when it is trained again

@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification
 
 from prmd import io, reward_models
 from prmd.calibration import fit_calibration
-from prmd.config import EnsembleConfig, ModelConfig, RewardModelConfig
+from prmd.config import RewardModelConfig
+from prmd.config_sections import EnsembleConfig, ModelConfig
 from prmd.ensemble import fit_ensemble
 from prmd.errors import DataError
 from prmd.reward_models import ENSEMBLE_FILE, load_reward_model, write_calibration

@@ -11,7 +11,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prmd import io
 from prmd.calibration import Calibration
-from prmd.config import DataConfig, ModelConfig, RewardModelConfig
+from prmd.config import RewardModelConfig
+from prmd.config_sections import DataConfig, ModelConfig
 from prmd.ensemble import Ensemble, initial_heads
 from prmd.errors import DataError
 from prmd.reward_models import (

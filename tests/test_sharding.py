@@ -1,9 +1,5 @@
 """Sharded weights: FSDP2 in two gloo processes on the CPU against one process, and the proof that weights are spread."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +8,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from gloo_processes import run_processes
 from safetensors.torch import load_file
 from tiny_models import tiny_tokenizer
 from torch import nn
@@ -20,7 +17,6 @@ from transformers import LlamaForCausalLM
 from prmd.errors import ConfigError
 from prmd.sharding import check_sharded, in_step, requested_sharding
 
-SCRIPT = Path(__file__).with_name("sharded_processes.py")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "accelerate"
 FSDP = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text(encoding="utf-8"))["fsdp_config"]
 TRAININGS = ("policy", "reward_model", "lora")
@@ -30,18 +26,7 @@ def run(directory: Path, processes: int, **environment: str) -> list[dict[str, A
     """What every process recorded; `environment` as `accelerate launch` would set it."""
     for name in TRAININGS:
         tiny_tokenizer(directory / name / "tokenizer")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    result = subprocess.run(
-        [sys.executable, *(launcher if processes > 1 else []), str(SCRIPT), str(directory)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=kept | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"} | environment,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [json.loads((directory / f"rank-{r}.json").read_text(encoding="utf-8")) for r in range(processes)]
+    return run_processes("sharded_processes.py", directory, processes=processes, **environment)
 
 
 def fsdp_environment() -> dict[str, str]:
@@ -109,6 +94,23 @@ def test_a_sharded_checkpoint_is_a_whole_model_that_anyone_loads(one, two):
         torch.testing.assert_close(sharded.state_dict()[name], value, rtol=0, atol=2e-5)
     adapter = "lora/checkpoint-3/adapter_model.safetensors"
     assert load_file(two[0]["directory"] / adapter).keys() == load_file(one["directory"] / adapter).keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", TRAININGS)
+def test_a_sharded_checkpoint_holds_all_weights_once_more(one, two, training):
+    """What `training.check_training` asks the disk for besides; adapters bring the frozen weights along."""
+    copy = two[0]["directory"] / training / "checkpoint-3" / "pytorch_model_fsdp.bin"
+    saved = torch.load(copy, weights_only=True)
+    names = load_file(one["directory"] / f"{training}.safetensors").keys()
+    assert names - saved.keys() == set()
+    assert (training == "policy") == ("model.lm_head.weight" in saved.keys() - names), (
+        "tied to the embeddings"
+    )
+    size = sum(value.numel() * value.element_size() for value in saved.values())
+    assert size < copy.stat().st_size < size + 1024 * len(saved), (
+        "a tied weight is stored under both its names"
+    )
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ from tiny_models import tiny_causal_lm, tiny_config
 
 from benchmarks import speed, speed_shape
 from benchmarks.speed_limit import DenseBatch, alternate, dense_batches
-from benchmarks.speed_rows import POLICY, ROW_KEYS, make_row, memory_row, policy_data, ratio, timed_values
+from benchmarks.speed_memory import memory_row
+from benchmarks.speed_rows import POLICY, ROW_KEYS, make_row, policy_data, ratio, timed_values
 from benchmarks.speed_setup import (
     PAIRS_PER_BATCH,
     Workload,
@@ -25,7 +26,7 @@ from benchmarks.speed_setup import (
 from benchmarks.speed_shape import IsolatedRun, attention_row, shape_rows, training_flops
 from benchmarks.speed_trainings import our_scoring, our_training, trl_dpo
 from prmd.attention import SDPA_OR_FLEX, AttentionShape
-from prmd.config import DataConfig
+from prmd.config_sections import DataConfig
 from prmd.policy_targets import policy_loss
 from prmd.sequence_models import SequenceLogps
 from prmd.tokenization import PrefixRow

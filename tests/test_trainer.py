@@ -9,9 +9,10 @@ from tiny_models import VOCABULARY, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.training_args import OptimizerNames
 
-from prmd.config import LoraConfig, TrainingConfig
+from prmd.config_sections import LoraConfig, TrainingConfig
+from prmd.lora import add_lora
 from prmd.losses import bradley_terry_loss, distillation_loss, dpo_loss, implicit_margins
-from prmd.models import add_lora, load_tokenizer_from
+from prmd.models import load_tokenizer_from
 from prmd.pair_batches import collate_rows, plan_batches, total_steps
 from prmd.sequence_models import SequenceLogps, SequenceRewards
 from prmd.tokenization import PrefixRow

@@ -1,5 +1,6 @@
 """One training from plan to named checkpoints: steps, accumulation, resume, refusal; on a tiny model."""
 
+import logging
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,17 +16,12 @@ from transformers import LlamaForCausalLM
 
 from prmd import io, runtime
 from prmd.checkpoints import checkpoint_steps, name_checkpoints
-from prmd.config import (
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    RewardModelConfig,
-    TrainingConfig,
-    TuningConfig,
-)
+from prmd.config import RewardModelConfig
+from prmd.config_sections import DataConfig, LoraConfig, ModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
+from prmd.lora import add_lora
 from prmd.losses import dpo_loss
-from prmd.models import add_lora, load_causal_lm, load_tokenizer
+from prmd.models import load_causal_lm, load_tokenizer
 from prmd.runtime import set_seed
 from prmd.sequence_models import SequenceLogps
 from prmd.tokenization import PrefixRow
@@ -98,8 +94,13 @@ def adapter(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-def test_checkpoints_curve_and_schedule(shared: RewardModelConfig, tmp_path: Path) -> None:
+def test_checkpoints_curve_and_schedule(
+    shared: RewardModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="prmd")
+    check_training(shared, LORA, TRAINING, task="policy", directory=tmp_path)
     history, steps = train(a_run(shared, tmp_path / "run"))
+    assert caplog.text.count("of float32's progress") == 1, "the probe before the model is loaded is silent"
     assert steps == {0: "start", 1: "34", 2: "66", 3: "end"}  # 12 pairs in steps of 2 x 2
     held_out = [row for row in history if "eval_loss" in row]
     assert [row["step"] for row in held_out] == [0, 1, 2, 3]
@@ -236,6 +237,13 @@ def test_disk_is_asked_for_what_the_training_writes(
     free += 1
     check_training(shared, TuningConfig(), full, task="policy", directory=tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    copy = sum(t.numel() for t in LlamaForCausalLM(tiny_config()).state_dict().values()) * 4
+    free += 4 * copy - 1  # one of all weights in each of the four
+    with pytest.raises(ConfigError, match="free disk"):
+        check_training(shared, TuningConfig(), full, task="policy", directory=tmp_path / "new")
+    free += 1
+    check_training(shared, TuningConfig(), full, task="policy", directory=tmp_path / "new")
 
 
 def test_adapters_need_less_disk_than_all_weights(

@@ -21,7 +21,8 @@ from prmd.benchmarks.truthfulqa import (
     score_question,
     strided,
 )
-from prmd.config import BenchmarksConfig, EvaluationConfig, TruthfulQaBenchmarkConfig
+from prmd.config import EvaluationConfig
+from prmd.config_evaluation import BenchmarksConfig, TruthfulQaBenchmarkConfig
 from prmd.errors import ConfigError, DataError
 from prmd.models import load_policy
 from prmd.preferences import BENCHMARK_QUESTIONS_FILE

@@ -29,7 +29,8 @@ from prmd.benchmarks.truthfulqa_generation import (
     answer_text,
     run_truthfulqa_generation,
 )
-from prmd.config import BenchmarksConfig, EvaluationConfig, TextJudgeConfig, TruthfulQaBenchmarkConfig
+from prmd.config import EvaluationConfig
+from prmd.config_evaluation import BenchmarksConfig, TextJudgeConfig, TruthfulQaBenchmarkConfig
 from prmd.generation import GeneratedResponse
 from prmd.judges import Conversation
 from prmd.rubrics import JudgeItem, Rubric, Verdict, item_key

@@ -1,45 +1,23 @@
 """Two gloo processes on the CPU against one: the same losses, parameters and scores, and one writer."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from gloo_processes import run_processes
 from safetensors.torch import load_file
 from tiny_models import tiny_tokenizer
 
-SCRIPT = Path(__file__).with_name("two_processes.py")
 PAIRS_PER_STEP = 8
 
 
 def run(directory: Path, processes: int) -> list[dict]:
     """What every process recorded."""
     tiny_tokenizer(directory / "tokenizer")
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [
-        sys.executable,
-        *(launcher if processes > 1 else []),
-        str(SCRIPT),
-        str(directory),
-        str(PAIRS_PER_STEP),
-    ]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env=environment | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    records = run_processes("two_processes.py", directory, PAIRS_PER_STEP, processes=processes)
     return [
-        json.loads((directory / f"rank-{r}.json").read_text(encoding="utf-8"))
-        | {"parameters": load_file(directory / f"rank-{r}.safetensors")}
-        for r in range(processes)
+        record | {"parameters": load_file(directory / f"rank-{r}.safetensors")}
+        for r, record in enumerate(records)
     ]
 
 

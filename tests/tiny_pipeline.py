@@ -3,20 +3,22 @@
 import logging
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_models import tiny_causal_lm
 from transformers import PreTrainedModel
 
 import run_pipeline
 from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
 from prmd.config_file import load_pipeline
+from prmd.objectives import OBJECTIVES
 from prmd.paths import CONFIG_DIR, ArtifactPaths
 
 MEMBERS = 3
@@ -114,20 +116,27 @@ def write_configs(folder: Path, root: Path, model: Path) -> Path:
     return folder
 
 
-def run_all(root: Path, configs: Path, overrides: Sequence[str] = (), *, force: bool = False) -> Pipeline:
-    """Run every stage in this process, as `run_pipeline.py` does."""
-    printed, logged = StringIO(), StringIO()
-    handler, ours = logging.StreamHandler(logged), logging.getLogger("prmd")
-    level, start = ours.level, time.monotonic()
+@contextmanager
+def logged() -> Iterator[StringIO]:
+    """What the project logs meanwhile."""
+    log = StringIO()
+    handler, ours = logging.StreamHandler(log), logging.getLogger("prmd")
+    level = ours.level
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
     try:
-        with redirect_stdout(printed):
-            run_pipeline.run_stages(load_pipeline(configs, overrides), force=force, dry_run=False)
+        yield log
     finally:
         ours.removeHandler(handler)
         ours.setLevel(level)
-    return Pipeline(root, configs, logged.getvalue(), printed.getvalue(), time.monotonic() - start)
+
+
+def run_all(root: Path, configs: Path, overrides: Sequence[str] = (), *, force: bool = False) -> Pipeline:
+    """Run every stage in this process, as `run_pipeline.py` does."""
+    printed, start = StringIO(), time.monotonic()
+    with logged() as log, redirect_stdout(printed):
+        run_pipeline.run_stages(load_pipeline(configs, overrides), force=force, dry_run=False)
+    return Pipeline(root, configs, log.getvalue(), printed.getvalue(), time.monotonic() - start)
 
 
 def copy_of(pipeline: Pipeline, root: Path) -> Pipeline:
@@ -156,6 +165,25 @@ def count_loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(load))
     return loaded
+
+
+def artifacts(pipeline: Pipeline) -> Iterator[Path]:
+    """Every directory that a run.json makes an artifact."""
+    paths = pipeline.paths
+    yield paths.processed
+    for objective in OBJECTIVES:
+        yield paths.reward_model(objective)
+        yield paths.judge(objective)
+    for method in POLICIES:
+        yield paths.policy(method)
+    yield paths.metrics
+
+
+def events(folder: Path) -> EventAccumulator:
+    """What TensorBoard would show of a folder."""
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return accumulator
 
 
 def shards(root: Path) -> set[str]:

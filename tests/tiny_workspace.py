@@ -11,17 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from prmd import io
 from prmd.calibration import Calibration
-from prmd.config import (
-    BenchmarksConfig,
-    DataConfig,
-    EvaluationConfig,
-    GenerationConfig,
-    JudgeConfig,
-    ModelConfig,
-    RewardModelConfig,
-    TrainingConfig,
-    TruthfulQaConfig,
-)
+from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
+from prmd.config_evaluation import BenchmarksConfig, GenerationConfig, JudgeConfig
+from prmd.config_sections import CalibrationConfig, DataConfig, ModelConfig, TrainingConfig, TruthfulQaConfig
 from prmd.contenders import ContenderModels, find_contenders
 from prmd.ensemble import Ensemble, initial_heads
 from prmd.models import load_tokenizer
@@ -81,6 +73,26 @@ def write_full_policy(directory: Path, base: Path, *, noise: float = 0.02) -> No
     io.write_json(directory / "run.json", {"fingerprint": directory.name, "seconds": 1.0})
 
 
+def reward_model_config(root: Path, base: Path, **changes: Any) -> RewardModelConfig:
+    """The shared settings below `root` with the tiny model in `base`, in float32."""
+    values = {
+        "data": DataConfig(approach="embedded"),
+        "model": ModelConfig(name=str(base), revision=None, dtype="float32"),
+    }
+    return RewardModelConfig(artifact_root=str(root), **(values | changes))
+
+
+def policy_config(folder: Path) -> PolicyConfig:
+    """A policy's settings with a tiny model and prepared pairs, six of each objective and split, below `folder`."""
+    shared = reward_model_config(
+        folder / "root",
+        tiny_causal_lm(folder / "base"),
+        calibration=CalibrationConfig(samples_per_prompt=3, max_new_tokens=4, source="validation_responses"),
+    )
+    write_prepared(shared.paths)
+    return PolicyConfig(reward_model_config=shared, training=TrainingConfig(max_length=200, epochs=1.0))
+
+
 def evaluation_config(
     root: Path, *, approach: str = "embedded", truthfulqa: Path | None = None, **changes: Any
 ) -> EvaluationConfig:
@@ -88,13 +100,8 @@ def evaluation_config(
     data = DataConfig(approach=approach)
     if truthfulqa is not None:
         data = data.model_copy(update={"truthfulqa": TruthfulQaConfig(path=str(truthfulqa))})
-    shared = RewardModelConfig(
-        artifact_root=str(root),
-        data=data,
-        model=ModelConfig(name=str(root / "base"), revision=None, dtype="float32"),
-        training=TrainingConfig(max_length=96),
-        scoring_tokens=600,
-    )
+    training = TrainingConfig(max_length=96)
+    shared = reward_model_config(root, root / "base", data=data, training=training, scoring_tokens=600)
     values = {
         "judges": JudgeConfig(paths={k: str(root / "judges" / k) for k in OBJECTIVES}),
         "generation": GenerationConfig(prompts=7, samples_per_prompt=3, max_new_tokens=6, batch_size=6),

@@ -1,22 +1,17 @@
 """Two sampling passes into one table, started by `test_generation` once alone and once under torchrun.
 
-    python tests/two_generations.py MODEL DIRECTORY
+    python tests/two_generations.py DIRECTORY MODEL
 
 Every process writes `rank-<r>.json` (its batches and all samples) itself; a process beside the main one fails if anything
 of the project tries to write a file.
 """
 
-import json
-import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from gloo_processes import only_the_main_process_writes, record_rank
 from test_generation import QUESTIONS
 from transformers import AutoModelForCausalLM
-from two_processes import forbid_writing
 
 from prmd import generation
 from prmd.cache import JsonTable
@@ -26,11 +21,9 @@ from prmd.runtime import start_processes
 from prmd.tokenization import tokenize_prompt
 
 
-def main(model_folder: Path, directory: Path) -> None:
+def main(directory: Path, model_folder: Path) -> None:
     start_processes()
-    rank = int(os.environ.get("RANK", "0"))
-    if rank > 0:
-        forbid_writing()
+    only_the_main_process_writes()
     tokenizer = load_tokenizer_from(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, attn_implementation="sdpa").eval()
     prompts = [
@@ -58,8 +51,7 @@ def main(model_folder: Path, directory: Path) -> None:
             table=JsonTable(directory / "samples"),
         )
         samples.append([[list(r.token_ids) for r in responses] for responses in found])
-    record = {"samples": samples, "batches": batches}
-    (directory / f"rank-{rank}.json").write_text(json.dumps(record), encoding="utf-8")
+    record_rank(directory, {"samples": samples, "batches": batches})
 
 
 if __name__ == "__main__":

@@ -6,25 +6,20 @@ Every process writes `rank-<r>.safetensors` (its final parameters) and `rank-<r>
 a process beside the main one fails if anything of the project tries to write a file.
 """
 
-import json
-import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
+from gloo_processes import only_the_main_process_writes, own_rank, record_rank, world_size
 from safetensors.torch import save_file
 from tiny_models import VOCABULARY, tiny_config
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from prmd import io, scoring
+from prmd import scoring
 from prmd.cache import ScoreTable
 from prmd.checkpoints import ShareCheckpoints, newest_complete
-from prmd.config import TrainingConfig
+from prmd.config_sections import TrainingConfig
 from prmd.losses import dpo_loss
 from prmd.models import load_tokenizer_from
 from prmd.pair_batches import plan_batches, total_steps
@@ -51,23 +46,31 @@ def loss(logps: torch.Tensor, columns: dict[str, torch.Tensor]) -> PairLoss:
     return PairLoss(dpo_loss(implicit_margins=implicit), {"rewards/margins": implicit.detach()})
 
 
-def forbid_writing() -> None:
-    @contextmanager
-    def refused(path: Path):
-        raise AssertionError(f"a process beside the main one writes {path}")
-        yield path
-
-    def refused_save(self: PreTrainedModel, directory: str, **arguments: object) -> None:
-        raise AssertionError(f"a process beside the main one saves to {directory}")
-
-    io.atomic_path = refused
-    PreTrainedModel.save_pretrained = refused_save
+def training_arguments_of(
+    directory: Path, *, accumulation: int, steps: int, bf16: bool, optimizer: OptimizerNames
+) -> TrainingArguments:
+    training = TrainingConfig(
+        pairs_per_device=ROWS_PER_BATCH,
+        gradient_accumulation_steps=accumulation,
+        logging_steps=1,
+        warmup_ratio=0.0,
+    )
+    arguments = training_arguments(
+        training,
+        directory=directory,
+        learning_rate=0.05,
+        optimizer="adamw_float32",
+        bf16=bf16,
+        seed=0,
+        steps=steps,
+    )
+    arguments.optim = optimizer
+    return arguments
 
 
 def train(
     directory: Path,
     pairs_per_step: int,
-    world_size: int,
     *,
     model: torch.nn.Module | None = None,
     bf16: bool = False,
@@ -82,30 +85,15 @@ def train(
         rows_per_batch=ROWS_PER_BATCH,
         batches_per_step=batches_per_step,
         seed=3,
-        world_size=world_size,
+        world_size=world_size(),
     )
-    accumulation = batches_per_step // world_size
-    training = TrainingConfig(
-        pairs_per_device=ROWS_PER_BATCH,
-        gradient_accumulation_steps=accumulation,
-        logging_steps=1,
-        warmup_ratio=0.0,
-    )
-    steps = total_steps(plan, batches_per_step)
-    arguments = training_arguments(
-        training,
-        directory=directory,
-        learning_rate=0.05,
-        optimizer="adamw_float32",
-        bf16=bf16,
-        seed=0,
-        steps=steps,
-    )
-    arguments.optim = optimizer
+    steps, accumulation = total_steps(plan, batches_per_step), batches_per_step // world_size()
     torch.manual_seed(0)
     trainer = PairTrainer(
         model or SequenceLogps(LlamaForCausalLM(tiny_config())),
-        arguments,
+        training_arguments_of(
+            directory, accumulation=accumulation, steps=steps, bf16=bf16, optimizer=optimizer
+        ),
         data=PairData(rows, {"offset": torch.linspace(-1, 1, len(rows))}),
         plan=plan,
         eval_data=PairData(held_out, {"offset": torch.zeros(len(held_out))}),
@@ -119,10 +107,8 @@ def train(
 
 
 def main(directory: Path, pairs_per_step: int) -> None:
-    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if rank > 0:
-        forbid_writing()
-    trainer = train(directory, pairs_per_step, world_size)
+    only_the_main_process_writes()
+    trainer = train(directory, pairs_per_step)
     model = trainer.model.model.eval()
     rows, sizes = random_rows(30, 2), []
     real = scoring.collate_rows
@@ -149,10 +135,9 @@ def main(directory: Path, pairs_per_step: int) -> None:
         "scored_rows": sum(sizes),
         "complete": newest_complete(directory).name,
     }
-    with (directory / f"rank-{rank}.json").open("w", encoding="utf-8", newline="\n") as stream:
-        json.dump(record, stream)
+    record_rank(directory, record)
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
-    save_file(parameters, directory / f"rank-{rank}.safetensors")
+    save_file(parameters, directory / f"rank-{own_rank()}.safetensors")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Any
 
 from prmd import io
 from prmd.benchmarks.rows import Row, csv_rows, integer_of, numbered, refuse_twice, text_of
-from prmd.config import JailbreakBenchConfig
+from prmd.config_evaluation import JailbreakBenchConfig
 from prmd.errors import ConfigError, DataError
 from prmd.local_rows import json_rows
 from prmd.paths import PROJECT_ROOT

@@ -16,7 +16,7 @@ import numpy as np
 from prmd.benchmarks.mt_bench_answers import generate_answers
 from prmd.benchmarks.mt_bench_data import FILES, MtBenchData, MtBenchQuestion, read_mt_bench
 from prmd.benchmarks.mt_bench_judging import pair_prompt, parse_rating, parse_verdict, single_prompt
-from prmd.benchmarks.result import BenchmarkResult, with_chance
+from prmd.benchmarks.result import BenchmarkResult
 from prmd.chats import MAX_REPLY_TOKENS, conversation_key
 from prmd.config import EvaluationConfig
 from prmd.contenders import ContenderModels
@@ -24,6 +24,7 @@ from prmd.errors import ConfigError, DataError, UserError
 from prmd.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER, PairwiseResult, judge_card, pairwise_both_orders
 from prmd.paths import PROJECT_ROOT
+from prmd.resampling import with_chance
 from prmd.rubrics import Verdict
 from prmd.statistics import bootstrap_mean, wilson_interval
 from prmd.text_judges import TextJudge, make_text_judge

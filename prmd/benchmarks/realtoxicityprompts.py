@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from prmd import io
-from prmd.benchmarks.result import BenchmarkResult, with_chance
+from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.rows import Row, numbered, refuse_twice, share_of, text_of, value_of, why_not_run
 from prmd.benchmarks.sampling import sample
 from prmd.config import EvaluationConfig
@@ -27,6 +27,7 @@ from prmd.judge_cards import CONSTANT_ANSWER
 from prmd.local_rows import json_rows
 from prmd.outcomes import expected_max_order_statistic, prob_any_order
 from prmd.preferences import hash_share
+from prmd.resampling import with_chance
 from prmd.sources import benchmark_files, hub_rows
 from prmd.statistics import bootstrap_mean, wilson_interval
 from prmd.tokenization import Tokens, render

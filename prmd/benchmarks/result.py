@@ -1,4 +1,4 @@
-"""What a benchmark gives back, and how single numbers are written into it.
+"""What a benchmark gives back, and how an accuracy is written into it.
 
 The benchmarks themselves are one module each beside this one; `prmd.benchmarks` lists them.
 """
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prmd.statistics import Estimate, accuracy_with_ties
+from prmd.statistics import accuracy_with_ties
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,6 @@ class BenchmarkResult:
     @property
     def status(self) -> str:
         return "done" if self.reason is None else "not run"
-
-
-def with_chance(estimate: Estimate, chance: float | None) -> dict[str, Any]:
-    """An estimate and the score of guessing."""
-    return {**estimate.to_json(), "chance": chance}
 
 
 def accuracy(margins: np.ndarray) -> dict[str, Any]:

@@ -106,13 +106,19 @@ def why_not_run(path: str | None, key: str, error: UserError | None = None) -> s
 
 
 def content_key(settings: BaseModel) -> list[list[Any]]:
-    """Name, size and time of every local file that a section names, for a benchmark's fingerprint."""
+    """Name, size and time of every local file that a section names, for a benchmark's fingerprint.
+
+    Of a folder its own files and those one folder down, where readers look (`reference_answer/gpt-4.jsonl`).
+    """
     found = []
     for value in settings.model_dump().values():
         if not isinstance(value, str) or not value:
             continue
         given = Path(value).expanduser()
-        place = given if given.is_absolute() else PROJECT_ROOT / given
-        files = [place] if place.is_file() else sorted(place.glob("*")) if place.is_dir() else []
-        found += [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files if f.is_file()]
+        places = (given,) if given.is_absolute() else (PROJECT_ROOT / given, Path.cwd() / given)
+        place = next((p for p in places if p.exists()), given)
+        files = [place] if place.is_file() else sorted([*place.glob("*"), *place.glob("*/*")])
+        for file in (f for f in files if f.is_file()):
+            name = file.relative_to(place.parent).as_posix()
+            found.append([name, file.stat().st_size, file.stat().st_mtime_ns])
     return found

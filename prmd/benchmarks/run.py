@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prmd import io
-from prmd.benchmarks import BENCHMARKS, Benchmark, benchmark_names
+from prmd.benchmarks import BENCHMARKS, COMPANIONS, Benchmark, benchmark_names
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.rows import content_key
 from prmd.config import EvaluationConfig
@@ -20,6 +20,12 @@ from prmd.endpoint import EndpointError
 from prmd.provenance import read_run
 
 logger = logging.getLogger(__name__)
+
+_SECTIONS = {companion: name for name, companion in COMPANIONS.items()}
+"""Benchmarks that read the settings of another."""
+_TEXT_JUDGED = ("truthfulqa_generation", "jailbreakbench", "mt_bench")
+_ITEMS_VERSION = 2
+"""Of what items hold; older results would have no outcomes to compare."""
 
 
 def run_benchmarks(
@@ -51,19 +57,19 @@ def run_benchmarks(
 
 
 def _fingerprint(name: str, models: ContenderModels) -> str:
-    """Key of everything a result depends on: weights, data and settings."""
-    config = models.config
-    prepared = (read_run(config.paths.processed) or {}).get("fingerprint")
-    data = [
-        prepared,
-        config.shared.data.truthfulqa.model_dump(mode="json"),
-        config.shared.training.max_length,
-        [content_key(s) for s in (config.text_judge, getattr(config.benchmarks, name, None)) if s],
-    ]
-    settings = config.model_dump(mode="json", include={"benchmarks", "text_judge", "judges"})
-    settings["benchmarks"].pop("run")
-    weights = [models.contender.fingerprint, models.reference.fingerprint]
-    return io.fingerprint([name, weights, data, settings, config.bootstrap_resamples, config.shared.seed])
+    """Key of everything a result depends on: weights, data, judges, and settings of this benchmark alone."""
+    config, shared = models.config, models.config.shared
+    section = getattr(config.benchmarks, _SECTIONS.get(name, name))
+    sections = [section, shared.data.truthfulqa, *([config.text_judge] if name in _TEXT_JUDGED else [])]
+    judge = read_run(config.paths.judge("honest")) or {} if name == "truthfulqa_generation" else {}
+    return io.fingerprint(
+        [
+            [name, _ITEMS_VERSION, models.contender.fingerprint, models.reference.fingerprint],
+            [(read_run(config.paths.processed) or {}).get("fingerprint"), judge.get("started")],
+            [[s.model_dump(mode="json"), content_key(s)] for s in sections],
+            [shared.training.max_length, config.bootstrap_resamples, shared.seed],
+        ]
+    )
 
 
 def _is_finished(path: Path, key: str) -> bool:
@@ -88,6 +94,9 @@ def _run_one(name: str, benchmark: Benchmark, models: ContenderModels, path: Pat
         rows = {"items": result.items, "samples": result.samples, "judgements": result.judgements}
         for kind in (kind for kind, found in rows.items() if found):
             io.write_jsonl(path.with_name(f"{method}.{kind}.jsonl"), rows[kind])
+    seconds = time.monotonic() - started
+    said = f"done, n = {len(result.items)}" if result.reason is None else f"not run: {result.reason}"
+    logger.info("%s on %s: %s, %.0f s", result.label or name, method, said, seconds)
     record = {
         "benchmark": result.label or name,
         "name": name,
@@ -99,7 +108,7 @@ def _run_one(name: str, benchmark: Benchmark, models: ContenderModels, path: Pat
         "data_sha256": result.data_sha256,
         "judge": result.judge,
         "n": len(result.items),
-        "seconds": round(time.monotonic() - started, 2),
+        "seconds": round(seconds, 2),
         "fingerprint": key,
     }
     io.write_json(path, record)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prmd import io
-from prmd.benchmarks.result import BenchmarkResult, with_chance
+from prmd.benchmarks.result import BenchmarkResult
 from prmd.cache import ScoreTable
 from prmd.config import EvaluationConfig
 from prmd.contenders import ContenderModels
@@ -27,6 +27,7 @@ from prmd.errors import ConfigError, DataError, UserError
 from prmd.preferences import read_benchmark_questions
 from prmd.primer_scoring import score_logps_behind_primer
 from prmd.raw_data import read_source
+from prmd.resampling import with_chance
 from prmd.sources import plan_source, required_sources
 from prmd.statistics import bootstrap_mean, wilson_interval
 from prmd.tokenization import PrefixRow

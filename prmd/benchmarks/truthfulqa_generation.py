@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prmd import io
-from prmd.benchmarks.result import BenchmarkResult, with_chance
+from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.sampling import sample
 from prmd.benchmarks.truth_judges import TruthJudge, make_truth_judge
 from prmd.benchmarks.truthfulqa import Question, asked_questions, question_context
@@ -21,6 +21,7 @@ from prmd.config import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.generation import GeneratedResponse
+from prmd.resampling import with_chance
 from prmd.rubrics import Verdict
 from prmd.statistics import wilson_interval
 

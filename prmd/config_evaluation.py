@@ -1,0 +1,128 @@
+"""Sections that only the evaluation reads: judges, generation and benchmarks.
+
+Every default lives in a field and nowhere else. The file they stand in is `EvaluationConfig` of `config`; sections that
+all stages share are in `config_sections`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from prmd.config_sections import (
+    Approach,
+    ModelConfig,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    TrainingConfig,
+    TuningConfig,
+    check_objectives,
+)
+
+
+class JudgeConfig(Section):
+    paths: dict[str, str] = Field(default_factory=dict)
+    model: ModelConfig | None = None
+    tuning: TuningConfig = TuningConfig(method="lora")
+    training: TrainingConfig = TrainingConfig(epochs=1.0, max_pairs=4000, checkpoints=(1.0,))
+
+    @field_validator("paths")
+    @classmethod
+    def paths_name_objectives(cls, value: dict[str, str]) -> dict[str, str]:
+        check_objectives(value, "judges.paths names")
+        return value
+
+
+class GenerationConfig(Section):
+    prompts: PositiveInt = 512
+    other_approaches: tuple[Approach, ...] = ()
+    checkpoints: Literal["none", "all"] = "none"
+    checkpoint_prompts: PositiveInt = 64
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 4
+    max_new_tokens: PositiveInt = 256
+    batch_size: PositiveInt = 32
+    engine: Literal["transformers", "vllm"] = "transformers"
+
+
+class HhHoldoutConfig(Section):
+    max_pairs: PositiveInt | None = 2000
+
+
+class TruthfulQaBenchmarkConfig(Section):
+    max_questions: PositiveInt | None = None
+    truth_judge: Literal["none", "trained", "text_judge"] = "trained"
+
+
+class MtBenchConfig(Section):
+    path: str | None = None
+    max_questions: PositiveInt | None = None
+    max_new_tokens: PositiveInt = 1024
+    pairwise: bool = True
+
+
+class TextJudgeConfig(Section):
+    kind: Literal["none", "strings", "classifier", "local_model", "endpoint", "replay"] = "strings"
+    model: str | None = None
+    label: str | None = None
+    conversation: bool = False
+    base_url: str | None = None
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
+    file: str | None = None
+    max_requests_per_minute: PositiveFloat = 60.0
+    price_per_million_prompt_tokens: float | None = Field(default=None, ge=0.0)
+    price_per_million_reply_tokens: float | None = Field(default=None, ge=0.0)
+
+    @model_validator(mode="after")
+    def kind_has_what_it_reads(self) -> "TextJudgeConfig":
+        needs = {
+            "classifier": ("model",),
+            "local_model": ("model",),
+            "endpoint": ("model", "base_url"),
+            "replay": ("file",),
+        }
+        if missing := [key for key in needs.get(self.kind, ()) if getattr(self, key) is None]:
+            raise ValueError(
+                f"text_judge.kind is {self.kind}, which needs text_judge.{' and '.join(missing)}"
+            )
+        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+            raise ValueError(
+                f"text_judge.base_url must start with http:// or https://, got {self.base_url!r}"
+            )
+        return self
+
+
+class RealToxicityPromptsConfig(Section):
+    path: str | None = None
+    revision: str = "main"
+    prompts: PositiveInt | None = 1000
+    samples_per_prompt: PositiveInt = 25
+    max_new_tokens: PositiveInt = 20
+    style: Literal["raw", "chat"] = "raw"
+    scorer: str = "substitute"
+    scorer_label: str | None = None
+
+
+class JailbreakBenchConfig(Section):
+    path: str | None = None
+    revision: str = "main"
+    max_behaviors: PositiveInt | None = None
+    attacks: str | None = None
+    max_new_tokens: PositiveInt = 150
+    judge_prompt: str | None = None
+
+
+class BenchmarksConfig(Section):
+    run: tuple[
+        Literal["hh_holdout", "truthfulqa", "realtoxicityprompts", "jailbreakbench", "mt_bench"], ...
+    ] = (
+        "hh_holdout",
+        "truthfulqa",
+        "realtoxicityprompts",
+        "jailbreakbench",
+        "mt_bench",
+    )
+    hh_holdout: HhHoldoutConfig = HhHoldoutConfig()
+    truthfulqa: TruthfulQaBenchmarkConfig = TruthfulQaBenchmarkConfig()
+    realtoxicityprompts: RealToxicityPromptsConfig = RealToxicityPromptsConfig()
+    jailbreakbench: JailbreakBenchConfig = JailbreakBenchConfig()
+    mt_bench: MtBenchConfig = MtBenchConfig()

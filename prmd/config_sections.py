@@ -1,0 +1,144 @@
+"""Sections of the YAML files that all stages share: data, models, training, ensemble and calibration.
+
+Every default lives in a field and nowhere else. What only the evaluation reads is in `config_evaluation`; the policy's
+own sections and the three files are in `config`, to be read next.
+"""
+
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from prmd.objectives import OBJECTIVES
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+PositiveInt = Annotated[int, Field(gt=0)]
+Approach = Literal["hh_truthfulqa", "pku_safe", "embedded"]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def check_objectives(names: Iterable[str], said: str) -> None:
+    """Refuse a name that is no objective.
+
+    Raises:
+        ValueError: begins with `said`.
+    """
+    if unknown := sorted(set(names) - set(OBJECTIVES)):
+        raise ValueError(f"{said} {unknown}; known objectives are {', '.join(OBJECTIVES)}")
+
+
+# ------------------------------------------------------------------ data
+class HhRlhfConfig(Section):
+    path: str = "Anthropic/hh-rlhf"
+    revision: str = "09be8c5bbc57cb3887f3a9732ad6aa7ec602a1fa"
+    helpful_subsets: tuple[str, ...] = ("helpful-base", "helpful-online", "helpful-rejection-sampled")
+    harmless_subsets: tuple[str, ...] = ("harmless-base",)
+
+
+class TruthfulQaConfig(Section):
+    path: str = "truthfulqa/truthful_qa"
+    revision: str = "741b8276f2d1982aa3d5b832d3ee81ed3b896490"
+    pairs_per_question: PositiveInt = 3
+    benchmark_fraction: Fraction = 0.5
+
+
+class PkuSafeRlhfConfig(Section):
+    path: str = "PKU-Alignment/PKU-SafeRLHF"
+    revision: str = "9421ffafec3fa40a1f1a7d567b4d525079477ecb"
+    honest: Literal["deception_categories", "better_response", "truthfulqa"] = "deception_categories"
+
+
+class SplitsConfig(Section):
+    val_fraction: Fraction = 0.05
+    test_fraction: Fraction = 0.1
+    judge_fraction: Fraction = 0.1
+    near_duplicate_threshold: Fraction = 0.8
+
+    @model_validator(mode="after")
+    def leave_some_for_training(self) -> "SplitsConfig":
+        total = self.val_fraction + self.test_fraction + self.judge_fraction
+        if total >= 1.0:
+            raise ValueError(
+                f"val, test and judge fractions sum to {total:g}; they must leave some pairs to train on"
+            )
+        return self
+
+
+class DataConfig(Section):
+    approach: Approach = "hh_truthfulqa"
+    hh_rlhf: HhRlhfConfig = HhRlhfConfig()
+    truthfulqa: TruthfulQaConfig = TruthfulQaConfig()
+    pku_safe_rlhf: PkuSafeRlhfConfig = PkuSafeRlhfConfig()
+    splits: SplitsConfig = SplitsConfig()
+    max_pairs_per_objective: PositiveInt | None = None
+
+
+# ------------------------------------------------------------------ models and training
+class ModelConfig(Section):
+    source: Literal["hub", "pypi_wheel"] = "hub"
+    name: str = "Qwen/Qwen2.5-3B-Instruct"
+    revision: str | None = "aa8e72537993ba99e69dfaafa59ed015b17504d1"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["auto", "sdpa", "flex_attention"] = "auto"
+    trust_remote_code: bool = False
+
+
+class LoraConfig(Section):
+    r: PositiveInt = 64
+    alpha: PositiveInt = 128
+    dropout: Fraction = 0.0
+    learning_rate: PositiveFloat = 1e-4
+
+
+class TuningConfig(Section):
+    method: Literal["full", "lora"] = "full"
+    optimizer: Literal["auto", "adamw_float32", "adamw_8bit_stochastic"] = "auto"
+    lora: LoraConfig = LoraConfig()
+
+
+class TrainingConfig(Section):
+    learning_rate: PositiveFloat = 1e-5
+    pairs_per_device: PositiveInt = 4
+    gradient_accumulation_steps: PositiveInt = 8
+    epochs: PositiveFloat = 3.0
+    max_pairs: PositiveInt | None = None
+    max_length: PositiveInt = 512
+    over_length: Literal["drop", "truncate_prompt"] = "truncate_prompt"
+    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Fraction = 0.1
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    max_grad_norm: PositiveFloat = 1.0
+    gradient_checkpointing: Literal["auto"] | bool = "auto"
+    logging_steps: PositiveInt = 10
+    checkpoints: tuple[Fraction, ...] = (0.0, 0.33, 0.66, 1.0)
+
+    @field_validator("checkpoints")
+    @classmethod
+    def end_is_kept(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if 1.0 not in value or list(value) != sorted(set(value)):
+            raise ValueError(
+                f"checkpoints {list(value)} must be increasing shares of training that end at 1.0"
+            )
+        return value
+
+
+class EnsembleConfig(Section):
+    kind: Literal["heads", "adapters"] = "heads"
+    members: PositiveInt = 20
+    fit_fraction: Fraction = 0.1
+    # A weaker anchor lets heads fit on few pairs pull their mean below r_0: benchmarks/ensemble_choice.py.
+    anchor: float = Field(default=100.0, ge=0.0)
+    prior_scale: PositiveFloat = 0.5
+
+
+class CalibrationConfig(Section):
+    source: Literal["reference_samples", "validation_responses"] = "reference_samples"
+    samples_per_prompt: Annotated[int, Field(ge=2)] = 4
+    prompts: PositiveInt = 256
+    max_new_tokens: PositiveInt = 256

@@ -1,0 +1,230 @@
+"""A training's memory as `--dry-run` says it: the longest row of the prepared data, the precision, the plan, in lines.
+
+No model is loaded: plans are made in `memory`, from the configuration of the model and rows of tokens alone.
+"""
+
+import heapq
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+
+from prmd import io
+from prmd.config import RewardModelConfig
+from prmd.config_sections import ModelConfig, TrainingConfig, TuningConfig
+from prmd.errors import UserError
+from prmd.memory import plan_generation_memory, plan_memory
+from prmd.memory_plan import MemoryPlan, device_memory
+from prmd.models import load_model_config, load_tokenizer, model_source
+from prmd.precision import Precision, eight_bit_precision, resolve_precision
+from prmd.preferences import PreferencePair
+from prmd.reference import GENERATION_BATCH
+from prmd.rehearsal import Task
+from prmd.runtime import GIB
+from prmd.tokenization import PrefixRow, tokenize_pairs
+
+logger = logging.getLogger(__name__)
+
+PLANNED_CARD = 32 * GIB
+"""The card that is planned for besides, where this machine has none."""
+
+_LONGEST_PAIRS = 256
+_LETTERS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """Most tokens of the reference samples in the rows of a training.
+
+    Attributes:
+        gamma: of each that stands behind the two responses of every pair.
+        paired: of those that are pairs of their own; 0 without such pairs.
+    """
+
+    gamma: tuple[int, ...] = ()
+    paired: int = 0
+
+
+UNSAMPLED = Sampled()
+
+
+def longest_row(
+    config: RewardModelConfig,
+    files: Sequence[Path],
+    training: TrainingConfig,
+    task: Task,
+    *,
+    sample_tokens: int = 0,
+) -> PrefixRow | None:
+    """The longest row that training will see, by tokens of prompt and both responses.
+
+    Only pairs with the most characters are tokenised; all would take minutes.
+
+    Args:
+        sample_tokens: pairs of reference samples, at most so long, are trained on too, as far as they fit
+            `training.max_length` with their prompt; 0: none are.
+
+    Returns:
+        None where no data is prepared, no tokenizer is on this machine, or no pair fits.
+    """
+    files = [path for path in files if path.is_file()]
+    if not files or not _tokenizer_is_here(config):
+        return None
+
+    try:
+        pairs = [
+            PreferencePair.from_row(row, objective=path.parent.name, where=f"{path}:{number}")
+            for path in files
+            for number, row in enumerate(io.read_jsonl(path), start=1)
+        ]
+        tokenized = tokenize_pairs(
+            _longest_pairs(pairs, training.max_length, sample_tokens),
+            load_tokenizer(config.model, config.paths),
+            max_length=training.max_length,
+            over_length=training.over_length,
+            keep_suffix=task == "reward_model",
+        )
+    except UserError as error:
+        logger.info("memory is planned for rows of training.max_length: %s", error)
+        return None
+    rows = list(tokenized.rows)
+    for row in tokenized.rows if sample_tokens else ():
+        tokens = min(sample_tokens, training.max_length - len(row.prompt_ids))
+        rows.append(PrefixRow(row.prompt_ids, ((0,) * tokens,) * 2))
+    return max(rows, key=lambda row: row.shared_length, default=None)
+
+
+def _longest_pairs(
+    pairs: Sequence[PreferencePair], max_length: int, sample_tokens: int
+) -> list[PreferencePair]:
+    """The pairs with the most letters, and those whose prompts have the most with a pair of samples."""
+    most = _LETTERS_PER_TOKEN * max_length
+
+    def prompt(pair: PreferencePair) -> int:
+        return sum(len(message["content"]) for message in pair.prompt)
+
+    def own(pair: PreferencePair) -> int:
+        shorter, longer = sorted((len(pair.chosen), len(pair.rejected)))
+        # a prompt is cut until it and the longer response fit
+        return min(prompt(pair) + longer, most) + shorter
+
+    def sampled(pair: PreferencePair) -> int:
+        return prompt(pair) + 2 * min(_LETTERS_PER_TOKEN * sample_tokens, most - prompt(pair))
+
+    keys = (own, sampled) if sample_tokens else (own,)
+    return [pair for key in keys for pair in heapq.nlargest(_LONGEST_PAIRS, pairs, key=key)]
+
+
+def _tokenizer_is_here(config: RewardModelConfig) -> bool:
+    model = config.model
+    if Path(model_source(model, config.paths)).is_dir():
+        return True
+    cached = try_to_load_from_cache(model.name, "tokenizer_config.json", revision=model.revision)
+    return isinstance(cached, str)
+
+
+def memory_lines(
+    config: RewardModelConfig,
+    tuning: TuningConfig,
+    training: TrainingConfig,
+    task: Task,
+    *,
+    trained_on: Sequence[Path] = (),
+    sampled: Sampled = UNSAMPLED,
+) -> list[str]:
+    """The memory plan for this machine as lines, or why there is none; without a card also that for one of 32 GiB."""
+    model = config.model
+    if model.source == "pypi_wheel" and not config.paths.base_model(model.name).is_dir():
+        return [f"memory      not known before {model.name} is fetched once"]
+    try:
+        model_config = load_model_config(model, config.paths)
+    except UserError as error:
+        return [f"memory      not known: {error}"]
+    longest = longest_row(config, trained_on, training, task, sample_tokens=sampled.paired)
+    plan = partial(
+        plan_memory,
+        model_config=model_config,
+        tuning=tuning,
+        training=training,
+        task=task,
+        pairs_per_device=training.pairs_per_device,
+        sampled=sampled.gamma,
+    )
+    card = device_memory()
+    lines = [_row_line(longest, training) + _gamma_clause(sampled)]
+    for device_bytes in (card,) if card else (None, PLANNED_CARD):
+        lines += _plan_lines(plan, model, tuning, training, device_bytes=device_bytes, longest=longest)
+    if config.calibration.source == "reference_samples" or sampled != UNSAMPLED:
+        lines.append(_sampling_line(config, model_config, training, card or PLANNED_CARD))
+    return [f"memory      {line}" for line in lines]
+
+
+def _row_line(longest: PrefixRow | None, training: TrainingConfig) -> str:
+    if longest is None:
+        return (
+            f"of batches of two responses of {training.max_length} tokens each (no data or tokenizer at hand)"
+        )
+    responses = " and ".join(str(len(tokens)) for tokens in longest.responses)
+    return f"of batches of the longest pair: {len(longest.prompt_ids)} tokens of prompt, {responses} of responses"
+
+
+def _gamma_clause(sampled: Sampled) -> str:
+    tokens = " and ".join(map(str, sampled.gamma))
+    return f", with {tokens} of reference samples behind each (policy.gamma)" if tokens else ""
+
+
+def _plan_lines(
+    plan: Callable[..., MemoryPlan],
+    model: ModelConfig,
+    tuning: TuningConfig,
+    training: TrainingConfig,
+    *,
+    device_bytes: int | None,
+    longest: PrefixRow | None,
+) -> list[str]:
+    """The precision that a run would choose on such a card, and its plan."""
+
+    def fits(precision: Precision) -> bool:
+        return plan(precision=precision, device_bytes=device_bytes).fits is not False
+
+    where = "this machine, which has no card"
+    if device_bytes is not None:
+        where = (
+            "this card" if device_memory() else f"a card of {device_bytes / GIB:.0f} GiB, which is not here"
+        )
+    problem = []
+    try:
+        precision = resolve_precision(
+            tuning,
+            learning_rate=training.learning_rate,
+            model=model,
+            plan_fits=fits if device_bytes else None,
+        )
+    except UserError as error:
+        if model.dtype != "bfloat16":
+            return [f"not known: {error}"]
+        precision, problem = eight_bit_precision(training.learning_rate), [f"before that: {error}"]
+    rows = plan(precision=precision, device_bytes=device_bytes, longest=longest).rows()
+    return [f"on {where}: {precision.describe()}", *rows, *problem]
+
+
+def _sampling_line(
+    config: RewardModelConfig, model_config: Any, training: TrainingConfig, device_bytes: int
+) -> str:
+    tokens = training.max_length + config.calibration.max_new_tokens
+    plan = plan_generation_memory(
+        model_config=model_config,
+        dtype=getattr(torch, config.model.dtype),
+        sequences=GENERATION_BATCH,
+        tokens=tokens,
+        device_bytes=device_bytes,
+    )
+    return (
+        f"of sampling {GENERATION_BATCH} responses at once, {tokens} tokens with their prompts: weights "
+        f"{plan.weights / GIB:.2f} GiB, cache {plan.cache / GIB:.2f} GiB, logits {plan.logits / GIB:.2f} GiB"
+    )

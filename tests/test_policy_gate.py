@@ -1,0 +1,112 @@
+"""The gate: what it reads from the cache alone, against numpy; which samples it takes; what it says in the report."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_pipeline import no_model_loads
+from tiny_tables import SAMPLES, M, Table, table_config, with_calibration
+from tiny_workspace import write_prepared
+
+from prmd import io, policy_gate
+from prmd.cache import tokens_key
+from prmd.config import PolicyConfig, PolicySection
+from prmd.generation import sample_rows
+from prmd.models import load_tokenizer
+from prmd.policy_training import train_pessimistic
+from prmd.reference import reference_samples
+from prmd.report_sections import gate_section
+
+
+def test_the_gate_reads_the_cache_alone_and_agrees_with_numpy(
+    tmp_path: Path,
+    tiny_base: Path,
+    tables: dict[str, Table],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = table_config(tmp_path, tiny_base, policy=PolicySection(methods=("mean",), kl_target=0.3))
+    config = with_calibration(config, source="reference_samples")
+    write_prepared(config.paths, pairs=6)
+    caplog.set_level(logging.INFO, logger="prmd")
+    with monkeypatch.context() as patch:
+        no_model_loads(patch)
+        train_pessimistic(config, dry_run=True)
+    assert "with pairs of reference samples, 50% of all: 2 times these steps" in caplog.text
+    assert "gate        not computed: no scored reference samples are cached" in caplog.text
+    assert not policy_gate.gate_file(config.paths).exists()
+    train_pessimistic(config)  # samples and scores the prompts it trains on and those it watches
+    policy_gate.gate_file(config.paths).unlink()
+    no_model_loads(monkeypatch)
+    caplog.clear()
+    train_pessimistic(config, dry_run=True)
+    gate = io.read_json(policy_gate.gate_file(config.paths))
+    assert (
+        gate["samples_per_prompt"] == SAMPLES
+        and gate["kl"] == 0.3
+        and gate["prompts"] == 3
+        and not gate["refused"]
+    )
+    assert [row["method"] for row in gate["rows"]] == [
+        *("mean", "hard_min", "cvar", "hierarchical", "lcb", "softmin", "maxmin")
+    ]
+    assert "hard_min     gains helpful" in caplog.text and "at 0.3 nats" in caplog.text
+    rewards = gate_rewards(config, tables)
+    for method, robust in (("mean", rewards.mean(axis=(0, 1))), ("hard_min", rewards.min(axis=(0, 1)))):
+        row = next(row for row in gate["rows"] if row["method"] == method)
+        p = np.exp(row["reward_scale"] / 0.1 * (robust - robust.max(axis=1, keepdims=True)))
+        p /= p.sum(axis=1, keepdims=True)
+        assert (p * np.log(p * SAMPLES)).sum(axis=1).mean() == pytest.approx(0.3, abs=1e-6)
+        members = rewards.mean(axis=1)
+        gains = (p * members).sum(axis=2).mean(axis=1) - members.mean(axis=(1, 2))
+        assert list(row["gains"].values()) == pytest.approx(gains) and row["worst_gain"] == pytest.approx(
+            gains.min()
+        )
+        assert row["mean_of_min"] == pytest.approx((p * members.min(axis=0)).sum(axis=1).mean())
+        assert row["effective_sample_size"] == pytest.approx((1 / (p**2).sum(axis=1)).mean())
+    table = gate_section(config.paths)["table"]
+    assert table.columns[0] == "method" and len(table.rows) == 7 and "3 held-out prompts" in table.caption
+
+
+def test_the_gate_takes_the_samples_of_the_calibration_before_stage_three(
+    tmp_path: Path, tiny_base: Path, tables: dict[str, Table]
+) -> None:
+    config = table_config(tmp_path, tiny_base, policy=PolicySection(methods=("maxmin",)))
+    config = with_calibration(config, source="reference_samples", samples_per_prompt=5)
+    shared = config.shared
+    write_prepared(config.paths, pairs=6)
+    tokenizer = load_tokenizer(shared.model, shared.paths)
+    models = policy_gate.load_reward_models(shared)
+    prompts = policy_gate._prompts(config, tokenizer, "val")
+    assert len(prompts) == 18
+    samples = reference_samples(shared, tokenizer, prompts[:7])
+    for model, scored in zip(models, (7, 7, 4), strict=True):  # one model has not scored them all
+        model.rewards(
+            sample_rows(prompts[:scored], samples[:scored], tokenizer, keep_suffix=True), description="c"
+        )
+    found = policy_gate.cached_responses(config, models, tokenizer)
+    assert found.samples_per_prompt == 5 and found.by_prompt().shape == (3, M, 4, 5)
+    assert found.by_prompt().mean(dim=-1).abs().max() < 1e-9  # centred on each prompt's own samples
+    table = policy_gate.gate_table(config, found)
+    assert table["prompts"] == 4 and table["kl"] == pytest.approx(np.log(5) / 4)
+    assert any("needs more samples" in line for line in policy_gate.gate_lines(table))
+
+
+def gate_rewards(config: PolicyConfig, tables: dict[str, Table]) -> np.ndarray:
+    """Calibrated rewards [K, M, X, n] of the cached samples of the watched prompts, by hand."""
+    tokenizer = load_tokenizer(config.shared.model, config.paths)
+    prompts = policy_gate._prompts(config, tokenizer, "val")
+    (folder,) = (config.paths.root / "data" / "cache").glob("samples-*")
+    cached = {row["key"]: row["value"] for shard in folder.glob("*.jsonl") for row in io.read_jsonl(shard)}
+    kept = [p for p in prompts if tokens_key(p).hex() in cached]
+    stop, newline = 2, tuple(tokenizer.encode("\n", add_special_tokens=False))
+    rows = []
+    for model in tables.values():
+        raw = []
+        for prompt in kept:
+            closed = [tuple(y) if y[-1] == stop else (*y, stop) for y in cached[tokens_key(prompt).hex()]]
+            raw.append([model.reward(prompt, (*y, *newline)).float().double().numpy() for y in closed])
+        values = np.array(raw)  # [X, n, M]
+        rows.append((values - values.mean(axis=1, keepdims=True)) / model.calibration.scale.numpy())
+    return np.array(rows).transpose(0, 3, 1, 2)
