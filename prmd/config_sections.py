@@ -142,3 +142,5 @@ class CalibrationConfig(Section):
     samples_per_prompt: Annotated[int, Field(ge=2)] = 4
     prompts: PositiveInt = 256
     max_new_tokens: PositiveInt = 256
+    batch_size: PositiveInt = 32
+    engine: Literal["transformers", "vllm"] = "transformers"

@@ -106,7 +106,7 @@ def evaluation_prompts(
         DataError: the data is not prepared, a test split is empty, or a prompt cannot be cut to `training.max_length`.
     """
     if config.generation.engine == "vllm":
-        require_vllm()
+        require_vllm("generation.engine")
     wanted, max_length = config.generation.prompts, config.shared.training.max_length
     tests = [read_pairs(config.paths, objective, "test") for objective in OBJECTIVES]
     queues = [iter(sorted(pairs, key=lambda p: hash_share("evaluation prompts", p.id))) for pairs in tests]

@@ -23,7 +23,6 @@ from prmd.memory_plan import MemoryPlan, device_memory
 from prmd.models import load_model_config, load_tokenizer, model_source
 from prmd.precision import Precision, eight_bit_precision, resolve_precision
 from prmd.preferences import PreferencePair
-from prmd.reference import GENERATION_BATCH
 from prmd.rehearsal import Task
 from prmd.runtime import GIB
 from prmd.tokenization import PrefixRow, tokenize_pairs
@@ -220,11 +219,11 @@ def _sampling_line(
     plan = plan_generation_memory(
         model_config=model_config,
         dtype=getattr(torch, config.model.dtype),
-        sequences=GENERATION_BATCH,
+        sequences=config.calibration.batch_size,
         tokens=tokens,
         device_bytes=device_bytes,
     )
     return (
-        f"of sampling {GENERATION_BATCH} responses at once, {tokens} tokens with their prompts: weights "
+        f"of sampling {config.calibration.batch_size} responses at once, {tokens} tokens with their prompts: weights "
         f"{plan.weights / GIB:.2f} GiB, cache {plan.cache / GIB:.2f} GiB, logits {plan.logits / GIB:.2f} GiB"
     )

@@ -52,7 +52,7 @@ from prmd.provenance import (
     start_run,
     write_step_result,
 )
-from prmd.reference import reference_key
+from prmd.reference import check_engine, reference_key
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
 from prmd.sequence_models import SequenceLogps
 from prmd.training import TrainingRun, check_training, run_training
@@ -95,6 +95,7 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
         _check_soup(config, tokenizer, being_trained=trained)
     todo = _not_finished(config, trained, tokenizer, force)
     if todo:
+        check_engine(config.shared)
         settings, sampled = (config.shared, config.tuning, config.training), gamma_lengths(config, list(todo))
         check_training(*settings, task="policy", directory=config.paths.policies, sampled=sampled)
     for objective in dict.fromkeys(POLICY_METHODS[method].objective for method in todo):

@@ -5,19 +5,20 @@ are cached in `data/cache` under the key of the base model, never of a training 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from prmd import io
 from prmd.cache import JsonTable, ScoreTable
 from prmd.config import RewardModelConfig
-from prmd.generation import GeneratedResponse, generate
+from prmd.generation import Engine, GeneratedResponse, generate
 from prmd.models import base_model_key, load_causal_lm
 from prmd.scoring import score_logps
 from prmd.tokenization import PrefixRow, Tokens, template_fingerprint
-
-GENERATION_BATCH = 32
+from prmd.vllm_engine import require_vllm, vllm_engine
 
 
 def reference_key(config: RewardModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -29,7 +30,10 @@ def reference_key(config: RewardModelConfig, tokenizer: PreTrainedTokenizerBase)
 
 def samples_table(config: RewardModelConfig, tokenizer: PreTrainedTokenizerBase) -> JsonTable:
     """Where `reference_samples` keeps what it draws: a table of the base model and the settings of sampling."""
-    key = io.fingerprint([reference_key(config, tokenizer), _sampling(config)])
+    settings: dict[str, Any] = _sampling(config)
+    if config.calibration.engine != "transformers":  # equal seeds, other samples
+        settings["engine"] = config.calibration.engine
+    key = io.fingerprint([reference_key(config, tokenizer), settings])
     return JsonTable(config.paths.cache("samples", key))
 
 
@@ -41,6 +45,16 @@ def _sampling(config: RewardModelConfig) -> dict[str, int]:
     }
 
 
+def check_engine(config: RewardModelConfig) -> None:
+    """Refuse, before anything is trained, an engine that cannot sample here.
+
+    Raises:
+        ConfigError: `calibration.engine: vllm` where vLLM cannot run.
+    """
+    if config.calibration.engine == "vllm":
+        require_vllm("calibration.engine")
+
+
 def reference_samples(
     config: RewardModelConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Tokens]
 ) -> list[list[GeneratedResponse]]:
@@ -50,17 +64,28 @@ def reference_samples(
         prompts: rendered prompts with the generation prompt.
     """
     table = samples_table(config, tokenizer)
-    # the model is loaded only if some prompt has no samples yet
-    model = None if table.holds(prompts) else load_causal_lm(config.model, config.paths).eval()
-    return generate(
-        model,
-        tokenizer,
-        prompts,
-        **_sampling(config),
-        batch_size=GENERATION_BATCH,
-        description="reference samples",
-        table=table,
-    )
+    with _sampler(config, [] if table.holds(prompts) else prompts) as model:
+        return generate(
+            model,
+            tokenizer,
+            prompts,
+            **_sampling(config),
+            batch_size=config.calibration.batch_size,
+            description="reference samples",
+            table=table,
+        )
+
+
+def _sampler(
+    config: RewardModelConfig, prompts: Sequence[Tokens]
+) -> AbstractContextManager[nn.Module | Engine | None]:
+    """What samples these prompts: pi_ref, or vLLM with its own copy of it; nothing is loaded where there are none."""
+    if not prompts:
+        return nullcontext(None)
+    if config.calibration.engine == "transformers":
+        return nullcontext(load_causal_lm(config.model, config.paths).eval())
+    length = max(map(len, prompts)) + config.calibration.max_new_tokens
+    return vllm_engine(None, config, max_length=length)
 
 
 def reference_logps(

@@ -25,6 +25,7 @@ from prmd.provenance import (
     start_run,
     write_step_result,
 )
+from prmd.reference import check_engine
 from prmd.reward_data import RewardPairs, RewardTask, read_reward_pairs
 from prmd.reward_fitting import calibrate_reward_model, fit_heads, measure
 from prmd.reward_models import load_reward_model
@@ -91,6 +92,8 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
     if not force:
         refuse_replacing(task.directory, what=task.name)
     config = task.config
+    if task.split == "train":
+        check_engine(config)
     check_training(
         config, config.tuning, config.training, task="reward_model", directory=task.directory.parent
     )

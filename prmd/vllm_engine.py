@@ -1,8 +1,8 @@
-"""Sampling with vLLM on Linux, for `generation.generate` (`generation.engine: vllm`); an optional package.
+"""Sampling with vLLM on Linux, for `generation.generate` (`engine: vllm`); an optional package.
 
 vLLM reads a folder or hub id itself: the base, the base with a policy's LoRA adapter, or a policy's full weights. Its
 kernels round unlike transformers', so the same seed gives other samples of the same distribution, and what is cached is
-keyed by the engine. Who is sampled is in `contenders`.
+keyed by the engine. Who is sampled is in `contenders` and `reference`.
 """
 
 import importlib.util
@@ -22,28 +22,29 @@ from prmd.scoring import free_memory
 from prmd.tokenization import Tokens
 
 ADAPTER_CONFIG = "adapter_config.json"
-REMEDY = "set generation.engine: transformers"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM reserves room for; it takes no others."""
 
 
-def require_vllm() -> None:
+def require_vllm(key: str) -> None:
     """Refuse the engine where it cannot run, before any model is loaded.
+
+    Args:
+        key: the setting that asks for it.
 
     Raises:
         ConfigError: another system than Linux, several processes, or the package is missing.
     """
+    remedy = f"set {key}: transformers"
     if sys.platform != "linux":
-        raise ConfigError(f"generation.engine: vllm runs on Linux alone, this is {sys.platform}; {REMEDY}")
+        raise ConfigError(f"{key}: vllm runs on Linux alone, this is {sys.platform}; {remedy}")
     if get_runtime().world_size > 1:
         raise ConfigError(
-            f"generation.engine: vllm starts processes of its own, got {get_runtime().world_size} of a launcher; start "
-            f"the script with plain python, or {REMEDY}"
+            f"{key}: vllm starts processes of its own, got {get_runtime().world_size} of a launcher; start "
+            f"the script with plain python, or {remedy}"
         )
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(
-            f"generation.engine: the package vllm is not installed; pip install vllm, or {REMEDY}"
-        )
+        raise ConfigError(f"{key}: the package vllm is not installed; pip install vllm, or {remedy}")
 
 
 class VllmEngine:

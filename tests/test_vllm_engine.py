@@ -11,15 +11,19 @@ from typing import Any
 
 import pytest
 from tiny_pipeline import no_model_loads
-from tiny_workspace import contender, evaluation_config, write_workspace
+from tiny_workspace import contender, evaluation_config, policy_config, write_workspace
 
 from prmd.config import EvaluationConfig
 from prmd.config_evaluation import GenerationConfig
+from prmd.config_sections import CalibrationConfig
 from prmd.contenders import EvaluationPrompt, evaluation_prompts
 from prmd.errors import ConfigError
 from prmd.evaluation import compute_metrics
 from prmd.generation import stop_token
 from prmd.models import load_tokenizer
+from prmd.policy_training import train_pessimistic
+from prmd.reference import reference_samples
+from prmd.reward_modeling import train_reward_model
 from prmd.vllm_engine import require_vllm
 
 
@@ -181,21 +185,53 @@ def test_samples_of_one_engine_are_not_taken_for_those_of_the_other(
     assert contender(config, "reference").samples(prompts) == served and len(fake.models) == 1
 
 
+def test_the_reference_is_sampled_by_its_own_setting_and_kept_apart(
+    config: EvaluationConfig, fake: FakeVllm
+) -> None:
+    shared = config.shared
+    served = shared.model_copy(
+        update={"calibration": CalibrationConfig(samples_per_prompt=3, max_new_tokens=6, engine="vllm")}
+    )
+    tokenizer, prompts = load_tokenizer(shared.model, shared.paths), [p.token_ids for p in prompts_of(config)]
+    found = reference_samples(served, tokenizer, prompts)
+    assert fake.models[0]["model"] == shared.model.name
+    assert fake.models[0]["max_model_len"] == max(map(len, prompts)) + 6
+    assert [r.token_ids[1] for r in found[0]] == [50, 51, 52]
+    assert reference_samples(served, tokenizer, prompts) == found and len(fake.models) == 1
+    own = served.calibration.model_copy(update={"engine": "transformers"})
+    other = reference_samples(served.model_copy(update={"calibration": own}), tokenizer, prompts)
+    assert other != found and len(fake.models) == 1
+
+
 # ------------------------------------------------------------------ where it cannot run
+def test_stages_2_and_3_refuse_it_before_they_train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policies = policy_config(tmp_path)
+    vllm = policies.shared.calibration.model_copy(update={"engine": "vllm"})
+    one = policies.shared.ensemble.model_copy(update={"members": 1})  # six pairs are too few for heads
+    shared = policies.shared.model_copy(update={"calibration": vllm, "ensemble": one})
+    monkeypatch.setattr(sys, "platform", "win32")
+    no_model_loads(monkeypatch)
+    with pytest.raises(ConfigError, match=r"^calibration\.engine: .*set calibration\.engine: transformers"):
+        train_reward_model(shared, objective="helpful")
+    section = policies.policy.model_copy(update={"methods": ("dpo",)})
+    with pytest.raises(ConfigError, match=r"^calibration\.engine: "):
+        train_pessimistic(policies.model_copy(update={"reward_model_config": shared, "policy": section}))
+
+
 @pytest.mark.parametrize("platform", ["win32", "darwin"])
 def test_other_systems_are_refused(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch, platform: str) -> None:
-    require_vllm()
+    require_vllm("generation.engine")
     monkeypatch.setattr(sys, "platform", platform)
     with pytest.raises(
         ConfigError, match=rf"^generation\.engine: .*{platform}; set generation\.engine: trans"
     ):
-        require_vllm()
+        require_vllm("generation.engine")
 
 
 def test_processes_of_a_launcher_are_refused(fake: FakeVllm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match=r"got 2 of a launcher; .*generation\.engine: transformers"):
-        require_vllm()
+        require_vllm("generation.engine")
 
 
 def test_a_missing_package_is_refused_before_any_model_loads(
