@@ -68,6 +68,7 @@ class TextJudgeConfig(Section):
     base_url: str | None = None
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
     file: str | None = None
+    max_reply_tokens: PositiveInt = 2048
     max_requests_per_minute: PositiveFloat = 60.0
     price_per_million_prompt_tokens: float | None = Field(default=None, ge=0.0)
     price_per_million_reply_tokens: float | None = Field(default=None, ge=0.0)

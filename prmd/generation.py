@@ -6,6 +6,7 @@ samples are elsewhere.
 """
 
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,11 +17,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from prmd.cache import JsonTable, tokens_key
 from prmd.runtime import is_main_process, progress, wait_for_everyone
-from prmd.scoring import gather, place_among_processes
+from prmd.scoring import gather, place_among_processes, time_to_save
 from prmd.tokenization import PrefixRow, Tokens, end_of_turn, render
 
-SHARD_BATCHES = 8
-"""A table is saved after this many turns, so that an interruption costs little."""
+TURNS_PER_SHARD = 8
+"""In several processes a table is saved after this many turns (`scoring.time_to_save`)."""
 
 Batch = Sequence[tuple[str, Tokens]]
 Sampled = tuple[str, list[list[int]]]
@@ -120,10 +121,11 @@ def generate(
         max(1, batch_size // samples_per_prompt),
     )
     fresh: list[Sampled] = []
+    saved = time.monotonic()
     for turn, done in enumerate(_sample_in_turns(model, batches, decoding, description)):
         fresh += done
-        if turn % SHARD_BATCHES == SHARD_BATCHES - 1:
-            fresh = _keep(fresh, found, table)
+        if time_to_save(turn, saved, every=TURNS_PER_SHARD):
+            fresh, saved = _keep(fresh, found, table), time.monotonic()
     _keep(fresh, found, table)
     wait_for_everyone()  # no process may open this table again before the main one has written it
     return [[_response(tokenizer, ids, stop) for ids in found[key]] for key in keys]

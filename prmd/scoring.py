@@ -62,7 +62,7 @@ def score_rows(
                 values = compute({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu()
             done = list(zip(_keys(group), values.clone(), strict=True))
         pending += gather(done)
-        if _time_to_save(number, saved, world):
+        if time_to_save(number, saved):
             pending, saved = _flush(table, pending), time.monotonic()
     _flush(table, pending)
     wait_for_everyone()  # no process may open this table again before the main one has written it
@@ -89,9 +89,15 @@ def lookup(table: ScoreTable, row: PrefixRow) -> Tensor:
     return torch.stack([table[tokens_key(row.prompt_ids, response)] for response in row.responses])
 
 
-def _time_to_save(turn: int, saved: float, world: int) -> bool:
-    """By the clock in one process; by turns in several, whose clocks differ."""
-    return turn % 32 == 31 if world > 1 else time.monotonic() - saved > SHARD_SECONDS
+def time_to_save(turn: int, saved: float, *, every: int = 32) -> bool:
+    """Whether a table is saved after this turn: by the clock in one process, by turns in several, whose clocks differ.
+
+    Args:
+        saved: `time.monotonic` of the last time.
+        every: turns from one time to the next in several processes.
+    """
+    _, world = place_among_processes()
+    return turn % every == every - 1 if world > 1 else time.monotonic() - saved > SHARD_SECONDS
 
 
 def _keys(rows: Sequence[PrefixRow]) -> list[bytes]:

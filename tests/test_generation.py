@@ -10,7 +10,7 @@ from scipy import stats
 from tiny_models import tiny_causal_lm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from prmd import generation, runtime
+from prmd import generation, runtime, scoring
 from prmd.cache import JsonTable
 from prmd.generation import GeneratedResponse, generate, sample_rows, stop_token
 from prmd.models import load_tokenizer_from
@@ -168,7 +168,7 @@ def test_a_prompt_given_twice_is_sampled_once(model, tokenizer, prompts):
 
 # ------------------------------------------------------------------ resume
 def test_an_interrupted_run_goes_on_with_the_same_samples(model, tokenizer, prompts, tmp_path, monkeypatch):
-    monkeypatch.setattr(generation, "SHARD_BATCHES", 1)
+    monkeypatch.setattr(scoring, "SHARD_SECONDS", -1.0)
     whole = sample(model, tokenizer, prompts, samples_per_prompt=2, batch_size=2)
     batches = []
     real = generation._generate_batch

@@ -125,8 +125,8 @@ def test_a_judge_that_always_prefers_the_first_makes_only_ties(
 
 def test_a_judge_that_knows_the_policy_lets_it_win(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Partial(ScriptedJudge):
-        def complete(self, prompts: Sequence[list[Message]]) -> list[str]:
-            replies = super().complete(prompts)
+        def complete(self, prompts: Sequence[list[Message]], *, max_new_tokens: int) -> list[str]:
+            replies = super().complete(prompts, max_new_tokens=max_new_tokens)
             pairs = [p[-1]["content"].startswith("PAIR") for p in prompts]
             if not all(pairs):
                 return replies
@@ -141,9 +141,12 @@ def test_a_judge_that_knows_the_policy_lets_it_win(root: Path, monkeypatch: pyte
     )
 
 
-def test_pairwise_can_be_left_out(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    judge = ScriptedJudge()
-    result = run(settings(root, pairwise=False), "hard_min", judge, monkeypatch)
+def test_pairwise_can_be_left_out_and_replies_cut_short(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge, config = ScriptedJudge(), settings(root, pairwise=False)
+    short = config.text_judge.model_copy(update={"max_reply_tokens": 7})
+    result = run(config.model_copy(update={"text_judge": short}), "hard_min", judge, monkeypatch)
+    assert judge.reply_tokens == 7
+    assert {row["id"] for row in result.judgements} == {conversation_key(p, 7) for p in judge.asked}
     assert len(judge.asked) == 20 and "win_1" not in result.items[0]
 
 

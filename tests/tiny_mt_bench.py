@@ -58,7 +58,8 @@ class ScriptedJudge:
     writes: bool = True
     asked: list[list[Message]] = field(default_factory=list)
 
-    def complete(self, prompts: Sequence[list[Message]]) -> list[str]:
+    def complete(self, prompts: Sequence[list[Message]], *, max_new_tokens: int) -> list[str]:
+        self.reply_tokens = max_new_tokens
         self.asked += prompts
         return [self._reply(prompt[-1]["content"], i) for i, prompt in enumerate(prompts)]
 

@@ -17,7 +17,7 @@ from prmd.benchmarks.mt_bench_answers import generate_answers
 from prmd.benchmarks.mt_bench_data import FILES, MtBenchData, MtBenchQuestion, read_mt_bench
 from prmd.benchmarks.mt_bench_judging import pair_prompt, parse_rating, parse_verdict, single_prompt
 from prmd.benchmarks.result import BenchmarkResult
-from prmd.chats import MAX_REPLY_TOKENS, conversation_key
+from prmd.chats import conversation_key
 from prmd.config import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
@@ -81,7 +81,7 @@ def _folder(text: str) -> Path:
 
 
 # ------------------------------------------------------------------ judging
-def rate_answers(judge: TextJudge, data: MtBenchData, answers: Answers) -> list[Rating]:
+def rate_answers(judge: TextJudge, data: MtBenchData, answers: Answers, *, reply_tokens: int) -> list[Rating]:
     """One rating per question and turn, turn 2 of a question after its turn 1."""
     asked = [(q, texts, turn) for q, texts in zip(data.questions, answers, strict=True) for turn in TURNS]
     prompts = [
@@ -95,15 +95,15 @@ def rate_answers(judge: TextJudge, data: MtBenchData, answers: Answers) -> list[
         )
         for question, texts, turn in asked
     ]
-    replies = judge.complete(prompts)
+    replies = judge.complete(prompts, max_new_tokens=reply_tokens)
     return [
-        Rating(question, turn, conversation_key(prompt, MAX_REPLY_TOKENS), reply, parse_rating(reply))
+        Rating(question, turn, conversation_key(prompt, reply_tokens), reply, parse_rating(reply))
         for (question, _, turn), prompt, reply in zip(asked, prompts, replies, strict=True)
     ]
 
 
 def compare_answers(
-    judge: TextJudge, data: MtBenchData, answers: Answers, baseline: Answers
+    judge: TextJudge, data: MtBenchData, answers: Answers, baseline: Answers, *, reply_tokens: int
 ) -> tuple[PairwiseResult, list[dict[str, Any]]]:
     """Every question and turn judged in both orders: outcomes in the order of `rate_answers`, and the verdicts as rows."""
     rows: list[dict[str, Any]] = []
@@ -121,12 +121,12 @@ def compare_answers(
             )
             for (question, turn, shown_first), (_, _, shown_second) in pairs
         ]
-        replies = judge.complete(prompts)
+        replies = judge.complete(prompts, max_new_tokens=reply_tokens)
         order = "reference second" if not rows else "reference first"
         verdicts = [parse_verdict(reply) for reply in replies]
         rows.extend(
             {
-                "id": conversation_key(prompt, MAX_REPLY_TOKENS),
+                "id": conversation_key(prompt, reply_tokens),
                 "question": pair[0][0].id,
                 "turn": pair[0][1],
                 "kind": "pair",
@@ -159,9 +159,13 @@ def _judged(
         baseline = [(first.text, second.text) for first, second in others]
     if judge.kind == "local_model":
         models.close()  # two models do not fit where one just does
-    ratings = rate_answers(judge, data, answers)
-    constant = rate_answers(judge, data, [(CONSTANT_ANSWER, CONSTANT_ANSWER)] * len(data.questions))
-    pairs, pair_rows = compare_answers(judge, data, answers, baseline) if baseline else (None, [])
+    limit = config.text_judge.max_reply_tokens
+    ratings = rate_answers(judge, data, answers, reply_tokens=limit)
+    constant_answers = [(CONSTANT_ANSWER, CONSTANT_ANSWER)] * len(data.questions)
+    constant = rate_answers(judge, data, constant_answers, reply_tokens=limit)
+    pairs, pair_rows = (
+        compare_answers(judge, data, answers, baseline, reply_tokens=limit) if baseline else (None, [])
+    )
     metrics = mt_bench_metrics(
         ratings, constant, pairs, resamples=config.bootstrap_resamples, seed=config.shared.seed
     )
