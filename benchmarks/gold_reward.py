@@ -13,10 +13,10 @@ Reward models, ensembles, calibration, robust rewards, distillation, DPO, sampli
 
 Shown, at equal KL from pi_ref and with intervals over seeds: (a) true win rate over rho for seven methods; (b) proxy and
 true reward over sqrt(KL); (c) worst objective and balance, raw and calibrated, DPO and distillation; (d) ensemble size,
-CVaR's alpha, beta, kl_target; and which heads make a good ensemble (`gold_heads`). Writes FILE (default: benchmarks/results/gold_reward.json) and figures beside it. Finished
-trainings are kept in FOLDER, so an interrupted study goes on where it was. `--quick` runs two seeds at two biases, the
-ablations at one seed, and writes to FOLDER. CPU only, one thread a worker; on two quiet cores about 40 minutes, 9 with
-`--quick`.
+CVaR's alpha, beta, kl_target; and which heads make a good ensemble (`gold_heads`). Writes FILE (default:
+benchmarks/results/gold_reward.json) with its tables as Markdown and figures beside it. Finished trainings are kept in
+FOLDER, so an interrupted study goes on where it was. `--quick` runs two seeds at two biases, the ablations at one seed, and
+writes to FOLDER. CPU only, one thread a worker; on two quiet cores about 40 minutes, 9 with `--quick`.
 """
 
 import os
@@ -33,14 +33,13 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs uninstalled, from any folder
 
+from benchmarks.gold_page import page
 from benchmarks.gold_plan import FULL, QUICK
 from benchmarks.gold_run import run_study
 from prmd import io
-from prmd.objectives import OBJECTIVES
 from prmd.paths import PROJECT_ROOT
 from prmd.plotting_study import plot_gold_reward
 from prmd.runtime import configure_logging, hardware
@@ -48,23 +47,6 @@ from utils import user_errors_exit
 
 logger = logging.getLogger("prmd.gold_reward")
 WORK, RESULTS = PROJECT_ROOT / "outputs" / "gold_reward", PROJECT_ROOT / "benchmarks" / "results"
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The summary as a Markdown table."""
-    head = ("method", "bias", "KL", "worst win rate", "95 %", *OBJECTIVES, "E min", "95 %", "tokens", "seeds")
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in rows:
-        wins = [f"{row['win_rate'][k]:.3f}" for k in OBJECTIVES]
-        cells = [row.get("label", row["method"]), f"{row['bias']:g}", f"{row['kl']:.2f}"]
-        cells += [f"{row['worst_win_rate']:.3f}", _range(row["ci"]), *wins]
-        cells += [f"{row['mean_of_min']:.3f}", _range(row["mean_of_min_ci"]), f"{row['length']:.1f}"]
-        lines.append("| " + " | ".join([*cells, str(row["seeds"])]) + " |")
-    return "\n".join(lines)
-
-
-def _range(ends: Sequence[float]) -> str:
-    return f"{ends[0]:.3f} to {ends[1]:.3f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,10 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results["setup"] |= {"hardware": hardware(), "minutes": round((time.monotonic() - started) / 60, 1)}
     default = options.work / "quick.json" if options.quick else RESULTS / "gold_reward.json"
     path = io.write_json(options.output or default, results)
-    print(table(results["summary"]))
-    for name, rows in results["ablations"].items():
-        print(f"\n{name}\n\n{table(rows)}")
-    for figure in (path, *plot_gold_reward(path)):
+    text = page(results)
+    print(text)
+    for figure in (path, io.write_text(path.with_suffix(".md"), text), *plot_gold_reward(path)):
         logger.info("written: %s", figure)
 
 

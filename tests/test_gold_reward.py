@@ -11,6 +11,7 @@ import torch
 from benchmarks import gold_heads, gold_policies, gold_run
 from benchmarks.gold_labels import LabelledPairs, label_pairs, longer_share, preference_probability
 from benchmarks.gold_models import Sizes
+from benchmarks.gold_page import page
 from benchmarks.gold_plan import FULL, METHODS, QUICK, Preset, ablations, all_units, main_units
 from benchmarks.gold_run import run_study
 from benchmarks.gold_summary import ablation_row, at_kl, curve_points, paired_rows, summary_row, t_interval
@@ -311,6 +312,13 @@ def test_the_whole_study_runs_resumes_and_is_drawn(tmp_path, monkeypatch) -> Non
     assert run_study(preset, tmp_path, workers=1) == results
     path = tmp_path / "gold.json"
     path.write_text(json.dumps(results), encoding="utf-8")
+    text = page(results)
+    hard_min = next(row for row in results["summary"] if row["method"] == "hard_min")
+    assert f"| hard_min | 0.8 | {hard_min['kl']:.2f} | {hard_min['worst_win_rate']:.3f} |" in text
+    assert (
+        all(f"## {name}" in text for name in ("calibration", "Heads", "Same seeds"))
+        and "| 0.2 | 10 |" in text
+    )
     figures = plot_gold_reward(path)
     assert [figure.name for figure in figures] == [
         "gold_bias.png",
