@@ -73,7 +73,7 @@ def _draw_bias(path: Path, rows: Sequence[Row], setup: Row) -> Path:
             axes.set_ylabel(label)
         _reference_lines(panels, setup)
         panels[1].set_xlabel("length bias: share of pairs that prefer the longer")
-        panels[0].set_title(f"True rewards at {setup['matched_kl']:g} nat, n = {len(setup['seeds'])} seeds")
+        panels[0].set_title(f"True rewards at {setup['matched_kl']:g} nats, {len(setup['seeds'])} seeds")
         legend_below(panels[0])
     return path
 
@@ -107,7 +107,7 @@ def _draw_over_optimisation(path: Path, curves: Sequence[Row], setup: Row) -> Pa
         axes.axhline(0, color="black", linewidth=1, linestyle=":")
         axes.set_xlabel("square root of KL from the reference, nats")
         axes.set_ylabel("mean gain over objectives, sd")
-        axes.set_title(f"True (solid) and proxy (dashed), n = {len(setup['ablation_seeds'])} seeds")
+        axes.set_title(f"True (line), proxy (dashed), {len(setup['ablation_seeds'])} seeds")
         legend_below(axes, 2)
     return path
 
@@ -140,7 +140,7 @@ def _draw_balance(path: Path, rows: Sequence[Row], summary: Sequence[Row], setup
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("true win rate against the reference")
-        axes.set_title(f"Balance at {setup['matched_kl']:g} nat, bias {setup['ablation_bias']:g}")
+        axes.set_title(f"Balance at {setup['matched_kl']:g} nats, bias {setup['ablation_bias']:g}")
         legend_below(axes, 3)
     return path
 
@@ -167,6 +167,6 @@ def _draw_ablations(path: Path, tables: Mapping[str, Sequence[Row]], setup: Row)
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.axvline(0.5, color="black", linewidth=1, linestyle=":")
-        axes.set_xlabel(f"{_WORST} at {setup['matched_kl']:g} nat (bar: at the end)")
+        axes.set_xlabel(f"{_WORST}\nat {setup['matched_kl']:g} nats (bar: at the end)")
         axes.set_title(f"Ablations, n = {len(setup['ablation_seeds'])} seeds")
     return path
