@@ -15,7 +15,7 @@ from prmd.config_sections import TrainingConfig, TuningConfig
 from prmd.memory_report import UNSAMPLED, Sampled, memory_lines
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
-from prmd.policy_methods import POLICY_METHODS, SOUP, SOUP_MEMBERS, uses_gamma
+from prmd.policy_methods import BASELINE, POLICY_METHODS, SOUP, SOUP_MEMBERS, uses_gamma
 from prmd.policy_samples import GAMMA_SAMPLES
 from prmd.preferences import PREPARE_COMMAND
 from prmd.provenance import read_run
@@ -99,6 +99,8 @@ def describe_policies(config: PolicyConfig, methods: Sequence[str]) -> None:
             output=directory,
             sampled=(sampled := _sampled(config, method)),
         )
+        if method == BASELINE:
+            logger.info("TRL trains it: prompts twice, padded, all logits at once; the memory above is too low")
         if sampled.paired:
             times, share = 1 / (1 - config.pairs.share), config.pairs.share
             logger.info(

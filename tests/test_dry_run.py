@@ -81,6 +81,7 @@ def test_policies_pool_the_pairs_of_all_objectives(
     train_baseline_dpo(limited, dry_run=True)
     train_hierarchical(limited, dry_run=True)
     assert caplog.text.count("on about 10 pairs") == 2 and files(config.paths.root) == before
+    assert caplog.text.count("TRL trains it") == 1
 
 
 def test_missing_inputs_are_said_with_their_command(
