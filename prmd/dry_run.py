@@ -100,7 +100,9 @@ def describe_policies(config: PolicyConfig, methods: Sequence[str]) -> None:
             sampled=(sampled := _sampled(config, method)),
         )
         if method == BASELINE:
-            logger.info("TRL trains it: prompts twice, padded, all logits at once; the memory above is too low")
+            logger.info(
+                "TRL trains it: prompts twice, padded, all logits at once; the memory above is too low"
+            )
         if sampled.paired:
             times, share = 1 / (1 - config.pairs.share), config.pairs.share
             logger.info(
