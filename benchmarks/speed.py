@@ -1,6 +1,6 @@
 """Speed and memory of the training engine, side by side with TRL on the same pairs.
 
-    python benchmarks/speed.py [--quick] [--json FILE] [--model FOLDER_OR_WHEEL] [--data FOLDER]
+    python benchmarks/speed.py [--quick] [--rows NAME ...] [--json FILE] [--model FOLDER_OR_WHEEL] [--data FOLDER]
 
 Measures DPO against TRL's DPOTrainer (references precomputed in both, only optimiser steps timed), reward models against
 its RewardTrainer, distillation (TRL has none), scoring, peak memory at vocabulary 151,936, and each against the same
@@ -19,7 +19,7 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs uninstalled, from any folder
@@ -69,26 +69,41 @@ FULL = Preset(
     {name: (repeats, math.inf) for name, repeats in (("dpo", 5), ("reward_model", 5), ("distillation", 3))}
     | {"scoring": (3, math.inf)},
 )
+ROWS = (*FULL.limits, "memory")
 QUICK = Preset(
     16, {"dpo": (3, 540.0), "reward_model": (3, 420.0), "distillation": (2, 120.0), "scoring": (2, 120.0)}
 )
 
 
 def measure(
-    model: str, data: str | None, preset: Preset, *, vocabulary: int = MEMORY_VOCABULARY
+    model: str,
+    data: str | None,
+    preset: Preset,
+    *,
+    names: Sequence[str] = ROWS,
+    vocabulary: int = MEMORY_VOCABULARY,
 ) -> list[Row]:
-    """Every row, with the hardware and versions it was measured on and the targets it misses."""
+    """The named rows, with the hardware and versions they were measured on and the targets they miss.
+
+    Args:
+        names: of `ROWS`; distillation and scoring are measured with dpo alone.
+    """
     set_seed(0)
     paths = load_config(CONFIG_DIR / "reward_model_config.yaml", RewardModelConfig).paths
     base = model_config(model)
     workload = load_workload(base, data, preset.pairs, max_length=MAX_LENGTH)
     models = saved_models(base, paths, workload.tokenizer.pad_token_id)
     logger.info("%s, %s on %s", model, workload.source, get_device())
-    rows = [memory_row(workload, vocabulary=vocabulary)]
-    logger.info("memory measured; reward models next")
-    rows.insert(0, reward_row(models, workload, preset.limits["reward_model"]))
-    logger.info("reward models measured; policies next")
-    rows = policy_rows(models, workload, preset.limits) + rows
+    rows: list[Row] = []
+    if "memory" in names:
+        rows = [memory_row(workload, vocabulary=vocabulary)]
+        logger.info("memory measured")
+    if "reward_model" in names:
+        rows.insert(0, reward_row(models, workload, preset.limits["reward_model"]))
+        logger.info("reward models measured")
+    if "dpo" in names:
+        limits = {name: limit for name, limit in preset.limits.items() if name in names}
+        rows = policy_rows(models, workload, limits) + rows
     if get_device().type == "cuda":
         rows += _large_shape(workload, preset)
     device = describe_device()
@@ -180,9 +195,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--data", help="folder in the hub's HH-RLHF layout; default: configured, else embedded"
     )
+    parser.add_argument(
+        "--rows", nargs="+", choices=ROWS, default=ROWS, metavar="NAME", help=f"of {', '.join(ROWS)}"
+    )
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", help="of every timed row, where not given up for time"
+    )
     options = parser.parse_args(arguments)
+    if {"distillation", "scoring"} & set(options.rows) and "dpo" not in options.rows:
+        parser.error("distillation and scoring are measured with dpo: name it too")
     configure_logging()
-    rows = measure(options.model, options.data, QUICK if options.quick else FULL)
+    preset = QUICK if options.quick else FULL
+    if options.repeats:
+        limits = {name: (options.repeats, seconds) for name, (_, seconds) in preset.limits.items()}
+        preset = replace(preset, limits=limits)
+    rows = measure(options.model, options.data, preset, names=options.rows)
     publish(rows, table(rows), options.json)
 
 
