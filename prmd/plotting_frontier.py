@@ -66,6 +66,7 @@ def draw_frontier(path: Path, rows: Sequence[Row], frontier: dict[str, Any] | No
         top.set_ylabel("worst-objective win rate")
         bottom.set_ylabel("mean of the minimum, sd")
         bottom.set_xlabel(_KL_LABEL)
+        bottom.locator_params(axis="x", nbins=5)  # small KL has long tick labels
         top.set_title(f"Reward–KL frontier (n = {points[0]['kl']['n']} prompts)")
         legend_below(top)
     return path
