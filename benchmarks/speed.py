@@ -1,6 +1,6 @@
 """Speed and memory of the training engine, side by side with TRL on the same pairs.
 
-    python benchmarks/speed.py [--quick] [--rows NAME ...] [--json FILE] [--model FOLDER_OR_WHEEL] [--data FOLDER]
+    python benchmarks/speed.py [--quick] [--rows NAME ...] [--repeats N] [--json FILE] [--model FOLDER_OR_WHEEL] [--data FOLDER]
 
 Measures DPO against TRL's DPOTrainer (references precomputed in both, only optimiser steps timed), reward models against
 its RewardTrainer, distillation (TRL has none), scoring, peak memory at vocabulary 151,936, and each against the same
@@ -69,7 +69,7 @@ FULL = Preset(
     {name: (repeats, math.inf) for name, repeats in (("dpo", 5), ("reward_model", 5), ("distillation", 3))}
     | {"scoring": (3, math.inf)},
 )
-ROWS = (*FULL.limits, "memory")
+ROWS = (*FULL.limits, "memory", "shape")
 QUICK = Preset(
     16, {"dpo": (3, 540.0), "reward_model": (3, 420.0), "distillation": (2, 120.0), "scoring": (2, 120.0)}
 )
@@ -86,7 +86,7 @@ def measure(
     """The named rows, with the hardware and versions they were measured on and the targets they miss.
 
     Args:
-        names: of `ROWS`; distillation and scoring are measured with dpo alone.
+        names: of `ROWS`; distillation and scoring are measured with dpo alone, `shape` (that of Qwen2.5-3B) on a GPU alone.
     """
     set_seed(0)
     paths = load_config(CONFIG_DIR / "reward_model_config.yaml", RewardModelConfig).paths
@@ -104,7 +104,7 @@ def measure(
     if "dpo" in names:
         limits = {name: limit for name, limit in preset.limits.items() if name in names}
         rows = policy_rows(models, workload, limits) + rows
-    if get_device().type == "cuda":
+    if "shape" in names and get_device().type == "cuda":
         rows += _large_shape(workload, preset)
     device = describe_device()
     return [row | {"model": row["model"] or model, "missed": misses(row)} | device for row in rows]

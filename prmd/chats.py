@@ -30,7 +30,6 @@ from prmd.tokenization import render, template_fingerprint
 
 logger = logging.getLogger(__name__)
 
-MAX_REPLY_TOKENS = 2048
 REPLIES_PER_SHARD = 16
 
 
@@ -84,9 +83,7 @@ class EndpointChat:
     def fingerprint(self) -> str:
         return io.fingerprint(["endpoint", self.endpoint.base_url, self.endpoint.model])
 
-    def complete(
-        self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int = MAX_REPLY_TOKENS
-    ) -> list[str]:
+    def complete(self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
         """One reply per conversation; equal conversations are asked once.
 
         Raises:
@@ -150,9 +147,7 @@ class LocalChat:
     def fingerprint(self) -> str:
         return io.fingerprint(["local", base_model_key(self.model, self.config.paths), self.model.dtype])
 
-    def complete(
-        self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int = MAX_REPLY_TOKENS
-    ) -> list[str]:
+    def complete(self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
         """One reply per conversation; none to a conversation that is longer than the model's context.
 
         Raises:
@@ -247,9 +242,7 @@ class ReplayChat:
             )
         return [self.rows[key] for key in ids]
 
-    def complete(
-        self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int = MAX_REPLY_TOKENS
-    ) -> list[str]:
+    def complete(self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
         """The replies under the keys of the conversations."""
         return self.texts([conversation_key(messages, max_new_tokens) for messages in prompts])
 

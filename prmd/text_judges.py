@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prmd import io
-from prmd.chats import MAX_REPLY_TOKENS, Chat, EndpointChat, ReplayChat, local_chat
+from prmd.chats import Chat, EndpointChat, ReplayChat, local_chat
 from prmd.config import EvaluationConfig
 from prmd.endpoint import make_endpoint
 from prmd.errors import ConfigError
@@ -49,9 +49,7 @@ class TextJudge(Protocol):
     def judge(self, items: Sequence[JudgeItem], rubric: Rubric) -> list[Verdict]:
         """One verdict per item, in order."""
 
-    def complete(
-        self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int = MAX_REPLY_TOKENS
-    ) -> list[str]:
+    def complete(self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
         """One greedy chat completion per conversation, kept on disk by content.
 
         Raises:
@@ -69,9 +67,7 @@ class _Silent:
     kind: str
     writes = False
 
-    def complete(
-        self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int = MAX_REPLY_TOKENS
-    ) -> list[str]:
+    def complete(self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
         """Refused: see `Raises` of the protocol."""
         raise ConfigError(
             f"text_judge.kind: {self.kind} cannot write a judgement; wanted local_model, endpoint or replay"
@@ -176,9 +172,7 @@ class ChatJudge:
             for item, reply in zip(items, replies, strict=True)
         ]
 
-    def complete(
-        self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int = MAX_REPLY_TOKENS
-    ) -> list[str]:
+    def complete(self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
         """As `TextJudge.complete`."""
         return self.chat.complete(prompts, max_new_tokens=max_new_tokens)
 

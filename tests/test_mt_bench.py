@@ -14,7 +14,7 @@ from prmd.benchmarks import mt_bench_answers
 from prmd.benchmarks.mt_bench import run_mt_bench
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.run import run_benchmarks
-from prmd.chats import MAX_REPLY_TOKENS, ReplayChat, conversation_key
+from prmd.chats import ReplayChat, conversation_key
 from prmd.config import EvaluationConfig
 from prmd.config_evaluation import BenchmarksConfig, MtBenchConfig, TextJudgeConfig
 from prmd.judge_cards import CONSTANT_ANSWER
@@ -163,11 +163,11 @@ def test_another_judge_generates_nothing_and_its_file_can_be_replayed(
     judge = ScriptedJudge(name="other", silent_every=2)
     second = run(settings(root), "hard_min", judge, monkeypatch)
     assert second.samples == first.samples and second.label != first.label
-    keys = [conversation_key(prompt, MAX_REPLY_TOKENS) for prompt in judge.asked]
+    keys = [conversation_key(prompt, 2048) for prompt in judge.asked]
     assert {row["id"] for row in second.judgements} == set(keys)
     write_rows(tmp_path / "verdicts.jsonl", first.judgements)
     chat = ReplayChat(tmp_path / "verdicts.jsonl")
-    assert chat.complete(judge.asked[:1])[0].startswith("Rating: [[")
+    assert chat.complete(judge.asked[:1], max_new_tokens=2048)[0].startswith("Rating: [[")
 
 
 def test_the_stage_keeps_samples_judgements_and_metrics_apart(

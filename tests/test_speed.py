@@ -64,6 +64,31 @@ def test_every_row_is_measured_and_printed(model: str) -> None:
     assert printed.count("MISSED") == sum(len(row["missed"]) for row in rows)
 
 
+def test_named_rows_alone_are_measured(model: str) -> None:
+    rows = speed.measure(model, None, ONCE, names=("dpo", "scoring"), vocabulary=500)
+    assert [row["name"] for row in rows] == ["dpo", "scoring"]
+    rows = speed.measure(model, None, ONCE, names=("dpo", "distillation"), vocabulary=500)
+    assert [row["name"] for row in rows] == ["dpo", "distillation"]
+    rows = speed.measure(model, None, ONCE, names=("memory",), vocabulary=500)
+    assert [row["name"] for row in rows] == ["memory"]
+
+
+def test_rows_and_repeats_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    asked = []
+    monkeypatch.setattr(speed, "measure", lambda *args, **named: asked.append((args, named)))
+    monkeypatch.setattr(speed, "publish", lambda *_: None)
+    monkeypatch.setattr(speed, "table", lambda _: "")
+    speed.main(["--rows", "dpo", "memory", "--repeats", "2"])
+    ((_, _, preset), named) = asked[0]
+    assert named == {"names": ["dpo", "memory"]} and preset.pairs == speed.FULL.pairs
+    assert {limit[0] for limit in preset.limits.values()} == {2}
+    speed.main(["--quick"])
+    assert asked[1][0][2] == speed.QUICK and asked[1][1] == {"names": speed.ROWS}
+    with pytest.raises(SystemExit):
+        speed.main(["--rows", "scoring"])
+    assert "measured with dpo" in capsys.readouterr().err
+
+
 def test_both_sides_take_the_same_steps_from_the_same_loss(
     model: str, workload: Workload, tmp_path: Path
 ) -> None:

@@ -166,7 +166,7 @@ def test_a_local_model_that_is_not_there_names_the_key(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     judge = judge_of(tmp_path, kind="local_model", model=str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=r"text_judge\.model: cannot load"):
-        judge.complete([[{"role": "user", "content": "Why?"}]])
+        judge.complete([[{"role": "user", "content": "Why?"}]], max_new_tokens=9)
 
 
 # ------------------------------------------------------------------ classifier
@@ -197,7 +197,7 @@ def test_a_classifier_reads_request_and_response_by_its_named_label(
         assert verdict.score == pytest.approx(wanted, abs=1e-5) and verdict.positive is (wanted > 0.5)
     assert judge.name == "guard" and judge.answers(JAILBREAK) and not judge.answers(REFUSAL)
     with pytest.raises(ConfigError, match="classifier cannot write"):
-        judge.complete([])
+        judge.complete([], max_new_tokens=9)
     monkeypatch.setattr("prmd.label_classifiers.load_labelled_classifier", lambda *_: pytest.fail("again"))
     assert judge_of(tmp_path, kind="classifier", model=str(folder)).judge(ITEMS, JAILBREAK) == verdicts
 
