@@ -170,14 +170,14 @@ def evaluate(
 
 
 def _kl(world: World, policy: LlamaForCausalLM, samples: Samples) -> Tensor:
-    """(Rao-Blackwellised KL, log-ratio) of every sample: [X, n, 2] nats."""
+    """(Rao-Blackwellised KL, log-ratio, k3) of every sample: [X, n, 3] nats."""
     rows = sample_rows(
         [prompt_tokens(p) for p in world.test_prompts], samples, world.tokenizer, keep_suffix=False
     )
     return score(
         rows,
         lambda batch: response_kls(policy, lambda: contextlib.nullcontext(world.reference), batch),
-        width=2,
+        width=3,
     )
 
 

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results["setup"] |= {"hardware": hardware(), "minutes": round((time.monotonic() - started) / 60, 1)}
     default = options.work / "quick.json" if options.quick else RESULTS / "gold_reward.json"
     path = io.write_json(options.output or default, results)
-    text = page(results)
+    text = page(results, path.stem)
     print(text)
     for figure in (path, io.write_text(path.with_suffix(".md"), text), *plot_gold_reward(path)):
         logger.info("written: %s", figure)

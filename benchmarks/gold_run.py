@@ -27,6 +27,7 @@ from benchmarks.gold_reference import World, build_world
 from benchmarks.gold_summary import (
     ablation_row,
     curve_points,
+    fall_rows,
     paired_rows,
     reward_model_rows,
     summary_row,
@@ -127,7 +128,7 @@ def assemble(
     """The study's results from the files of its units.
 
     Returns:
-        `summary`, one row per (method, bias); `paired` against dpo; `frontier` and `over_optimisation`, points over
+        `summary`, one row per (method, bias); `paired` against dpo; `falls` with the bias; `over_optimisation`, points over
         sqrt(KL); `ablations`, lists of rows; `reward_models`; and how it was run.
     """
 
@@ -142,21 +143,21 @@ def assemble(
     tables = ablations(preset)
     far = tables.pop("over_optimisation", [])
     kl = MATCHED_KL
+
+    def ablation(label: str, units: Sequence[Unit]) -> dict[str, Any]:
+        method, bias, found = units[0].method, units[0].bias, runs(units)
+        shipped = runs([preset.unit(method, bias, unit.seed) for unit in units])
+        return ablation_row(label, found, shipped, summary_row(method, bias, found, kl), kl)
+
     return {
         "summary": [summary_row(*key, found, kl) for key, found in groups.items()],
         "paired": paired_rows(groups, kl),
-        "frontier": [
-            {"method": method, "bias": bias, "points": curve_points(found)}
-            for (method, bias), found in groups.items()
-        ],
+        "falls": fall_rows(groups, kl),
         "over_optimisation": [
             {"label": label, "method": units[0].method, "points": curve_points(runs(units))}
             for label, units in far
         ],
-        "ablations": {
-            name: [ablation_row(label, u[0].method, u[0].bias, runs(u), kl) for label, u in rows]
-            for name, rows in tables.items()
-        },
+        "ablations": {name: [ablation(*row) for row in rows] for name, rows in tables.items()},
         "reward_models": reward_model_rows(reward_models),
         "setup": _setup(preset, results),
     }

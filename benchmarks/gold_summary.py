@@ -4,7 +4,8 @@ A measure is interpolated linearly in sqrt(KL) between the checkpoints of ONE tr
 matched KL; policies start at KL 0 with a win rate of one half. A run that never gets there counts at its last checkpoint,
 its own KL is what the row shows, and `reached` says how many got there. Intervals are Student's t over seeds, each seed a
 world of its own (reference, prompts, labels); the interval of a minimum over objectives is `intervals.minimum_band`.
-Which units there are is in `gold_plan`; figures of these numbers are in `prmd.plotting_study`.
+Two worst objectives: `worst_win_rate` is the smallest of the mean win rates; `worst_per_world`, the mean of every world's own
+smallest win rate, is a number of each world and so what can be paired. Which units there are is in `gold_plan`; figures of these numbers are in `prmd.plotting_study`.
 """
 
 import itertools
@@ -20,6 +21,8 @@ from prmd.objectives import OBJECTIVES
 
 Checkpoints = Sequence[Mapping[str, Any]]
 Row = dict[str, Any]
+PAIRED = ("worst_per_world", "mean_of_min", "length")
+"""Measures whose differences within worlds are shown."""
 
 
 def at_kl(checkpoints: Checkpoints, kl: float) -> tuple[dict[str, float], bool]:
@@ -38,17 +41,22 @@ def at_kl(checkpoints: Checkpoints, kl: float) -> tuple[dict[str, float], bool]:
             left, right = (math.sqrt(max(row["kl"], 0.0)) for row in (before, after))
             share = (math.sqrt(kl) - left) / (right - left)
             mixed = {name: (1 - share) * before[name] + share * after[name] for name in before}
-            return mixed | {"kl": kl}, True
-    return rows[-1], False
+            return _with_derived(mixed | {"kl": kl}), True
+    return _with_derived(rows[-1]), False
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, float]:
-    """One level of names, with the derived measures of a policy."""
+    """One level of names."""
     flat: dict[str, float] = {}
     for name, value in row.items():
         flat |= {f"{name}/{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
-    wins = [flat[f"win_rate/{objective}"] for objective in OBJECTIVES]
-    return flat | {"worst_win_rate": min(wins), "imbalance": max(wins) - min(wins)}
+    return flat
+
+
+def _with_derived(row: dict[str, float]) -> dict[str, float]:
+    """With the measures that follow from the win rates of one training at one KL."""
+    wins = [row[f"win_rate/{objective}"] for objective in OBJECTIVES]
+    return row | {"worst_per_world": min(wins), "imbalance": max(wins) - min(wins)}
 
 
 def t_interval(values: Sequence[float], confidence: float = 0.95) -> Estimate:
@@ -102,14 +110,38 @@ def summary_row(method: str, bias: float, runs: Sequence[Checkpoints], kl: float
     }
 
 
-def ablation_row(label: str, method: str, bias: float, runs: Sequence[Checkpoints], kl: float) -> Row:
-    """A `summary_row` with the varied value in words, and beside it where its trainings end."""
+def ablation_row(
+    label: str, runs: Sequence[Checkpoints], shipped: Sequence[Checkpoints], row: Row, kl: float
+) -> Row:
+    """A `summary_row` with the varied value in words, where its trainings end, and less the shipped value.
+
+    Args:
+        runs: checkpoints of all seeds.
+        shipped: those of the same method with the shipped settings; `runs` itself where nothing was changed.
+        row: the `summary_row` of `runs`.
+    """
     last = [_flat(run[-1]) for run in runs]
-    end = {
-        name: t_interval([row[name] for row in last]).value
-        for name in ("kl", "worst_win_rate", "mean_of_min")
-    }
-    return {"label": label, **summary_row(method, bias, runs, kl), "at_end": end}
+    end = {name: float(np.mean([row[name] for row in last])) for name in ("kl", "mean_of_min")}
+    end["worst_win_rate"] = min(float(np.mean([row[f"win_rate/{k}"] for row in last])) for k in OBJECTIVES)
+    less = {} if runs == shipped else differences(runs, shipped, kl)
+    return {"label": label, **row, "at_end": end, "against_shipped": {m: _less(d) for m, d in less.items()}}
+
+
+def differences(
+    ours: Sequence[Checkpoints], theirs: Sequence[Checkpoints], kl: float
+) -> dict[str, Estimate]:
+    """Differences of `PAIRED` measures within worlds; where one training ends before `kl`, at its last KL in both."""
+    pairs = [_at_common_kl(a, b, kl) for a, b in zip(ours, theirs, strict=True)]
+    return {measure: t_interval([a[measure] - b[measure] for a, b in pairs]) for measure in PAIRED}
+
+
+def _at_common_kl(a: Checkpoints, b: Checkpoints, kl: float) -> tuple[dict[str, float], dict[str, float]]:
+    common = min(at_kl(run, kl)[0]["kl"] for run in (a, b))
+    return at_kl(a, common)[0], at_kl(b, common)[0]
+
+
+def _less(difference: Estimate) -> Row:
+    return {"difference": difference.value, "ci": _ends(difference)}
 
 
 def paired_rows(runs: Mapping[tuple[str, float], Sequence[Checkpoints]], kl: float) -> list[Row]:
@@ -122,36 +154,66 @@ def paired_rows(runs: Mapping[tuple[str, float], Sequence[Checkpoints]], kl: flo
     for (method, bias), ours in runs.items():
         if method == "dpo":
             continue
-        pairs = [(at_kl(a, kl)[0], at_kl(b, kl)[0]) for a, b in zip(ours, runs["dpo", bias], strict=True)]
-        for measure in ("worst_win_rate", "mean_of_min", "length"):
-            difference = t_interval([a[measure] - b[measure] for a, b in pairs])
+        for measure, found in differences(ours, runs["dpo", bias], kl).items():
             names = {"method": method, "against": "dpo", "bias": bias, "measure": measure}
-            rows.append(names | {"difference": difference.value, "ci": _ends(difference), "seeds": len(ours)})
+            rows.append({**names, **_less(found), "seeds": len(ours)})
+    return rows
+
+
+def fall_rows(runs: Mapping[tuple[str, float], Sequence[Checkpoints]], kl: float) -> list[Row]:
+    """How much every method loses from the smallest to the largest bias, and how much more than `dpo`, within worlds.
+
+    Returns:
+        One row per method and measure: fall with fall_ci (positive: it loses), more_than_dpo with more_than_dpo_ci
+        (None for dpo itself); empty where there is one bias.
+    """
+    biases = sorted({bias for _, bias in runs})
+    if len(biases) == 1:
+        return []
+
+    def falls(method: str, measure: str) -> np.ndarray:
+        low, high = (
+            np.array([at_kl(run, kl)[0][measure] for run in runs[method, bias]])
+            for bias in (biases[0], biases[-1])
+        )
+        return low - high
+
+    rows = []
+    for method in dict.fromkeys(method for method, _ in runs):
+        for measure in ("worst_per_world", "mean_of_min"):
+            own, base = falls(method, measure), falls("dpo", measure)
+            fall, more = t_interval(own), t_interval(own - base)
+            row = {"method": method, "measure": measure, "from": biases[0], "to": biases[-1]}
+            row |= {"fall": fall.value, "fall_ci": _ends(fall), "seeds": len(own)}
+            is_dpo = method == "dpo"
+            row |= {"more_than_dpo": None if is_dpo else more.value}
+            rows.append(row | {"more_than_dpo_ci": None if is_dpo else _ends(more)})
     return rows
 
 
 def curve_points(runs: Sequence[Checkpoints]) -> list[Row]:
-    """Means over seeds at each checkpoint: true and proxy gains over sqrt(KL).
+    """Means over seeds at each checkpoint of what is true and what the method's own reward models think, over sqrt(KL).
 
     Returns:
-        One row per checkpoint: step, kl, distance (sqrt KL), gold (mean over objectives of the true gain), gold_ci,
-        gold_min (gain of E min_k), and where they were measured proxy, proxy_ci, proxy_robust; reference standard
-        deviations.
+        One row per checkpoint: step, kl, distance (sqrt KL); gains over the reference in its standard deviations, each with
+        its `_ci`: gold (mean over objectives), gold_min (E min_k), proxy (mean over objectives and members), proxy_robust
+        (of the method's R).
     """
     points = []
     for index, first in enumerate(runs[0]):
         rows = [_flat(run[index]) for run in runs]
-        gold = t_interval([np.mean([row[f"mean_reward/{k}"] for k in OBJECTIVES]) for row in rows])
+        starts = [run[0]["mean_of_min"] for run in runs]
+        gains = {
+            "gold": [float(np.mean([row[f"mean_reward/{k}"] for k in OBJECTIVES])) for row in rows],
+            "gold_min": [row["mean_of_min"] - start for row, start in zip(rows, starts, strict=True)],
+            "proxy": [row["proxy"] for row in rows],
+            "proxy_robust": [row["proxy_robust"] for row in rows],
+        }
         kl = float(np.mean([row["kl"] for row in rows]))
         point = {"step": first["step"], "kl": kl, "distance": math.sqrt(max(kl, 0.0))}
-        point |= {"gold": gold.value, "gold_ci": _ends(gold)}
-        starts = [run[0]["mean_of_min"] for run in runs]
-        gains = [row["mean_of_min"] - start for row, start in zip(rows, starts, strict=True)]
-        point["gold_min"] = float(np.mean(gains))
-        if "proxy" in first:
-            proxy = t_interval([row["proxy"] for row in rows])
-            robust = float(np.mean([row["proxy_robust"] for row in rows]))
-            point |= {"proxy": proxy.value, "proxy_ci": _ends(proxy), "proxy_robust": robust}
+        for name, values in gains.items():
+            found = t_interval(values)
+            point |= {name: found.value, f"{name}_ci": _ends(found)}
         points.append(point)
     return points
 

@@ -34,11 +34,12 @@ def plot_gold_reward(results_json: Path, directory: Path | None = None) -> list[
         return folder / f"{results_json.stem}_{part}.png"
 
     drawn = [_draw_bias(path("bias"), results["summary"], setup)]
+    tables = dict(results["ablations"])
     if results["over_optimisation"]:
         drawn.append(_draw_over_optimisation(path("overoptimisation"), results["over_optimisation"], setup))
-    tables = dict(results["ablations"])
     if rows := tables.pop("calibration", None):
-        drawn.append(_draw_balance(path("balance"), rows, results["summary"], setup))
+        dpo = [row for row in tables.get("beta", []) if row["method"] == "dpo" and not row["against_shipped"]]
+        drawn.append(_draw_balance(path("balance"), [*dpo, *rows], setup))
     if tables:
         drawn.append(_draw_ablations(path("ablations"), tables, setup))
     return drawn
@@ -72,7 +73,7 @@ def _draw_bias(path: Path, rows: Sequence[Row], setup: Row) -> Path:
                 )
             axes.set_ylabel(label)
         _reference_lines(panels, setup)
-        panels[1].set_xlabel("length bias: share of pairs that prefer the longer")
+        panels[1].set_xlabel("length bias ρ: helpful pairs preferring the longer")
         panels[0].set_title(f"True rewards at {setup['matched_kl']:g} nats, {len(setup['seeds'])} seeds")
         legend_below(panels[0])
     return path
@@ -89,37 +90,37 @@ def _reference_lines(panels: Sequence[Axes], setup: Row) -> None:
 
 
 def _draw_over_optimisation(path: Path, curves: Sequence[Row], setup: Row) -> Path:
-    """Gains over sqrt(KL): what the method's own reward models think, dashed, and what is true, solid."""
-    with canvas(path, height=4.6) as axes:
-        for i, curve in enumerate(curves):
-            points, style = curve["points"], _style(i)
-            x = [point["distance"] for point in points]
-            axes.plot(x, [point["gold"] for point in points], label=curve["label"], **style)
-            axes.fill_between(
-                x,
-                *zip(*(point["gold_ci"] for point in points), strict=True),
-                color=style["color"],
-                alpha=0.12,
-            )
-            axes.plot(
-                x, [point["proxy"] for point in points], color=style["color"], linestyle="--", linewidth=1.2
-            )
-        axes.axhline(0, color="black", linewidth=1, linestyle=":")
-        axes.set_xlabel("square root of KL from the reference, nats")
-        axes.set_ylabel("mean gain over objectives, sd")
-        axes.set_title(f"True (line), proxy (dashed), {len(setup['ablation_seeds'])} seeds")
-        legend_below(axes, 2)
+    """Gains over sqrt(KL), true (solid) and by the method's own reward models (dashed), each in what the method maximises.
+
+    Above, policies of a mean reward: the mean over objectives. Below, those of a worst case R: E min, and R itself.
+    """
+    of_means = [curve for curve in curves if curve["method"] == "mean"]
+    of_minima = [curve for curve in curves if curve["method"] != "mean"]
+    with canvas(path, height=6.4, rows=2, share_x=True) as panels:
+        for axes, own, truth, proxy, label in (
+            (panels[0], of_means, "gold", "proxy", "mean over objectives"),
+            (panels[1], of_minima, "gold_min", "proxy_robust", "minimum over objectives"),
+        ):
+            for curve in own:
+                points, style = curve["points"], _style(list(curves).index(curve))
+                x = [point["distance"] for point in points]
+                axes.plot(x, [point[truth] for point in points], label=curve["label"], **style)
+                axes.plot(
+                    x, [point[proxy] for point in points], color=style["color"], linestyle="--", linewidth=1.2
+                )
+                for name in (truth, proxy):
+                    ends = zip(*(point[f"{name}_ci"] for point in points), strict=True)
+                    axes.fill_between(x, *ends, color=style["color"], alpha=0.12)
+            axes.axhline(0, color="black", linewidth=1, linestyle=":")
+            axes.set_ylabel(f"{label}, sd")
+            axes.legend(loc="upper left")
+        panels[1].set_xlabel(f"√KL from the reference (KL in nats), {len(setup['ablation_seeds'])} seeds")
+        panels[0].set_title("True gain; dashed: by reward models")
     return path
 
 
-def _draw_balance(path: Path, rows: Sequence[Row], summary: Sequence[Row], setup: Row) -> Path:
+def _draw_balance(path: Path, shown: Sequence[Row], setup: Row) -> Path:
     """Win rates of all objectives side by side: raw and calibrated minima, distillation and DPO."""
-    dpo = [
-        {"label": "dpo", **row}
-        for row in summary
-        if row["method"] == "dpo" and row["bias"] == setup["ablation_bias"]
-    ]
-    shown = [*dpo, *rows]
     with canvas(path, height=1.8 + 0.42 * len(shown)) as axes:
         places = np.arange(len(shown))
         for k, objective in enumerate(shown[0]["win_rate"]):
@@ -140,7 +141,8 @@ def _draw_balance(path: Path, rows: Sequence[Row], summary: Sequence[Row], setup
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlabel("true win rate against the reference")
-        axes.set_title(f"Balance at {setup['matched_kl']:g} nats, bias {setup['ablation_bias']:g}")
+        seeds = len(setup["ablation_seeds"])
+        axes.set_title(f"{setup['matched_kl']:g} nats, bias {setup['ablation_bias']:g}, {seeds} seeds")
         legend_below(axes, 3)
     return path
 
@@ -162,11 +164,11 @@ def _draw_ablations(path: Path, tables: Mapping[str, Sequence[Row]], setup: Row)
                 elinewidth=1,
             )
             ends = [row["at_end"]["worst_win_rate"] for _, row in own]
-            axes.plot(ends, places, "|", color=PALETTE[i % len(PALETTE)], markersize=9)
+            axes.plot(ends, places, "x", color=PALETTE[i % len(PALETTE)], markersize=5)
         axes.set_yticks(range(len(rows)), [row["label"] for _, row in rows])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.axvline(0.5, color="black", linewidth=1, linestyle=":")
-        axes.set_xlabel(f"{_WORST}\nat {setup['matched_kl']:g} nats (bar: at the end)")
+        axes.set_xlabel(f"{_WORST}\n● {setup['matched_kl']:g} nats, × end of training")
         axes.set_title(f"Ablations, n = {len(setup['ablation_seeds'])} seeds")
     return path

@@ -14,7 +14,16 @@ from benchmarks.gold_models import Sizes
 from benchmarks.gold_page import page
 from benchmarks.gold_plan import FULL, METHODS, QUICK, Preset, ablations, all_units, main_units
 from benchmarks.gold_run import run_study
-from benchmarks.gold_summary import ablation_row, at_kl, curve_points, paired_rows, summary_row, t_interval
+from benchmarks.gold_summary import (
+    ablation_row,
+    at_kl,
+    curve_points,
+    differences,
+    fall_rows,
+    paired_rows,
+    summary_row,
+    t_interval,
+)
 from benchmarks.gold_targets import calibrated_like, choose_members, take_sides
 from benchmarks.gold_world import (
     END,
@@ -223,6 +232,8 @@ def line(slope: float, kls: tuple[float, ...] = (0.0, 0.3, 0.9, 2.5)) -> list[di
             ),
             "mean_reward": {k: 3 * slope * math.sqrt(kl) for k in ("helpful", "harmless", "honest")},
             "mean_of_min": -1 + slope * math.sqrt(kl),
+            "proxy": 4 * slope * math.sqrt(kl),
+            "proxy_robust": 5 * slope * math.sqrt(kl),
         }
         for i, kl in enumerate(kls)
     ]
@@ -261,8 +272,25 @@ def test_a_row_has_what_is_promised() -> None:
     assert row["ci"][0] < 0.35 < row["ci"][1]
     assert row["mean_of_min"] == pytest.approx(-0.85)
     assert row["imbalance"] == pytest.approx(0.45)
-    end = ablation_row("x", "dpo", 0.8, [line(0.1), line(0.2)], 1.0)["at_end"]
-    assert end["mean_of_min"] == pytest.approx(-1 + 0.15 * math.sqrt(2.5))
+
+
+def test_the_worst_objective_is_taken_after_interpolation() -> None:
+    run = line(0.1, kls=(0.0, 4.0))
+    run[1]["win_rate"] = {"helpful": 0.9, "harmless": 0.5, "honest": 0.7}
+    run[0]["win_rate"] = {"helpful": 0.1, "harmless": 0.9, "honest": 0.7}
+    # half-way in sqrt(KL): .5, .7, .7; the mean of the two ends' minima would be .3
+    assert at_kl(run, 1.0)[0]["worst_per_world"] == pytest.approx(0.5)
+
+
+def test_an_ablation_is_shown_at_its_end_and_less_the_shipped_value() -> None:
+    shipped, runs = [line(0.1), line(0.2)], [line(0.15), line(0.25)]
+    row = ablation_row("x", runs, shipped, summary_row("dpo", 0.8, runs, 1.0), 1.0)
+    assert row["label"] == "x" and row["method"] == "dpo"
+    assert row["at_end"]["mean_of_min"] == pytest.approx(-1 + 0.2 * math.sqrt(2.5))
+    assert row["at_end"]["worst_win_rate"] == pytest.approx(0.5 - 0.2 * math.sqrt(2.5))
+    assert row["against_shipped"]["mean_of_min"]["difference"] == pytest.approx(0.05)
+    same = ablation_row("x", shipped, shipped, summary_row("dpo", 0.8, shipped, 1.0), 1.0)
+    assert same["against_shipped"] == {}
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -270,7 +298,30 @@ def test_differences_are_paired_by_seed() -> None:
     rows = {row["measure"]: row for row in paired_rows(runs, 1.0)}
     assert rows["mean_of_min"]["difference"] == pytest.approx(0.05)
     assert rows["mean_of_min"]["ci"] == pytest.approx([0.05, 0.05])
-    assert rows["worst_win_rate"]["difference"] == pytest.approx(-0.05)
+    assert rows["worst_per_world"]["difference"] == pytest.approx(-0.05)
+
+
+def test_differences_are_taken_where_both_trainings_have_been() -> None:
+    short = line(0.3, kls=(0.0, 0.25))
+    found = differences([short], [line(0.1)], 1.0)
+    assert found["mean_of_min"].value == pytest.approx((0.3 - 0.1) * 0.5)
+
+
+def test_losses_are_compared_with_those_of_dpo() -> None:
+    runs = {
+        ("dpo", 0.5): [line(0.3), line(0.4)],
+        ("dpo", 0.9): [line(0.1), line(0.2)],
+        ("mean", 0.5): [line(0.3), line(0.3)],
+        ("mean", 0.9): [line(0.2), line(0.1)],
+    }
+    rows = {(row["method"], row["measure"]): row for row in fall_rows(runs, 1.0)}
+    assert rows["dpo", "mean_of_min"]["fall"] == pytest.approx(0.2)
+    assert rows["dpo", "mean_of_min"]["more_than_dpo"] is None
+    mean = rows["mean", "mean_of_min"]
+    assert mean["fall"] == pytest.approx(0.15) and mean["more_than_dpo"] == pytest.approx(-0.05)
+    half = 12.706205 * 0.05  # t of one degree of freedom, differences -.1 and 0
+    assert mean["more_than_dpo_ci"] == pytest.approx([-0.05 - half, -0.05 + half])
+    assert fall_rows({key: run for key, run in runs.items() if key[1] == 0.5}, 1.0) == []
 
 
 def test_curves_are_gains_over_the_start() -> None:
@@ -278,6 +329,9 @@ def test_curves_are_gains_over_the_start() -> None:
     assert points[0]["gold"] == points[0]["gold_min"] == points[0]["distance"] == 0
     assert points[-1]["gold"] == pytest.approx(0.6 * math.sqrt(2.5))
     assert points[-1]["gold_min"] == pytest.approx(0.2 * math.sqrt(2.5))
+    assert points[-1]["proxy"] == pytest.approx(0.8 * math.sqrt(2.5))
+    low, high = points[-1]["proxy_robust_ci"]
+    assert (low + high) / 2 == pytest.approx(points[-1]["proxy_robust"]) == pytest.approx(math.sqrt(2.5))
 
 
 # ------------------------------------------------------------------ the plan and the whole
@@ -312,13 +366,19 @@ def test_the_whole_study_runs_resumes_and_is_drawn(tmp_path, monkeypatch) -> Non
     assert run_study(preset, tmp_path, workers=1) == results
     path = tmp_path / "gold.json"
     path.write_text(json.dumps(results), encoding="utf-8")
-    text = page(results)
+    text = page(results, "gold")
     hard_min = next(row for row in results["summary"] if row["method"] == "hard_min")
-    assert f"| hard_min | 0.8 | {hard_min['kl']:.2f} | {hard_min['worst_win_rate']:.3f} |" in text
-    assert (
-        all(f"## {name}" in text for name in ("calibration", "Heads", "Same seeds"))
-        and "| 0.2 | 10 |" in text
-    )
+    reached = f"{hard_min['reached']} | {hard_min['worst_win_rate']:.3f}"
+    assert f"| hard_min | 0.8 | {hard_min['kl']:.2f} | {reached} |" in text
+    sections = ("Ablation: calibration", "Heads", "Same worlds", "Over-optimisation", "Reward models")
+    assert all(f"## {name}" in text for name in sections)
+    assert "| 0.2 | 10 |" in text and "`ipo` with ipo_beta 0.05" in text
+    rows = {row["label"]: row["against_shipped"] for row in results["ablations"]["calibration"]}
+    assert rows["mean, calibrated"] == {} and set(rows["mean, raw"]) == {
+        "worst_per_world",
+        "mean_of_min",
+        "length",
+    }
     figures = plot_gold_reward(path)
     assert [figure.name for figure in figures] == [
         "gold_bias.png",
