@@ -128,7 +128,10 @@ def page(results: dict[str, Any], name: str) -> str:
     """
     parts = ["# Gold-reward study", _about(results["setup"])]
     figures = [f"[{what}]({name}_{part}.png)" for part, what in FIGURES.items()]
-    parts += [f"Figures: {', '.join(figures)}. Every number: [{name}.json]({name}.json).", "## Main comparison"]
+    parts += [
+        f"Figures: {', '.join(figures)}. Every number: [{name}.json]({name}.json).",
+        "## Main comparison",
+    ]
     parts += [table(results["summary"]), "## Same worlds, minus plain DPO", _paired_table(results["paired"])]
     if results["falls"]:
         parts += ["## Loss from the smallest to the largest bias", _falls_table(results["falls"])]
@@ -140,7 +143,9 @@ def page(results: dict[str, Any], name: str) -> str:
     parts += ["## Reward models, on true preferences of held-out responses"]
     parts += [_reward_models_table(results["reward_models"])]
     if results["heads"]:
-        title = "## Heads: true gain of the closed-form optimum at 1 nat, worst objective / mean of the minimum"
+        title = (
+            "## Heads: true gain of the closed-form optimum at 1 nat, worst objective / mean of the minimum"
+        )
         parts += [title, heads_table(results["heads"])]
     return "\n\n".join(parts) + "\n"
 

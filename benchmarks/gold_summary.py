@@ -127,9 +127,7 @@ def ablation_row(
     return {"label": label, **row, "at_end": end, "against_shipped": {m: _less(d) for m, d in less.items()}}
 
 
-def differences(
-    ours: Sequence[Checkpoints], theirs: Sequence[Checkpoints], kl: float
-) -> dict[str, Estimate]:
+def differences(ours: Sequence[Checkpoints], theirs: Sequence[Checkpoints], kl: float) -> dict[str, Estimate]:
     """Differences of `PAIRED` measures within worlds; where one training ends before `kl`, at its last KL in both."""
     pairs = [_at_common_kl(a, b, kl) for a, b in zip(ours, theirs, strict=True)]
     return {measure: t_interval([a[measure] - b[measure] for a, b in pairs]) for measure in PAIRED}

@@ -10,9 +10,10 @@ who asks for a mask is `sequence_models`.
 import functools
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ from prmd.precision import missing_compiler
 from prmd.runtime import get_device
 
 logger = logging.getLogger(__name__)
+Model = TypeVar("Model")
 
 SDPA_OR_FLEX = "sdpa_or_flex"
 """Attention of a model whose shared rows always go to `flex_attention`."""
@@ -64,6 +66,16 @@ class AttentionShape:
 
 
 # ------------------------------------------------------------------ the choice
+def or_eager(build: Callable[[str], Model], attention: str) -> Model:
+    """What `build` makes with this attention, or with eager for an architecture that has no sdpa attention (Gemma 2)."""
+    try:
+        return build(attention)
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        return build("eager")
+
+
 def attention_implementation(asked: str, model_config: Any) -> str:
     """The name of the attention a model is to be loaded with.
 

@@ -4,15 +4,12 @@ Decoding is greedy, so a reply depends on the conversation alone; every reply is
 costs at most the few that were under way. What is asked and how the reply is read is in `text_judges`.
 """
 
-import gc
 import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-
-import torch
 
 from prmd import io
 from prmd.cache import JsonTable
@@ -26,6 +23,7 @@ from prmd.local_rows import json_rows
 from prmd.models import base_model_key, load_causal_lm, load_tokenizer
 from prmd.preferences import Message
 from prmd.runtime import progress
+from prmd.scoring import free_memory
 from prmd.tokenization import render, template_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -182,9 +180,7 @@ class LocalChat:
             table=table,
         )
         del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         found = {t: reply[0] for t, reply in zip(fitting, replies, strict=True)}
         self._counts["replies"] += len(found)
         self._counts["reply_tokens"] += sum(len(reply.token_ids) for reply in found.values())

@@ -14,6 +14,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from prmd import io
 
 MARKER = "COMPLETE"
+START_FILE, STEPS_FILE = "start.json", "steps.json"
+"""What a training notes in its working directory for its continuation: the held-out numbers of its start, and its steps."""
 PREFIX = "checkpoint-"
 TRAINER_FILES = (
     *("optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt", "trainer_state.json", MARKER),
@@ -105,5 +107,7 @@ def name_checkpoints(directory: Path, steps: dict[int, str], best: int | None = 
         for states in source.glob("global_step*"):  # DeepSpeed's
             shutil.rmtree(states)
         io.publish_directory(source, directory / "checkpoints" / name)
+    for note in (START_FILE, STEPS_FILE):
+        (directory / note).unlink(missing_ok=True)
     if best is not None:
         copy_model(directory / "checkpoints" / steps[best], directory / "checkpoints" / "best")

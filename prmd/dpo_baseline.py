@@ -24,6 +24,8 @@ from prmd.precision import Precision
 from prmd.preferences import PreferencePair
 from prmd.reporting import reporting_callbacks
 from prmd.runtime import get_device, get_runtime, is_main_process, set_seed
+from prmd.sharding import RefuseUnsharded, requested_sharding
+from prmd.trainer import on_one_gpu
 from prmd.training import choose_precision
 
 TEMPLATE_TAIL = 8
@@ -96,16 +98,24 @@ def train_trl_dpo(
             _OurColumns(
                 config.policy.beta, get_runtime().world_size
             ),  # before the loggers: they read its values
+            RefuseUnsharded(),
             *reporting_callbacks(config.shared.report_to, log_directory, "policy baseline_dpo (TRL)"),
         ],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.train()
-    if is_main_process():
-        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(directory)
-        tokenizer.save_pretrained(directory)
+    _save(trainer, tokenizer, directory)
     return trainer.state.log_history
+
+
+def _save(trainer: DPOTrainer, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Save the policy; every process takes part where its weights are spread over them."""
+    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if requested_sharding() else None
+    if is_main_process():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        model.save_pretrained(directory, state_dict=whole)
+        tokenizer.save_pretrained(directory)
 
 
 def _batch_plan(config: PolicyConfig, pairs: PolicyPairs) -> list[MicroBatch]:
@@ -126,7 +136,7 @@ def _dpo_arguments(config: PolicyConfig, precision: Precision, directory: Path, 
     training, on_gpu = config.training, get_device().type == "cuda"
     step_pairs = training.pairs_per_device * training.gradient_accumulation_steps * get_runtime().world_size
     eight_bit = precision.optimizer == "adamw_8bit_stochastic"
-    return DPOConfig(
+    arguments = DPOConfig(
         output_dir=str(directory),
         beta=config.policy.beta,
         max_length=training.max_length + TEMPLATE_TAIL,
@@ -154,3 +164,4 @@ def _dpo_arguments(config: PolicyConfig, precision: Precision, directory: Path, 
         use_cpu=not on_gpu,
         seed=config.shared.seed,
     )
+    return on_one_gpu(arguments)

@@ -5,7 +5,6 @@ A judge gives every response of a prompt a number, higher is better; calibration
 split (`reward_modeling.train_judge`), or it is any one-logit classifier by folder or hub id.
 """
 
-import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from huggingface_hub import snapshot_download
 
 from prmd import io
@@ -22,6 +20,7 @@ from prmd.errors import ConfigError, DataError
 from prmd.paths import PROJECT_ROOT
 from prmd.preferences import Message, PreferencePair, hash_share, read_pairs
 from prmd.reward_models import load_reward_model, weights_key
+from prmd.scoring import free_memory
 from prmd.statistics import accuracy_with_ties
 from prmd.tokenization import PrefixRow, tokenize_row
 
@@ -87,9 +86,7 @@ class RewardModelJudge:
         rows = [_row(judge.tokenizer, conversation) for conversation in conversations]
         rewards = judge.rewards(rows, description=f"{self.objective} judge")
         del judge
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         return [values.mean(dim=1).numpy() for values in rewards]
 
 

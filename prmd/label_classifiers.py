@@ -5,7 +5,6 @@ one logit. Which label counts is found by its name or given. Probabilities are k
 for what is not kept. Judging with them is in `text_judges` and `toxicity`.
 """
 
-import gc
 import hashlib
 import json
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from prmd.errors import ConfigError
 from prmd.models import load_labelled_classifier
 from prmd.paths import PROJECT_ROOT
 from prmd.runtime import progress
+from prmd.scoring import free_memory
 
 POSITIVE_LABELS = (
     "toxic",
@@ -118,9 +118,7 @@ class LabelClassifier:
                 table.append([key for key, _ in fresh], torch.stack([value for _, value in fresh])[:, None])
                 fresh = []
         del model
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
     def _index(self, labels: dict[int, str]) -> int:
         names = {str(name).casefold(): int(index) for index, name in labels.items()}

@@ -101,7 +101,7 @@ class _Setting:
             trainable=sum(p.numel() for p in trained),
             weights=_weight_bytes(model),
             gradients=sum(p.numel() * p.element_size() for p in trained),
-            optimizer=sum(_state_bytes(p, precision.optimizer) for p in trained),
+            optimizer=sum(state_bytes(p, precision.optimizer) for p in trained),
             device_bytes=self.device_bytes,
             gradient_checkpointing=self.checkpointing,
         )
@@ -140,7 +140,7 @@ def _weight_bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
-def _state_bytes(parameter: nn.Parameter, optimizer: str) -> int:
+def state_bytes(parameter: nn.Parameter, optimizer: str) -> int:
     """Bytes of both moments and the step count of one parameter."""
     count = parameter.numel()
     if optimizer == "adamw_8bit_stochastic" and count >= _MIN_8BIT and count % _BLOCK_8BIT == 0:
@@ -161,10 +161,17 @@ def _batch_shape(
     responses = len(row.responses)
     predicted = pairs * (row.shared_length - len(row.prompt_ids))
     loaded = copy.deepcopy(model_config)
-    loaded._attn_implementation = "sdpa"  # as `models` loads it
+    loaded._attn_implementation = _attention(model_config)
     if supports_shared_prompts(loaded, row.longest):
         return BatchShape(pairs, row.shared_length, pairs * responses, predicted)
     return BatchShape(pairs * responses, row.longest, pairs * responses, predicted)
+
+
+def _attention(model_config: Any) -> str:
+    """As `models` loads it: sdpa, or eager for an architecture that has no other."""
+    return meta_model(
+        model_config, task="policy", dtype=torch.bfloat16, lora=None, layers=1
+    ).config._attn_implementation
 
 
 def _add_step(states: MemoryPlan, step: StepBytes, scratch: int = 0) -> MemoryPlan:

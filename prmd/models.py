@@ -26,7 +26,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from prmd import io
-from prmd.attention import attention_implementation
+from prmd.attention import attention_implementation, or_eager
 from prmd.config_sections import ModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.paths import PROJECT_ROOT, ArtifactPaths
@@ -158,17 +158,37 @@ def load_causal_lm(
 
 
 def load_base_classifier(
-    model: ModelConfig, paths: ArtifactPaths, *, pad_token_id: int, master_weights: bool = False
+    model: ModelConfig,
+    paths: ArtifactPaths,
+    *,
+    pad_token_id: int,
+    master_weights: bool = False,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """The base model with one freshly initialised scalar head (seed before calling)."""
-    auto_class = AutoModelForSequenceClassification
+    """The base model with one freshly initialised scalar head (seed before calling).
+
+    Args:
+        device: where its weights go; None: where the process trains.
+    """
     return _load(
-        auto_class, model, paths, master_weights=master_weights, num_labels=1, pad_token_id=pad_token_id
+        AutoModelForSequenceClassification,
+        model,
+        paths,
+        master_weights=master_weights,
+        device=device,
+        num_labels=1,
+        pad_token_id=pad_token_id,
     )
 
 
 def _load(
-    auto_class: Any, model: ModelConfig, paths: ArtifactPaths, *, master_weights: bool, **arguments: Any
+    auto_class: Any,
+    model: ModelConfig,
+    paths: ArtifactPaths,
+    *,
+    master_weights: bool,
+    device: torch.device | None = None,
+    **arguments: Any,
 ) -> PreTrainedModel:
     source = model_source(model, paths)
     attention = attention_implementation(model.attention, load_model_config(model, paths))
@@ -184,18 +204,18 @@ def _load(
         )
     except (OSError, ValueError) as error:
         raise _explain(error, source) from error
-    return loaded.to(get_device())
+    return loaded.to(device or get_device())
 
 
 def _from_pretrained(auto_class: Any, source: str | Path, *, attention: str, **arguments: Any) -> Any:
-    """`from_pretrained` with `attention`, or eager for an architecture that has no `sdpa` attention (Gemma 2)."""
-    try:
-        return auto_class.from_pretrained(source, attn_implementation=attention, **arguments)
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            raise
-        logger.info("%s: its architecture has no sdpa attention and runs with eager attention", source)
-        return auto_class.from_pretrained(source, attn_implementation="eager", **arguments)
+    """`from_pretrained` with `attention`, or eager where the architecture has no other."""
+
+    def build(name: str) -> Any:
+        if name == "eager":
+            logger.info("%s: its architecture has no sdpa attention and runs with eager attention", source)
+        return auto_class.from_pretrained(source, attn_implementation=name, **arguments)
+
+    return or_eager(build, attention)
 
 
 def load_classifier(directory: Path, dtype: str, *, attention: str = "sdpa") -> PreTrainedModel:

@@ -5,7 +5,6 @@ samples. What does not: the numbers (`policy_metrics`, `proxies`), when it runs 
 read next).
 """
 
-import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from prmd.proxies import MemberScores, proxy_metrics
 from prmd.reference_scores import ReferenceScores
 from prmd.resampling import Resampling
 from prmd.reward_models import RewardModel
+from prmd.scoring import free_memory
 from prmd.tokenization import tokenize_row
 from prmd.verdicts import judging_metrics
 
@@ -214,9 +214,7 @@ def _member_rewards(evaluation: Evaluation, runs: Sequence[Run]) -> np.ndarray:
         scorer = replace(model)  # a copy of its own, so that its weights leave memory with it
         values = scorer.rewards(rows, description=f"{judge.objective} ensemble")
         del scorer
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
         table = torch.stack(values).numpy().reshape(len(runs), len(evaluation.prompts), -1, model.members)
         found.append(table.transpose(0, 3, 1, 2))
     return np.stack(found, axis=1) if found else np.empty((0,))

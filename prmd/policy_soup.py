@@ -52,5 +52,18 @@ def _average_file(paths: Sequence[Path], weights: Sequence[float], target: Path)
         for name, tensor in tensors.items():
             dtypes[name] = tensor.dtype
             mean[name] = mean.get(name, 0.0) + weight * tensor.double()
-    averaged = {name: tensor.to(dtypes[name]) for name, tensor in mean.items()}
+    generator = torch.Generator().manual_seed(0)
+    averaged = {name: _stored(tensor, dtypes[name], generator) for name, tensor in mean.items()}
     io.write_tensors(target, averaged, {"format": "pt"})
+
+
+def _stored(mean: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """A mean in the dtype of the weights, in bfloat16 rounded up or down by chance.
+
+    Policies differ from their base by less than the distance of two bfloat16 numbers; the nearest one would be the base.
+    """
+    if dtype != torch.bfloat16:
+        return mean.to(dtype)
+    bits = mean.float().view(torch.int32)
+    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32)
+    return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)

@@ -97,7 +97,8 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
     if todo:
         check_engine(config.shared)
         settings, sampled = (config.shared, config.tuning, config.training), gamma_lengths(config, list(todo))
-        check_training(*settings, task="policy", directory=config.paths.policies, sampled=sampled)
+        directory = config.paths.policy(next(iter(todo)), config.run_name)
+        check_training(*settings, task="policy", directory=directory, sampled=sampled)
     for objective in dict.fromkeys(POLICY_METHODS[method].objective for method in todo):
         alike = {m: key for m, key in todo.items() if POLICY_METHODS[m].objective == objective}
         _train_alike(config, alike, objective, tokenizer, force)

@@ -97,9 +97,14 @@ def resolve_precision(
             `auto` is float32.
 
     Raises:
-        ConfigError: 8-bit AdamW was asked for, or alone fits, and it cannot run here.
+        ConfigError: 8-bit AdamW was asked for, or alone fits, and it cannot run here or has nothing to do (LoRA).
     """
     if tuning.method == "lora":
+        if tuning.optimizer == "adamw_8bit_stochastic":
+            raise ConfigError(
+                "tuning.optimizer: adamw_8bit_stochastic with tuning.method: lora: adapters are float32 and small; set "
+                "tuning.optimizer: auto, or tuning.method: full"
+            )
         return lora_precision(tuning, bfloat16=model.dtype == "bfloat16")
     float32 = Precision("adamw_float32", True, model.dtype == "bfloat16", learning_rate, "full")
     if tuning.optimizer == "adamw_float32":

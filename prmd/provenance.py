@@ -147,8 +147,8 @@ def require_artifact(directory: Path, *, what: str, command: str) -> dict[str, A
         return record
     if directory.exists():
         state = f"is half-written ({directory} has no {RUN_FILE}); delete that folder and make it again"
-    elif _partial_path(directory).exists():
-        state = f"is unfinished ({_partial_path(directory)}); continue it"
+    elif partial_path(directory).exists():
+        state = f"is unfinished ({partial_path(directory)}); continue it"
     else:
         state = f"is missing ({directory}); make it"
     raise DataError(f"{what} {state} with: {command}")
@@ -160,7 +160,7 @@ def partial_directory(final: Path, fingerprint: str, force: bool) -> Path:
     What an interrupted run left is kept when it was building the same thing, so that training resumes; otherwise, or
     with `force`, it is emptied. In a distributed run process 0 does this and the others wait.
     """
-    partial = _partial_path(final)
+    partial = partial_path(final)
     if is_main_process():
         marker = partial / FINGERPRINT_FILE
         same = marker.exists() and read_json(marker) == {"fingerprint": fingerprint}
@@ -179,7 +179,8 @@ def publish(partial: Path, final: Path) -> None:
     wait_for_everyone()
 
 
-def _partial_path(final: Path) -> Path:
+def partial_path(final: Path) -> Path:
+    """Where `final` is built."""
     return final.with_name(f".{final.name}.partial")
 
 

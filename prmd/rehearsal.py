@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from prmd.attention import or_eager
 from prmd.config_sections import LoraConfig
 from prmd.lora import add_lora
 from prmd.memory_accounting import TensorBytes, peak_tensor_bytes
@@ -96,7 +97,12 @@ def meta_model(
         auto, config.num_labels = AutoModelForSequenceClassification, 1
     remote = type(config).__module__.startswith("transformers_modules")  # code the configuration came with
     with torch.device("meta"):
-        model = auto.from_config(config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=remote)
+        model = or_eager(
+            lambda attention: auto.from_config(
+                config, dtype=dtype, attn_implementation=attention, trust_remote_code=remote
+            ),
+            "sdpa",
+        )
         return (
             add_lora(model, lora, task="SEQ_CLS" if task == "reward_model" else "CAUSAL_LM")
             if lora

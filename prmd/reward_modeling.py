@@ -94,9 +94,7 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
     config = task.config
     if task.split == "train":
         check_engine(config)
-    check_training(
-        config, config.tuning, config.training, task="reward_model", directory=task.directory.parent
-    )
+    check_training(config, config.tuning, config.training, task="reward_model", directory=task.directory)
     _build(task, data, tokenizer, fingerprint, force)
     return task.directory
 

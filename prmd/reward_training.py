@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -173,8 +174,12 @@ def _save_best(task: RewardTask, tokenizer: PreTrainedTokenizerBase, partial: Pa
     """Put the best checkpoint into the folder itself: merged where it is an adapter, else its own files."""
     if (best / "adapter_config.json").is_file():
         config = task.config
-        base = load_base_classifier(
-            config.model, config.paths, pad_token_id=tokenizer.pad_token_id, master_weights=True
+        base = load_base_classifier(  # a card that holds the base in bfloat16 need not hold it in float32
+            config.model,
+            config.paths,
+            pad_token_id=tokenizer.pad_token_id,
+            master_weights=True,
+            device=torch.device("cpu"),
         )
         save_merged(load_adapted(base, best), tokenizer, partial, dtype=config.model.dtype)
     else:

@@ -54,14 +54,17 @@ def score_rows(
     for number, turn in enumerate(
         progress(range(0, len(groups), world), -(-len(groups) // world), description)
     ):
-        done: list[tuple[bytes, Tensor]] = []
+        done: list[tuple[list[bytes], Tensor]] = []
         if turn + rank < len(groups):
             group = [missing[i] for i in groups[turn + rank]]
             batch = collate_rows(group, pad_id=pad_id, share_prompt=share_prompt)
             with torch.inference_mode():
                 values = compute({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu()
-            done = list(zip(_keys(group), values.clone(), strict=True))
-        pending += gather(done)
+            done = [(_keys(group), values.clone())]
+        for keys, rows_values in gather(
+            done
+        ):  # whole tensors: a row of one would carry all of it between processes
+            pending += zip(keys, rows_values, strict=True)
         if time_to_save(number, saved):
             pending, saved = _flush(table, pending), time.monotonic()
     _flush(table, pending)

@@ -5,13 +5,14 @@ trainings is data: the wrapped model's output (rewards or log-probabilities), co
 Checkpoint names are in `checkpoints`; the losses themselves in `losses`.
 """
 
+import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,9 @@ from prmd.pair_batches import MicroBatch, collate_rows, padding_share, plan_scor
 from prmd.runtime import get_device
 from prmd.sharding import RefuseUnsharded, in_step, prepare_fsdp
 from prmd.tokenization import PrefixRow
+
+logger = logging.getLogger(__name__)
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 Columns = Mapping[str, Tensor]
 
@@ -273,7 +277,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """`TrainingArguments` for `PairTrainer`: one pass over the plan, checkpoints and logging by our callbacks."""
     eight_bit = optimizer == "adamw_8bit_stochastic"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=1,
         per_device_train_batch_size=1,
@@ -295,6 +299,22 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=True,
+        ddp_find_unused_parameters=False,
         use_cpu=get_device().type == "cpu",
         seed=seed,
     )
+    return on_one_gpu(arguments)
+
+
+def on_one_gpu(arguments: Arguments) -> Arguments:
+    """The arguments of a process that trains on its own GPU, whatever else it sees.
+
+    A process without a launcher that sees several would be given `DataParallel`, which splits our batches' flat indices.
+    """
+    if arguments.n_gpu > 1:
+        logger.info(
+            "%d GPUs are visible and one is used; for all: accelerate launch --config_file configs/accelerate/ddp.yaml",
+            arguments.n_gpu,
+        )
+        arguments._n_gpu = 1
+    return arguments

@@ -13,17 +13,20 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd import io
 from prmd.attention import attention_implementation
-from prmd.checkpoints import ShareCheckpoints, checkpoint_steps, newest_complete
+from prmd.checkpoints import START_FILE, STEPS_FILE, ShareCheckpoints, checkpoint_steps, newest_complete
 from prmd.config import RewardModelConfig
 from prmd.config_sections import TrainingConfig, TuningConfig
-from prmd.memory import plan_memory
+from prmd.errors import ConfigError
+from prmd.memory import plan_memory, state_bytes
 from prmd.memory_plan import device_memory
 from prmd.models import load_model_config
 from prmd.pair_batches import MicroBatch, plan_batches, total_steps
 from prmd.precision import Precision, refuse_if_stuck, resolve_precision
+from prmd.provenance import partial_path
 from prmd.rehearsal import enable_gradient_checkpointing, meta_model
 from prmd.reporting import reporting_callbacks
-from prmd.runtime import get_runtime, is_main_process, require_disk
+from prmd.runtime import get_runtime, is_main_process, require_disk, wait_for_everyone
+from prmd.scoring import free_memory
 from prmd.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
 from prmd.sharding import requested_sharding
 from prmd.trainer import (
@@ -102,7 +105,7 @@ def check_training(
 
     Args:
         task: `reward_model` or `policy`.
-        directory: where it will be written; it need not exist.
+        directory: the folder that will be published; it need not exist.
         sampled: as for `memory.plan_memory`.
 
     Raises:
@@ -119,16 +122,20 @@ def check_training(
         lora=tuning.lora if tuning.method == "lora" else None,
     )
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
-    trained, held = (
-        sum(size for size, requires_grad in sizes if requires_grad),
-        sum(size for size, _ in sizes),
-    )
-    resumable = 3 * trained  # two moments beside the weights
+    held = sum(size for size, _ in sizes)
+    resumable = sum(size for size, requires_grad in sizes if requires_grad)
+    resumable += sum(state_bytes(p, precision.optimizer) for p in model.parameters() if p.requires_grad)
     if (
         requested_sharding()
     ):  # FSDP and ZeRO-3 resume from a copy of their own: frozen weights too, tied ones twice
         resumable += sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    require_disk(directory, resumable * (len(training.checkpoints) + 2) + held)  # and the finished folder
+    wanted = resumable * (len(training.checkpoints) + 2) + held  # and the finished folder
+    require_disk(directory, wanted - _written(partial_path(directory)))
+
+
+def _written(folder: Path) -> int:
+    """Bytes that an interrupted training left, which its continuation does not write again."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def run_training(
@@ -155,6 +162,7 @@ def run_training(
     )
     steps_total = total_steps(plan, step_batches)
     steps = checkpoint_steps(training.checkpoints, steps_total)
+    _refuse_other_steps(run, precision, plan)
     model = _load(run, precision, on_card=runtime.device.type == "cuda")
     trainer = _trainer(run, model, precision, plan, tokenizer, steps)
     logger.info(
@@ -162,11 +170,36 @@ def run_training(
         *(run.name, len(run.stream), steps_total, training.pairs_per_device * step_batches),
         *(precision.learning_rate, precision.optimizer, run.log_directory),
     )
-    return _train(trainer, run, steps), steps
+    history = _train(trainer, run, steps)
+    wait_for_everyone()  # before the main process moves a checkpoint that another is still writing to
+    return history, steps
+
+
+def _refuse_other_steps(run: TrainingRun, precision: Precision, plan: Sequence[MicroBatch]) -> None:
+    """Refuse to continue a training with other steps than it began with, on another number of processes or card.
+
+    Raises:
+        ConfigError: a checkpoint is there, and `auto` now chooses another optimiser or the batches are others.
+    """
+    file, world_size = run.directory / STEPS_FILE, get_runtime().world_size
+    own = {"processes": world_size, "optimizer": precision.optimizer, "weights": str(precision.weights_dtype)}
+    own |= {"batches": io.fingerprint([batch.rows for batch in plan])}
+    if newest_complete(run.directory) is not None and file.is_file():
+        before = io.read_json(file)
+        if changed := [
+            f"{name} {before[name]} (now {value})" for name, value in own.items() if before[name] != value
+        ]:
+            raise ConfigError(
+                f"{run.directory}: its checkpoints are of a training with {', '.join(changed)}; continue with that, or give "
+                "--force to start again"
+            )
+    elif is_main_process():
+        io.write_json(file, own)
 
 
 def _load(run: TrainingRun, precision: Precision, *, on_card: bool) -> SequenceRewards | SequenceLogps:
     """The model to train, which the optimiser moves, with layers recomputed where the YAML or a card asks for it."""
+    free_memory()  # of the model trained before this one
     model = run.load_model(precision.master_weights)
     progress = refuse_if_stuck(precision, model)
     logger.info(
@@ -189,7 +222,8 @@ def _trainer(
     tokenizer: PreTrainedTokenizerBase,
     steps: dict[int, str],
 ) -> PairTrainer:
-    share_prompt = supports_shared_prompts(model.unwrapped.config, max(row.longest for row in run.data.rows))
+    rows = [*run.data.rows, *(run.eval_data.rows if run.eval_data else ())]
+    share_prompt = supports_shared_prompts(model.unwrapped.config, max(row.longest for row in rows))
     if not share_prompt:
         logger.info(
             "%s: this model cannot share a prompt between responses exactly; each gets its own row", run.name
@@ -220,7 +254,7 @@ def _trainer(
 
 
 def _train(trainer: PairTrainer, run: TrainingRun, steps: dict[int, str]) -> list[dict[str, float]]:
-    resume, start_file = newest_complete(run.directory), run.directory / "start.json"
+    resume, start_file = newest_complete(run.directory), run.directory / START_FILE
     if resume is not None:
         logger.info("%s: resuming from %s", run.name, resume.name)
     elif 0 in steps:

@@ -59,6 +59,7 @@ class VllmEngine:
     def __init__(self, policy: Path | None, shared: RewardModelConfig, *, max_length: int) -> None:
         import vllm  # absent on most machines, and slow to import
 
+        free_memory()  # vLLM asks for most of the card at once
         self._vllm, self._request, model = vllm, None, shared.model
         folder, adapter = model_source(model, shared.paths), {}
         if policy is not None and (policy / ADAPTER_CONFIG).is_file():

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -131,6 +132,20 @@ def test_prompts_are_fitted_so_that_no_response_is_cut(config: PolicyConfig, pai
         for side in ("chosen", "rejected"):
             whole = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=True, return_dict=False)
             assert len(whole) <= config.training.max_length + dpo_baseline.TEMPLATE_TAIL
+
+
+def test_sharded_weights_are_gathered_by_every_process_before_one_saves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, saved = {"w": torch.ones(1)}, []
+    model = SimpleNamespace(save_pretrained=lambda folder, state_dict: saved.append(state_dict))
+    accelerator = SimpleNamespace(get_state_dict=lambda wrapped: whole, unwrap_model=lambda wrapped: model)
+    trainer = SimpleNamespace(accelerator=accelerator, model=model, model_wrapped=model)
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    dpo_baseline._save(trainer, tokenizer, tmp_path)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    dpo_baseline._save(trainer, tokenizer, tmp_path)
+    assert saved == [None, whole]
 
 
 def test_a_training_keeps_every_response_token_and_logs_what_ours_logs(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from model_families import family_config
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -242,6 +243,24 @@ def test_longest_rows_are_assumed_without_data() -> None:
     assert (
         _plan(LLAMA, FLOAT32, longest=None, max_length=128).total < _plan(LLAMA, FLOAT32, longest=given).total
     )
+
+
+@pytest.mark.parametrize("task", ["policy", "reward_model"])
+def test_a_model_without_sdpa_is_planned_with_a_row_for_each_response(task: Any) -> None:
+    training = TrainingConfig(pairs_per_device=2, max_length=64)
+    plans = {
+        name: plan_memory(
+            model_config=family_config(name, vocab_size=600),
+            tuning=TUNING,
+            training=training,
+            precision=FLOAT32,
+            task=task,
+            pairs_per_device=2,
+            device_bytes=None,
+        )
+        for name in ("gemma2", "gemma")
+    }
+    assert plans["gemma2"].mask < plans["gemma"].mask  # 4 rows of 64 tokens, 2 of 127: a mask of L x L each
 
 
 def test_generation_holds_keys_and_values() -> None:

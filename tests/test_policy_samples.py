@@ -201,6 +201,29 @@ def test_soup_is_the_weighted_mean_of_the_weights(tmp_path: Path) -> None:
     }
 
 
+def test_a_soup_of_bfloat16_weights_keeps_updates_smaller_than_their_spacing(tmp_path: Path) -> None:
+    """The nearest bfloat16 numbers lie 1.2e-4 apart at .02; the mean of three policies moves by 2e-5."""
+    base, sources = torch.full((200_000,), 0.02, dtype=torch.bfloat16), []
+    spacing = 2**-13
+    generator = torch.Generator().manual_seed(1)
+    for i in range(3):
+        moved = torch.rand(base.shape, generator=generator) < 2e-5 / spacing
+        folder = write_policy(tmp_path / str(i), 1.0)
+        save_file(
+            {"w": base + moved * torch.tensor(spacing, dtype=torch.bfloat16)},
+            folder / "adapter_model.safetensors",
+        )
+        sources.append(folder)
+    (tmp_path / "soup").mkdir()
+    average_policies(sources, (1 / 3, 1 / 3, 1 / 3), tmp_path / "soup")
+    found = load_file(tmp_path / "soup" / "adapter_model.safetensors")["w"].double()
+    wanted = sum(load_file(s / "adapter_model.safetensors")["w"].double() for s in sources) / 3
+    assert float((found - base.double()).mean()) == pytest.approx(
+        float((wanted - base.double()).mean()), rel=0.05
+    )
+    assert set(found.unique().tolist()) <= {float(base[0]), float(base[0]) + spacing}
+
+
 def test_policies_of_another_kind_are_no_soup(tmp_path: Path) -> None:
     one, other = write_policy(tmp_path / "1", 1.0), write_policy(tmp_path / "2", 2.0, name="c.weight")
     with pytest.raises(DataError, match="does not hold the tensors of"):

@@ -34,9 +34,7 @@ needs_torchao = pytest.mark.skipif(bool(_REASON), reason=_REASON)
 # ------------------------------------------------------------------ the choice
 @pytest.mark.parametrize(("model", "autocast"), [(BFLOAT16, True), (FLOAT, False)])
 def test_lora_has_its_own_rate_and_float32_adapters(model: ModelConfig, autocast: bool) -> None:
-    tuning = TuningConfig(
-        method="lora", optimizer="adamw_8bit_stochastic", lora=LoraConfig(learning_rate=3e-4)
-    )
+    tuning = TuningConfig(method="lora", lora=LoraConfig(learning_rate=3e-4))
     chosen = resolve_precision(tuning, learning_rate=RATE, model=model)
     assert chosen == Precision("adamw_float32", False, autocast, 3e-4, "lora")
     assert chosen.weights_dtype == getattr(torch, model.dtype)
@@ -133,6 +131,12 @@ def test_failed_compilation_is_a_configuration_error(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "_optimizer", lambda precision, weights: Failing(weights))
     with pytest.raises(ConfigError, match=r"does not compile here .*tuning\.method: lora"):
         probe_progress(EIGHT_BIT, steps=1)
+
+
+def test_an_8_bit_optimiser_of_adapters_is_refused() -> None:
+    tuning = TuningConfig(method="lora", optimizer="adamw_8bit_stochastic")
+    with pytest.raises(ConfigError, match=r"with tuning\.method: lora.*set tuning\.optimizer: auto"):
+        resolve_precision(tuning, learning_rate=RATE, model=BFLOAT16)
 
 
 @needs_torchao

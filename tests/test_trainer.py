@@ -6,7 +6,12 @@ import pytest
 import torch
 from model_families import gradients, separate_logps, separate_rewards
 from tiny_models import VOCABULARY, tiny_config, tiny_tokenizer
-from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    TrainingArguments,
+)
 from transformers.training_args import OptimizerNames
 
 from prmd.config_sections import LoraConfig, TrainingConfig
@@ -16,7 +21,7 @@ from prmd.models import load_tokenizer_from
 from prmd.pair_batches import collate_rows, plan_batches, total_steps
 from prmd.sequence_models import SequenceLogps, SequenceRewards
 from prmd.tokenization import PrefixRow
-from prmd.trainer import PairData, PairLoss, PairTrainer, training_arguments
+from prmd.trainer import PairData, PairLoss, PairTrainer, on_one_gpu, training_arguments
 
 BETA = 0.1
 LEARNING_RATE = 0.05
@@ -304,3 +309,12 @@ def test_a_saved_model_is_a_plain_folder_without_pickles(tokenizer, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
     assert load_tokenizer_from(tmp_path / "saved").chat_template == tokenizer.chat_template
     assert {p.suffix for p in (tmp_path / "saved").iterdir()} <= {".json", ".safetensors", ".jinja"}
+
+
+def test_a_process_that_sees_two_gpus_trains_on_one(tmp_path, caplog):
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert on_one_gpu(arguments).n_gpu == arguments.n_gpu <= 1 and not caplog.records
+    arguments._n_gpu = 2  # what transformers notes of a process without a launcher, and wraps the model by
+    with caplog.at_level("INFO"):
+        assert on_one_gpu(arguments).n_gpu == 1
+    assert "2 GPUs are visible and one is used; for all: accelerate launch" in caplog.text

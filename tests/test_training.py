@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from model_families import family_config
 from safetensors.torch import load_file
-from tiny_models import tiny_causal_lm, tiny_config
+from tiny_models import VOCABULARY, tiny_causal_lm, tiny_config, tiny_tokenizer
 from tiny_pipeline import no_model_loads
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import LlamaForCausalLM, MistralForCausalLM
 
 from prmd import io, runtime
 from prmd.checkpoints import checkpoint_steps, name_checkpoints
@@ -22,6 +23,7 @@ from prmd.errors import ConfigError
 from prmd.lora import add_lora
 from prmd.losses import dpo_loss
 from prmd.models import load_causal_lm, load_tokenizer
+from prmd.provenance import partial_path
 from prmd.runtime import set_seed
 from prmd.sequence_models import SequenceLogps
 from prmd.tokenization import PrefixRow
@@ -209,6 +211,47 @@ def test_a_torn_checkpoint_is_not_resumed_from(shared: RewardModelConfig, tmp_pa
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3]
 
 
+def test_other_steps_than_it_began_with_do_not_continue_a_training(
+    shared: RewardModelConfig, tmp_path: Path
+) -> None:
+    train(a_run(shared, tmp_path / "run"))
+    halved = TRAINING.model_copy(update={"gradient_accumulation_steps": 1, "pairs_per_device": 4})
+    with pytest.raises(
+        ConfigError, match=r"are of a training with batches .* \(now .*continue with that, or give --force"
+    ):
+        train(a_run(shared, tmp_path / "run", training=halved))
+    _, steps = train(a_run(shared, tmp_path / "run"))  # finished, and so it stays
+    name_checkpoints(tmp_path / "run", steps)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "logs"]
+
+
+def test_held_out_rows_longer_than_the_attention_window_are_not_shared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = family_config("mistral", vocab_size=VOCABULARY, sliding_window=16, eos_token_id=2)
+    MistralForCausalLM(config).save_pretrained(tmp_path / "base")
+    base = tiny_tokenizer(tmp_path / "base")
+    shared = RewardModelConfig(
+        artifact_root=str(tmp_path / "root"),
+        data=DataConfig(approach="embedded"),
+        model=ModelConfig(name=str(base), revision=None, dtype="float32"),
+    )
+    rows = [row for row in ROWS if row.longest <= 16]
+    longer = [PrefixRow((1, 50, 60), (tuple(range(70, 90)), (90, 2)))]
+    run = a_run(shared, tmp_path / "run", data=PairData(rows, {}), stream=list(range(len(rows))))
+    history, _ = train(replace(run, eval_data=PairData(longer, {})))
+    model = load_causal_lm(shared.model, shared.paths)
+    with torch.no_grad():
+        apart = [
+            model(torch.tensor([[*longer[0].prompt_ids, *y]])).logits[0].log_softmax(-1)
+            for y in longer[0].responses
+        ]
+    logps = [
+        sum(float(values[2 + i, token]) for i, token in enumerate(y))
+        for values, y in zip(apart, longer[0].responses, strict=True)
+    ]
+    assert history[0]["eval_rewards/margins"] == pytest.approx(0.1 * (logps[0] - logps[1]), abs=1e-4)
+
+
 def test_a_loss_that_is_not_finite_stops_and_names_the_batch(
     shared: RewardModelConfig, tmp_path: Path
 ) -> None:
@@ -231,12 +274,22 @@ def test_disk_is_asked_for_what_the_training_writes(
     free = 0
     monkeypatch.setattr(runtime, "free_disk_bytes", lambda path: free)
     full = TrainingConfig(learning_rate=1e-3, checkpoints=(0.5, 1.0))
-    free = all_weights * 13 - 1  # (2 checkpoints + 2) x (weights and two moments) + the finished folder
+    tensors = len(list(LlamaForCausalLM(tiny_config()).parameters()))
+    # (2 checkpoints + 2) x (weights, two moments and a count of steps each) + the finished folder
+    free = all_weights * 13 + 4 * 4 * tensors - 1
     with pytest.raises(ConfigError, match=r"free disk.*make room, or set artifact_root"):
         check_training(shared, TuningConfig(), full, task="policy", directory=tmp_path / "new")
     free += 1
     check_training(shared, TuningConfig(), full, task="policy", directory=tmp_path / "new")
     assert not (tmp_path / "new").exists()
+    io.write_text(partial_path(tmp_path / "new") / "checkpoint-1" / "model", "x" * 1000)
+    free -= 1000  # what an interrupted training has written is not asked for again
+    check_training(shared, TuningConfig(), full, task="policy", directory=tmp_path / "new")
+    free -= 1
+    with pytest.raises(ConfigError, match="free disk"):
+        check_training(shared, TuningConfig(), full, task="policy", directory=tmp_path / "new")
+    free += 1001
+    (partial_path(tmp_path / "new") / "checkpoint-1" / "model").unlink()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     copy = sum(t.numel() for t in LlamaForCausalLM(tiny_config()).state_dict().values()) * 4
     free += 4 * copy - 1  # one of all weights in each of the four
