@@ -18,7 +18,7 @@ from torch import Tensor
 
 from prmd import io
 from prmd.adapters import ADAPTER_FOLDER, load_adapters
-from prmd.checkpoints import PREFIX, copy_model
+from prmd.checkpoints import PREFIX, copy_model, drop_notes
 from prmd.config_sections import ModelConfig
 from prmd.ensemble import bootstrap_weights
 from prmd.paths import ArtifactPaths
@@ -116,6 +116,7 @@ def keep_adapter(folder: Path, best: Path) -> None:
 
 
 def drop_checkpoints(folder: Path) -> None:
-    """Delete the trainer's checkpoints of a finished member."""
+    """Delete the trainer's checkpoints and notes of a finished member."""
+    drop_notes(folder)
     for leftover in folder.glob(f"{PREFIX}*"):
         shutil.rmtree(leftover)

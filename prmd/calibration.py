@@ -1,9 +1,8 @@
 """Calibration: bring rewards of different models to one unit.
 
 Here: the within-prompt scale and the offset that make rewards comparable, and the reward scale that meets a KL
-budget. Not here: reading and writing calibration files (`scoring.py`, `cache.py`), how good a reward model's
-margins are (`reliability.py`, offered under this name too), pessimism over calibrated rewards (`pessimism.py`, to
-be read next).
+budget. Not here: reading and writing calibration files (`reward_models.py`), how good a reward model's
+margins are (`reliability.py`), pessimism over calibrated rewards (`pessimism.py`, to be read next).
 
 Bradley-Terry fixes a reward only up to a positive factor and a constant per prompt. A minimum over two raw rewards
 therefore follows whichever has the lower offset or the larger scale; calibrated rewards are
@@ -15,28 +14,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-from prmd.reliability import (
-    disagreement_error_correlation,
-    expected_calibration_error,
-    log_odds_slope,
-    mean_pairwise_correlation,
-    reliability_bins,
-)
-
-__all__ = [
-    "Calibration",
-    "auto_reward_scale",
-    "calibrate",
-    "disagreement_error_correlation",
-    "expected_calibration_error",
-    "fit_calibration",
-    "log_odds_slope",
-    "mean_pairwise_correlation",
-    "prompt_means",
-    "reliability_bins",
-    "within_prompt_scale",
-]
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,12 @@ def copy_model(source: Path, target: Path) -> None:
             io.copy_file(file, target / file.name)
 
 
+def drop_notes(directory: Path) -> None:
+    """Delete what a training noted for its continuation."""
+    for note in (START_FILE, STEPS_FILE):
+        (directory / note).unlink(missing_ok=True)
+
+
 def name_checkpoints(directory: Path, steps: dict[int, str], best: int | None = None) -> None:
     """Turn `checkpoint-<step>` folders into `checkpoints/<name>` without the trainer's state, and copy the best one.
 
@@ -107,7 +113,6 @@ def name_checkpoints(directory: Path, steps: dict[int, str], best: int | None = 
         for states in source.glob("global_step*"):  # DeepSpeed's
             shutil.rmtree(states)
         io.publish_directory(source, directory / "checkpoints" / name)
-    for note in (START_FILE, STEPS_FILE):
-        (directory / note).unlink(missing_ok=True)
+    drop_notes(directory)
     if best is not None:
         copy_model(directory / "checkpoints" / steps[best], directory / "checkpoints" / "best")

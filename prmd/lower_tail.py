@@ -58,26 +58,21 @@ def cvar(
     return ((taken * ordered).sum(dim=0) / taken.sum(dim=0)).to(values.dtype)
 
 
-def cvar_effective_atoms(*, alpha: float, n: int | None = None, weights: Tensor | None = None) -> float:
-    """Number of equally weighted atoms the CVaR tail averages; at most 1 means that it is the minimum.
-
-    ``alpha * n``, with weights ``alpha / sum(w**2)``.
+def cvar_effective_atoms(*, alpha: float, weights: Tensor) -> float:
+    """Number of equally weighted atoms the CVaR tail averages: ``alpha / sum(w**2)``, alpha n of n equal weights.
 
     Args:
         alpha: tail share, in (0, 1].
-        n: number of equal atoms; or
         weights: atom weights, [n], sum 1.
 
     Returns:
-        Effective atoms.
+        Effective atoms; of equal weights, at most 1 means that CVaR is the minimum.
 
     Raises:
-        ValueError: alpha outside (0, 1], or not exactly one of n and weights.
+        ValueError: alpha outside (0, 1].
     """
     check_alpha(alpha)
-    if (n is None) == (weights is None):
-        raise ValueError("cvar_effective_atoms: give exactly one of n and weights")
-    return alpha * n if weights is None else alpha / float(weights.double().square().sum())
+    return alpha / float(weights.double().square().sum())
 
 
 def check_alpha(alpha: float) -> None:

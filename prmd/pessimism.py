@@ -235,6 +235,23 @@ def coinciding_methods(
     return {name: others for name, others in same.items() if others}
 
 
+def effective_atoms(aggregation: Aggregation, *, n_members: int, weights: Tensor) -> float | None:
+    """Number of equally weighted rewards that the CVaR of an aggregation averages; None where it has none.
+
+    Args:
+        n_members: M.
+        weights: objective weights, [K].
+    """
+    if aggregation.within == "cvar":
+        atoms = torch.full((n_members,), 1.0 / n_members, dtype=torch.float64)
+    elif aggregation.across == "cvar":
+        repeats = n_members if aggregation.within == "none" else 1
+        atoms = weights.double().repeat_interleave(repeats) / repeats
+    else:
+        return None
+    return cvar_effective_atoms(alpha=aggregation.alpha, weights=atoms)
+
+
 def coincidence_notes(
     n_objectives: int, n_members: int, *, aggregations: Mapping[str, Aggregation], weights: Tensor
 ) -> list[str]:
@@ -253,12 +270,10 @@ def coincidence_notes(
     same = coinciding_methods(n_objectives, n_members, aggregations=aggregations, weights=weights)
     for name, others in same.items():
         chosen, reasons = aggregations[name], []
-        atoms = cvar_effective_atoms(
-            alpha=chosen.alpha, n=n_members * (n_objectives if chosen.within == "none" else 1)
-        )
+        atoms = effective_atoms(chosen, n_members=n_members, weights=weights)
         if n_members == 1:
             reasons.append("one member per objective")
-        elif "cvar" in (chosen.within, chosen.across) and atoms <= 1:
+        elif atoms is not None and atoms <= 1:
             reasons.append(f"its CVaR averages {atoms:.3g} <= 1 members")
         if n_objectives == 1:
             reasons.append("one objective")

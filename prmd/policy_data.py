@@ -24,7 +24,7 @@ from prmd.policy_pairs import PolicyPairs
 from prmd.preferences import PreferencePair
 from prmd.provenance import require_artifact
 from prmd.reference import reference_logps, reference_samples
-from prmd.reward_models import RewardModel, load_reward_model, reward_model_command
+from prmd.reward_models import RewardModel, check_calibration, load_reward_model, reward_model_command
 from prmd.tokenization import PrefixRow, TokenizedPairs, Tokens, tokenize_prompt, tokenize_row
 
 
@@ -81,7 +81,8 @@ def load_reward_models(config: RewardModelConfig) -> list[RewardModel]:
     """The finished, calibrated reward models of all objectives, in their order; weights are not loaded yet.
 
     Raises:
-        DataError: one is missing (with the command that trains it), uncalibrated, or of another ensemble size.
+        DataError: one is missing (with the command that trains it), uncalibrated, of another ensemble size, or calibrated
+            on other data.
     """
     found = []
     for objective in OBJECTIVES:
@@ -91,6 +92,7 @@ def load_reward_models(config: RewardModelConfig) -> list[RewardModel]:
         model = load_reward_model(directory, config=config)
         if model.calibration is None:
             raise DataError(f"{directory}: no calibration.json; make it with `{command} --force`")
+        check_calibration(model, config)
         if len(model.calibration.scale) != model.members:
             raise DataError(
                 f"{directory}/calibration.json: {len(model.calibration.scale)} members, the ensemble has {model.members}; "

@@ -111,6 +111,18 @@ def settings_read(config: PolicyConfig, method: str) -> dict[str, Any]:
     return values | {name: getattr(policy, name) for name in names}
 
 
+def unread_settings(policy: PolicySection, method: str) -> tuple[str, ...]:
+    """The settings of what is optimised that were changed from their default and that this method does not read."""
+    read = {*_READ[POLICY_METHODS[method].loss]}
+    if POLICY_METHODS[method].loss == "distil":
+        read |= {"within"} if method == "maxmin" else {"within", "across"}
+    default = PolicySection()
+    shaping = ("within", "across", "level", "loss", "gamma", "nll_weight", "constraints")
+    return tuple(
+        name for name in shaping if getattr(policy, name) != getattr(default, name) and name not in read
+    )
+
+
 def reference_sample_count(config: PolicyConfig) -> int:
     """Samples of pi_ref drawn for each prompt; 0 where the configuration draws none."""
     if config.pairs.reference_samples:

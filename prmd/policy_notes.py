@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from prmd.config import PolicySection
-from prmd.lower_tail import cvar_effective_atoms
 from prmd.objectives import OBJECTIVES
 from prmd.paper_margins import PAPER_METHODS, negative_target_share, paper_margins
-from prmd.pessimism import METHODS, coincidence_notes, robust_rewards
+from prmd.pessimism import METHODS, coincidence_notes, effective_atoms, robust_rewards
 from prmd.policy_data import PairScores
-from prmd.policy_methods import POLICY_METHODS, aggregation
+from prmd.policy_methods import POLICY_METHODS, aggregation, unread_settings
+from prmd.policy_rewards import objective_weights
 from prmd.reliability import mean_pairwise_correlation
 
 ONE_MODEL = 0.95
@@ -28,7 +28,7 @@ def method_notes(policy: PolicySection, method: str, train: PairScores, targets:
         targets: its target margins, [n].
     """
     kind, (k, m) = POLICY_METHODS[method].loss, train.rewards.shape[:2]
-    notes = []
+    notes = _unread(policy, method)
     if kind == "distil":
         notes += _same_rewards(policy, method, k, m)
     if kind in ("distil", "paper", "edpo"):
@@ -42,29 +42,30 @@ def method_notes(policy: PolicySection, method: str, train: PairScores, targets:
     return tuple(notes)
 
 
-def effective_atoms(policy: PolicySection, method: str, k: int, m: int) -> float | None:
-    """alpha times the number of rewards that the method's CVaR averages over; at most 1 makes it their minimum.
-
-    None for a method without CVaR.
-    """
-    chosen = aggregation(policy, method) if POLICY_METHODS[method].reward is not None else None
-    if chosen is None or "cvar" not in (chosen.within, chosen.across):
+def cvar_atoms(policy: PolicySection, method: str, n_members: int) -> float | None:
+    """Rewards that the method's CVaR averages (`pessimism.effective_atoms`); None for a method without CVaR."""
+    if POLICY_METHODS[method].reward is None:
         return None
-    n = m if chosen.within == "cvar" else k * m if chosen.within == "none" else k
-    return cvar_effective_atoms(alpha=chosen.alpha, n=n)
+    chosen = aggregation(policy, method)
+    return effective_atoms(chosen, n_members=n_members, weights=objective_weights(policy))
 
 
 def label_notes(policy: PolicySection, method: str) -> tuple[str, ...]:
     """Lines on a method that learns from labels alone."""
-    objective = POLICY_METHODS[method].objective
+    objective, notes = POLICY_METHODS[method].objective, _unread(policy, method)
     if objective is not None and policy.weights[objective] == 1.0:
-        return (f"{method} = dpo: {objective} has all the weight",)
-    return ()
+        notes.append(f"{method} = dpo: {objective} has all the weight")
+    return tuple(notes)
+
+
+def _unread(policy: PolicySection, method: str) -> list[str]:
+    names = [f"policy.{name}" for name in unread_settings(policy, method)]
+    return [f"{method} does not read {', '.join(names)}"] if names else []
 
 
 def _same_rewards(policy: PolicySection, method: str, k: int, m: int) -> list[str]:
     """Methods whose R is the same on an ensemble of this size."""
-    weights = torch.tensor([policy.weights[objective] for objective in OBJECTIVES], dtype=torch.float64)
+    weights = objective_weights(policy)
     shown = {*policy.methods, "mean", "hard_min", "cvar", "hierarchical", method} & set(METHODS)
     aggregations = {name: aggregation(policy, name) for name in sorted(shown)}
     notes = coincidence_notes(k, m, aggregations=aggregations, weights=weights)
@@ -80,7 +81,7 @@ def _same_margins(policy: PolicySection, method: str, k: int, m: int) -> list[st
     if m == 1:
         rows["edpo"] = probe[:, 0]
     if policy.level == "margin" and policy.loss == "squared" and method != "maxmin":
-        weights = torch.tensor([policy.weights[objective] for objective in OBJECTIVES], dtype=torch.float64)
+        weights = objective_weights(policy)
         for name in {*policy.methods, method} & set(METHODS) - {"maxmin"}:
             chosen = aggregation(policy, name)
             rows[name] = robust_rewards(probe, aggregation=chosen, weights=weights)[None]

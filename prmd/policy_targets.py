@@ -30,7 +30,7 @@ from prmd.losses import (
 from prmd.paper_margins import paper_loss, paper_margins
 from prmd.policy_data import PairScores, ScaleResponses
 from prmd.policy_methods import POLICY_METHODS, aggregation
-from prmd.policy_notes import effective_atoms, method_notes
+from prmd.policy_notes import cvar_atoms, method_notes
 from prmd.policy_rewards import RobustReward, objective_weights, solve_reward
 from prmd.trainer import Columns, PairLoss
 
@@ -86,7 +86,7 @@ def method_targets(
         found = [c["target_margins"] for c in columns]
         notes, reward_scale = reward.notes, reward.reward_scale
     notes = (*notes, *method_notes(policy, method, train, found[0]))
-    atoms = effective_atoms(policy, method, *train.rewards.shape[:2])
+    atoms = cvar_atoms(policy, method, train.rewards.shape[1])
     return Targets(*found, reward_scale, notes, columns, atoms)
 
 

@@ -190,12 +190,25 @@ def _disagreement(key: str, *, neutral: float) -> Any:
     return lambda metrics: with_mark((metrics.get("disagreement") or {}).get(key), neutral)
 
 
+def _raw_and_calibrated(key: str, digits: int) -> Any:
+    """Of r_0's margins as they are, and of the mean member's in calibrated units."""
+
+    def read(metrics: dict[str, Any]) -> str:
+        after = metrics.get("calibrated") or {}
+        return f"{format_number(metrics.get(key), digits)} / {format_number(after.get(key), digits)}"
+
+    return read
+
+
 _REWARD_ROWS = (
     ("accuracy of the reward model", _accuracy("accuracy")),
     ("accuracy of the mean member", _accuracy("mean_member_accuracy")),
     ("accuracy of length only", _accuracy("length_only_accuracy")),
-    ("expected calibration error", lambda m: format_number(m.get("expected_calibration_error"), 3)),
-    ("log-odds slope (1 is calibrated)", lambda m: format_number(m.get("log_odds_slope"))),
+    (
+        "expected calibration error, raw / calibrated rewards",
+        _raw_and_calibrated("expected_calibration_error", 3),
+    ),
+    ("log-odds per unit of reward, raw / calibrated", _raw_and_calibrated("log_odds_slope", 2)),
     ("members", lambda m: str(m.get("members", NOTHING))),
     ("correlation between members", lambda m: format_number(m.get("member_correlation"))),
     (

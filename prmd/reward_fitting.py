@@ -5,6 +5,7 @@ Each is one scoring pass over pairs or reference samples, cached by content. Tra
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ def measure(
     tokenized = tokenize_reward_pairs(task, data.test, reward_model.tokenizer)
     base, features = _pair_features(reward_model, tokenized, f"{task.objective}: test pairs")
     members = _member_rewards(reward_model, tokenized, base, features)
-    held_out = HeldOut(tokenized.pairs, tokenized.rows, base, members)
+    scale = reward_model.calibration.scale if reward_model.calibration else None
+    held_out = HeldOut(tokenized.pairs, tokenized.rows, base, members, scale)
     metrics = {
         "objective": task.objective,
         "approach": task.config.paths.approach,
@@ -96,11 +98,14 @@ def measure(
     return metrics
 
 
-def calibrate_reward_model(config: RewardModelConfig, reward_model: RewardModel) -> float | None:
+def calibrate_reward_model(
+    config: RewardModelConfig, reward_model: RewardModel
+) -> tuple[RewardModel, float | None]:
     """Fit s and the global b on validation prompts of all objectives and store them with the model.
 
     Returns:
-        Mean correlation of the members' rewards within prompts on reference samples; None without those.
+        The calibrated model; mean correlation of its members' rewards within prompts on reference samples, None without
+        those.
     """
     calibration, paths = config.calibration, config.paths
     per_objective = -(-calibration.prompts // len(OBJECTIVES))
@@ -123,13 +128,15 @@ def calibrate_reward_model(config: RewardModelConfig, reward_model: RewardModel)
     else:
         base = load_tokenizer(config.model, paths)
         prompts = [tokenize_prompt(base, pair.prompt, max_length=training.max_length) for pair in pairs]
+        reward_model.release()  # the reference is loaded to be sampled from
         rows = sample_rows(prompts, reference_samples(config, base, prompts), tokenizer, keep_suffix=True)
     rewards = torch.cat(found := reward_model.rewards(rows, description="calibration"))
     index = torch.tensor([i for i, values in enumerate(found) for _ in values])
     fitted = fit_calibration(rewards, index)
     if is_main_process():
-        key = io.fingerprint([[list(row.prompt_ids), [list(r) for r in row.responses]] for row in rows])
-        write_calibration(reward_model, fitted, data=key, source=calibration.source)
-    if calibration.source != "reference_samples" or rewards.shape[1] == 1:
-        return None
-    return mean_pairwise_correlation((rewards - prompt_means(rewards, index, len(found))[index]).T)
+        write_calibration(reward_model, fitted, config=config)
+    correlation = None
+    if calibration.source == "reference_samples" and rewards.shape[1] > 1:
+        centred = rewards - prompt_means(rewards, index, len(found))[index]
+        correlation = mean_pairwise_correlation(centred.T)
+    return replace(reward_model, calibration=fitted), correlation

@@ -31,12 +31,16 @@ NEARLY_ONE_MODEL = 0.95
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Scores of held-out pairs: `base` [n, 2] of r_0, `members` [n, 2, M]; side 0 is chosen."""
+    """Scores of held-out pairs: `base` [n, 2] of r_0, `members` [n, 2, M]; side 0 is chosen.
+
+    `scale` [M] is the calibration's s of each member, or None of a reward model without one (a judge).
+    """
 
     pairs: Sequence[PreferencePair]
     rows: Sequence[PrefixRow]
     base: Tensor
     members: Tensor
+    scale: Tensor | None = None
 
 
 def reward_metrics(held_out: HeldOut) -> dict[str, Any]:
@@ -51,6 +55,7 @@ def reward_metrics(held_out: HeldOut) -> dict[str, Any]:
         "length_only_accuracy": _accuracy(longer),
         "expected_calibration_error": expected_calibration_error(base),
         "log_odds_slope": _defined(log_odds_slope, base),
+        "calibrated": _calibrated(members, held_out.scale),
         "reliability": reliability_bins(base),
         "members": len(members),
         "member_accuracies": [_accuracy(margins)["value"] for margins in members],
@@ -60,6 +65,20 @@ def reward_metrics(held_out: HeldOut) -> dict[str, Any]:
         "margins": base.round(5).tolist(),
         "rewards_chosen": held_out.base[:, 0].double().numpy().round(5).tolist(),
         "rewards_rejected": held_out.base[:, 1].double().numpy().round(5).tolist(),
+    }
+
+
+def _calibrated(members: np.ndarray, scale: Tensor | None) -> dict[str, float | None] | None:
+    """What `expected_calibration_error` and `log_odds_slope` are of the mean member's calibrated margins.
+
+    These are in standard deviations of a prompt's responses, so the slope is log-odds per standard deviation.
+    """
+    if scale is None:
+        return None
+    margins = (members / scale.double().numpy()[:, None]).mean(axis=0)
+    return {
+        "expected_calibration_error": expected_calibration_error(margins),
+        "log_odds_slope": _defined(log_odds_slope, margins),
     }
 
 

@@ -133,9 +133,11 @@ def _build(
         fit_heads(task, data.fit, reward_model)
         wait_for_everyone()
         reward_model = load_reward_model(partial, config=task.config)
-    metrics = measure(task, data, reward_model, facts)
     if task.split == "train":  # judges are calibrated by the evaluation, on its own samples
-        metrics["member_correlation_reference_samples"] = calibrate_reward_model(task.config, reward_model)
+        reward_model, correlation = calibrate_reward_model(task.config, reward_model)
+        facts["member_correlation_reference_samples"] = correlation
+    metrics = measure(task, data, reward_model, facts)
+    reward_model.release()  # its weights are read from the folder that is about to be moved
     inputs = {"data": fingerprint, "reward_model": reward_model.fingerprint}
     if is_main_process():
         io.write_json(partial / "metrics.json", metrics)

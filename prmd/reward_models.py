@@ -24,6 +24,7 @@ from prmd.config_sections import ModelConfig
 from prmd.ensemble import Ensemble
 from prmd.errors import DataError
 from prmd.models import base_model_key, load_classifier, load_folder_config, load_tokenizer_from
+from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
 from prmd.scoring import free_memory, lookup, score_rows
 from prmd.sequence_models import SequenceRewards, supports_shared_prompts
@@ -202,18 +203,41 @@ def read_calibration(directory: Path, fingerprint: str) -> Calibration | None:
     return Calibration.from_json(record["calibration"])
 
 
-def write_calibration(reward_model: RewardModel, calibration: Calibration, *, data: str, source: str) -> None:
-    """Store a calibration with the keys of what it belongs to.
+def check_calibration(reward_model: RewardModel, config: RewardModelConfig) -> None:
+    """Refuse a calibration that is not that of this configuration.
 
-    Args:
-        data: key of the responses it was fitted on.
-        source: `reference_samples` or `validation_responses`.
+    Raises:
+        DataError: it was fitted on other responses than `calibration.source`, or on pairs that have been prepared anew.
     """
+    path = reward_model.directory / CALIBRATION_FILE
+    record, source = io.read_json(path), config.calibration.source
+    again = "run its training script again with --force"
+    if record["source"] != source:
+        raise DataError(
+            f"{path}: fitted on {record['source']}, calibration.source is {source}; set that, or {again}"
+        )
+    if record["data"] != _validation_key(config):
+        raise DataError(
+            f"{path}: fitted on other validation pairs than those below {config.paths.processed}, which were prepared "
+            f"anew; {again}"
+        )
+
+
+def write_calibration(
+    reward_model: RewardModel, calibration: Calibration, *, config: RewardModelConfig
+) -> None:
+    """Store a calibration with the keys of what it belongs to: model, template, source and validation pairs."""
     record = {
         "reward_model": reward_model.fingerprint,
         "template": template_fingerprint(reward_model.tokenizer),
-        "data": data,
-        "source": source,
+        "data": _validation_key(config),
+        "source": config.calibration.source,
         "calibration": calibration.to_json(),
     }
     io.write_json(reward_model.directory / CALIBRATION_FILE, record)
+
+
+def _validation_key(config: RewardModelConfig) -> str:
+    """A key of the validation pairs of all objectives, whose prompts a calibration is fitted on."""
+    files = [config.paths.split(objective, "val") for objective in OBJECTIVES]
+    return io.fingerprint([io.file_sha256(file) if file.is_file() else None for file in files])

@@ -64,7 +64,7 @@ def write_reward_models(config: RewardModelConfig) -> list[Path]:
         io.write_json(folders[-1] / "run.json", {"fingerprint": objective})
         calibration = Calibration(torch.full((1,), 1.5 + seed).double(), torch.full((1,), 0.2).double(), 2, 4)
         reward_model = load_reward_model(folders[-1], config=config)
-        write_calibration(reward_model, calibration, data="key", source="validation_responses")
+        write_calibration(reward_model, calibration, config=config)
     return folders
 
 
@@ -150,6 +150,7 @@ def test_stage_three_loads_the_base_once_for_all_pairs(
     config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_prepared(config.paths, pairs=4)
+    write_reward_models(config)  # calibrated on what was prepared
     policy = PolicyConfig(reward_model_config=config, training=TrainingConfig(max_length=200))
     tokenizer = load_tokenizer(config.model, config.paths)
     pairs = pooled_pairs(policy, tokenizer, "train", None).tokenized

@@ -139,6 +139,24 @@ def test_a_reward_model_whose_weights_were_changed(script: str, copied: Pipeline
     assert "calibration.json" in said and "--force" in said
 
 
+@pytest.mark.parametrize("script", DISTILLED)
+def test_a_calibration_on_other_responses(script: str, copied: Pipeline, refused: Refused) -> None:
+    path = copied.paths.reward_model("harmless") / "calibration.json"
+    io.write_json(path, io.read_json(path) | {"source": "reference_samples"})
+    said = refused(script)
+    assert (
+        "fitted on reference_samples, calibration.source is validation_responses" in said
+        and "--force" in said
+    )
+
+
+def test_a_calibration_on_pairs_that_were_prepared_anew(copied: Pipeline, refused: Refused) -> None:
+    split = copied.paths.split("honest", "val")
+    io.write_text(split, "".join(split.read_text(encoding="utf-8").splitlines(keepends=True)[1:]))
+    said = refused(DISTILLED[0])
+    assert "fitted on other validation pairs" in said and "prepared anew" in said and "--force" in said
+
+
 def test_a_reward_model_without_calibration(copied: Pipeline, refused: Refused) -> None:
     (copied.paths.reward_model("helpful") / "calibration.json").unlink()
     assert f"python {REWARD_MODELS['helpful']} --force" in refused(DISTILLED[0])
@@ -157,7 +175,7 @@ def test_ensembles_of_different_size(copied: Pipeline, refused: Refused) -> None
     values = Calibration.from_json(
         {"scale": [1.0, 1.0], "offset": [0.0, 0.0], "n_prompts": 2, "n_responses": 4}
     )
-    write_calibration(model, values, data="d", source="validation_responses")
+    write_calibration(model, values, config=copied.reward_models())
     said = refused(DISTILLED[1])
     assert "different size" in said and "'honest': 2" in said and "ensemble.members" in said
 

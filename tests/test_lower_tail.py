@@ -93,10 +93,8 @@ def test_cvar_passes_gradients_to_the_tail_only():
 
 
 def test_cvar_effective_atoms():
-    assert cvar_effective_atoms(alpha=0.1, n=20) == pytest.approx(2.0)
+    assert cvar_effective_atoms(alpha=0.1, weights=torch.tensor([0.8, 0.1, 0.1])) == pytest.approx(0.1 / 0.66)
     assert cvar_effective_atoms(alpha=0.1, weights=torch.full((20,), 0.05)) == pytest.approx(2.0)
-    with pytest.raises(ValueError, match="exactly one"):
-        cvar_effective_atoms(alpha=0.1)
 
 
 @pytest.mark.parametrize("alpha", [0.0, -0.1, 1.0001, math.nan])
@@ -104,7 +102,7 @@ def test_alpha_outside_its_range_is_refused(alpha):
     with pytest.raises(ValueError, match=r"alpha must lie in \(0, 1\]"):
         cvar(torch.zeros(3), alpha=alpha)
     with pytest.raises(ValueError, match=r"alpha must lie in \(0, 1\]"):
-        cvar_effective_atoms(alpha=alpha, n=3)
+        cvar_effective_atoms(alpha=alpha, weights=torch.full((3,), 1 / 3))
 
 
 def test_unknown_estimator_and_weights_of_other_atoms_are_refused():

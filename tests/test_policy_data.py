@@ -160,8 +160,17 @@ def test_samples_beside_a_global_centring_keep_it(config: PolicyConfig, frozen: 
     assert reference.logps.shape == (18, 3) and set(reference.logps.flatten().tolist()) == {-3.0}
 
 
-@pytest.mark.parametrize("source", ["validation_responses", "reference_samples"])
-@pytest.mark.parametrize("method", ["mean", "hard_min", "cvar", "hierarchical", "lcb", "softmin"])
+EVERY = ("mean", "hard_min", "cvar", "hierarchical", "lcb", "softmin", "edpo")
+EVERY += tuple(f"paper_eq{number}" for number in (5, 6, 7, 9))
+
+
+@pytest.mark.parametrize(
+    ("source", "method"),
+    [
+        *((source, method) for source in ("validation_responses", "reference_samples") for method in EVERY),
+        ("reference_samples", "maxmin"),  # which needs samples
+    ],
+)
 def test_an_affine_change_of_one_member_changes_no_target(
     config: PolicyConfig, frozen: None, source: str, method: str
 ) -> None:
@@ -177,6 +186,10 @@ def test_an_affine_change_of_one_member_changes_no_target(
         targets.append(method_targets(config.policy, method, train=scores, held_out=scores, scale=scale))
     assert torch.allclose(targets[0].train, targets[1].train, atol=1e-9)
     assert targets[0].reward_scale == pytest.approx(targets[1].reward_scale, abs=1e-9)
+    before_columns, after_columns = (found.columns[0] for found in targets)
+    assert all(
+        torch.allclose(before_columns[name], after_columns[name], atol=1e-9) for name in before_columns
+    )
 
 
 def test_an_offset_of_each_prompt_changes_nothing_where_prompts_are_centred(

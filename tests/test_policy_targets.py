@@ -13,6 +13,8 @@ from prmd.config import PolicySection
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.policy_data import PairScores, ScaleResponses
+from prmd.policy_methods import unread_settings
+from prmd.policy_notes import label_notes, method_notes
 from prmd.policy_rewards import solve_reward
 from prmd.policy_targets import Targets, describe_targets, method_targets, policy_loss
 
@@ -249,6 +251,18 @@ def test_constraints_leave_the_other_methods_alone() -> None:
     policy = PolicySection(constraints={"honest": 0.2})
     for method in ("edpo", "paper_eq6"):
         assert not solve_reward(policy, method, reference()).multipliers.any()
+        scores = random_scores(2)
+        assert f"{method} does not read policy.constraints" in method_notes(
+            policy, method, scores, torch.ones(N)
+        )
+    assert label_notes(PolicySection(level="margin", gamma=0.1), "dpo") == (
+        "dpo does not read policy.level, policy.gamma",
+    )
+    assert label_notes(PolicySection(nll_weight=0.1), "dpo") == ()
+    assert unread_settings(PolicySection(within="min", across="min"), "maxmin") == ("across",)
+    assert (
+        unread_settings(PolicySection(within="min", across="min", constraints={"honest": 0.2}), "mean") == ()
+    )
 
 
 def test_the_scale_of_margin_methods_is_that_of_their_reward() -> None:
@@ -269,9 +283,10 @@ def test_the_scale_of_margin_methods_is_that_of_their_reward() -> None:
     ("method", "changes", "atoms"),
     [
         ("hierarchical", {}, 2.0),  # a tenth of 20 members
-        ("cvar", {}, 6.0),  # of 60 rewards
+        ("cvar", {}, 0.1 * 20 / 0.38),  # of 60 rewards weighted .5, .3 and .2 by objective
         ("paper_eq7", {"alpha": 0.05}, 1.0),
-        ("mean", {"across": "cvar", "alpha": 0.5}, 1.5),  # of three objectives
+        ("mean", {"across": "cvar", "alpha": 0.5}, 0.5 / 0.38),  # of three objectives
+        ("cvar", {"weights": {"helpful": 0.8, "harmless": 0.1, "honest": 0.1}}, 0.1 * 20 / 0.66),
         ("hard_min", {}, None),
         ("edpo", {}, None),
     ],

@@ -104,13 +104,16 @@ def test_swapping_chosen_and_rejected_turns_the_sign(method: str) -> None:
     assert torch.allclose(a.train, -b.train, atol=1e-9)
 
 
-@pytest.mark.parametrize("method", DISTILLED)
+@pytest.mark.parametrize("method", [*DISTILLED, "edpo", *(f"paper_eq{number}" for number in (5, 6, 7, 9))])
 def test_equal_members_and_objectives_make_every_method_the_mean(method: str) -> None:
     one = random_scores(2, k=1, m=1)
     scores = PairScores(one.rewards.expand(K, M, N, 2).contiguous(), one.ref_logps)
-    assert torch.allclose(
-        targets_of(SHIPPED, method, scores).train, targets_of(SHIPPED, "mean", scores).train, atol=1e-9
-    )
+    found, mean = targets_of(SHIPPED, method, scores), targets_of(SHIPPED, "mean", scores).train
+    assert torch.allclose(found.train, mean, atol=1e-9)
+    for targets in found.columns[0].values():  # one for each objective and member, where the loss reads them
+        assert torch.allclose(
+            targets, mean.reshape(-1, *[1] * (targets.ndim - 1)).expand_as(targets), atol=1e-9
+        )
 
 
 def test_settings_replace_the_operators() -> None:

@@ -1,6 +1,7 @@
 """Figures of a reward model against hand computations, and the extremes as text."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,21 @@ def test_members_are_compared_by_their_margins() -> None:
         [sd[i] > sd[j] for i in range(4) for j in range(4) if wrong[i] > wrong[j]]
     )
     assert sum(row["n"] for row in disagreement["bins"]) == 4
+
+
+def test_calibrated_margins_are_measured_too() -> None:
+    margins = torch.tensor([[1.0, 2.0, -1.0, 0.5], [3.0, -1.0, 1.0, -2.0]])  # [M, n]
+    members = torch.stack([margins, torch.zeros(2, 4)], dim=0).permute(2, 0, 1).contiguous()
+    scored = held_out([1.0, 1.0, 1.0, 1.0], members)
+    assert reward_metrics(scored)["calibrated"] is None
+    found = reward_metrics(replace(scored, scale=torch.tensor([0.5, 2.0])))["calibrated"]
+    mean = (margins / torch.tensor([[0.5], [2.0]])).mean(0).tolist()  # 1.75, 1.75, -.75, 0
+    confidence = [1 / (1 + math.exp(-abs(m))) for m in mean]  # of pairs that are right, right, wrong and tied
+    assert found["expected_calibration_error"] == pytest.approx(
+        (2 - 2 * confidence[0] + confidence[2] + abs(0.5 - confidence[3])) / 4
+    )
+    slope = found["log_odds_slope"]  # where the likelihood is flat
+    assert sum(m / (1 + math.exp(slope * m)) for m in mean) == pytest.approx(0, abs=1e-6)
 
 
 def test_what_is_undefined_is_none_and_stops_nothing() -> None:

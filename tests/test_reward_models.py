@@ -124,7 +124,7 @@ def test_a_calibration_of_other_weights_is_refused(tmp_path, folder):
     fitted = fit_calibration(
         torch.randn(8, 1, dtype=torch.float64, generator=generator), torch.arange(8) // 2
     )
-    write_calibration(model, fitted, data="key", source="reference_samples")
+    write_calibration(model, fitted, config=config_at(tmp_path))
     assert load_reward_model(folder, config=config_at(tmp_path)).calibration is not None
     tensors = io.read_tensors(folder / "model.safetensors")
     io.write_tensors(

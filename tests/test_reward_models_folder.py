@@ -133,7 +133,7 @@ def test_calibration_is_read_back_and_belongs_to_its_weights(folder: Path, confi
     calibration = Calibration(
         torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([0.1, 0.2, 0.3]).double(), 5, 10
     )
-    write_calibration(model, calibration, data="key", source="validation_responses")
+    write_calibration(model, calibration, config=config)
     read = load_reward_model(folder, config=config).calibration
     assert torch.equal(read.scale, calibration.scale) and torch.equal(read.offset, calibration.offset)
     assert (read.n_prompts, read.n_responses) == (5, 10)
@@ -150,7 +150,7 @@ def test_calibration_of_another_precision_or_template_is_refused(
 ) -> None:
     model = load_reward_model(folder, config=config)
     ones = torch.ones(MEMBERS, dtype=torch.float64)
-    write_calibration(model, Calibration(ones, ones, 2, 4), data="key", source="validation_responses")
+    write_calibration(model, Calibration(ones, ones, 2, 4), config=config)
     half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
     with pytest.raises(DataError, match=r"model\.dtype"):
         load_reward_model(folder, config=half)

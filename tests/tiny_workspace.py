@@ -135,7 +135,7 @@ def write_reward_models(config: EvaluationConfig, members: int = 3) -> None:
         model = load_reward_model(folder, config=config.shared)
         scale = torch.linspace(0.5, 1.5, members, dtype=torch.float64)
         calibration = Calibration(scale, torch.zeros(members, dtype=torch.float64), 4, 8)
-        write_calibration(model, calibration, data="none", source="validation_responses")
+        write_calibration(model, calibration, config=config.shared)
         io.write_json(folder / "run.json", {"fingerprint": objective, "seconds": 1.0})
 
 
