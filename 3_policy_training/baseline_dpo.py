@@ -4,7 +4,7 @@
 
 L = -log sigma(beta * [rho(x, y_w) - rho(x, y_l)]), rho the log-ratio of policy and reference (Eq. 7 of arXiv:2305.18290)
 
-Reads   data/processed/<approach>/*/train.jsonl
+Reads   data/processed/<approach>/*/{train,val}.jsonl
 Writes  models/policy_models/<approach>/baseline_dpo/
 """
 

@@ -4,7 +4,7 @@
 
 Δ* = clip(reward_scale·[R(x,y_w) − R(x,y_l)], ±margin_clip),  L = (Δ* − Δ_θ)²
 
-Reads   data/processed/<approach>/*/train.jsonl, models/reward_models/<approach>/
+Reads   data/processed/<approach>/*/{train,val}.jsonl, models/reward_models/<approach>/
 Writes  data/cache/ (rewards, reference log-probabilities), models/policy_models/<approach>/hierarchical/
 """
 

@@ -2,7 +2,7 @@
 
     python 4_evaluation/compute_metrics.py --config configs/evaluation_config.yaml
 
-Reads   data/processed/<approach>/*/{test,judge}.jsonl, models/reward_models/<approach>/, models/policy_models/<approach>/
+Reads   data/processed/<approach>/*/{val,test,judge}.jsonl, models/reward_models/<approach>/, models/policy_models/<approach>/
 Writes  models/judges/<approach>/<objective>/, outputs/metrics/<approach>/, outputs/report/index.html
 """
 

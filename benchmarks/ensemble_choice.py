@@ -6,7 +6,7 @@ For every setting the heads are fit on pairs that the backbone never saw and mea
 it did not get, test and judge splits; val chose its checkpoint): accuracy and negative log-likelihood of the mean member
 beside those of r_0 on the same pairs, mean correlation of the members' margins, and whether their disagreement foretells
 the mean's mistakes. A larger slice would cost the backbone its pairs; here the backbone is given, so that cost is not in
-the table. A fit takes 5 to 20 seconds on one core. How heads are fit is in `prmd.ensemble`; what the study with known
+the table. How heads are fit is in `prmd.ensemble`; what the study with known
 rewards says is in `gold_heads`.
 """
 
@@ -136,7 +136,10 @@ def _nll(margins: np.ndarray) -> float:
 
 
 def sweep(models: Sequence[UnseenPairs], members: int, repeats: int = REPEATS) -> list[dict[str, Any]]:
-    """Every setting on every reward model and division: means, and the spread of the gains over those."""
+    """Every setting on every reward model and division: means, and the standard error of the accuracy's gain over models.
+
+    The divisions of one model share their pairs, so they are averaged first; one model has no standard error.
+    """
     rows = []
     for fraction, anchor, prior in itertools.product(FIT_FRACTIONS, ANCHORS, PRIOR_SCALES):
         settings = EnsembleConfig(members=members, fit_fraction=fraction, anchor=anchor, prior_scale=prior)
@@ -147,7 +150,10 @@ def sweep(models: Sequence[UnseenPairs], members: int, repeats: int = REPEATS) -
         ]
         names = [name for name in found[0] if name not in ("model", "repeat")]
         means = {name: float(np.nanmean([entry[name] for entry in found])) for name in names}
-        error = float(np.std([entry["accuracy_gain"] for entry in found]) / math.sqrt(len(found)))
+        gains = (
+            np.array([entry["accuracy_gain"] for entry in found]).reshape(len(models), repeats).mean(axis=1)
+        )
+        error = float(gains.std(ddof=1) / math.sqrt(len(models))) if len(models) > 1 else None
         setting = {"fit_fraction": fraction, "anchor": anchor, "prior_scale": prior}
         rows.append(setting | means | {"accuracy_gain_error": error, "runs": found})
     return rows
@@ -155,19 +161,29 @@ def sweep(models: Sequence[UnseenPairs], members: int, repeats: int = REPEATS) -
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The sweep as a Markdown table; gains are over r_0 on the same pairs."""
-    head = ("fit share", "anchor", "prior scale", "accuracy", "gain", "NLL", "gain", "member corr.", "AUC")
+    head = ("fit share", "anchor", "prior scale", "accuracy", "gain", "NLL", "gain", "member correlation")
+    head += ("disagreement and mistakes, rank correlation", "AUC")
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in rows:
         cells = [f"{row['fit_fraction']:g}", f"{row['anchor']:g}", f"{row['prior_scale']:g}"]
-        cells += [f"{row['accuracy']:.3f}", f"{row['accuracy_gain']:+.3f} ± {row['accuracy_gain_error']:.3f}"]
+        error = row["accuracy_gain_error"]
+        cells += [
+            f"{row['accuracy']:.3f}",
+            f"{row['accuracy_gain']:+.3f}" + (f" ± {error:.3f}" if error is not None else ""),
+        ]
         cells += [f"{row['nll']:.3f}", f"{row['nll_gain']:+.3f}"]
-        cells += [f"{row['member_correlation']:.2f}", f"{row['auc']:.2f}"]
+        cells += [
+            f"{row['member_correlation']:.2f}",
+            f"{row['mistake_correlation']:+.2f}",
+            f"{row['auc']:.2f}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     runs = rows[0]["runs"]
     models = sorted({run["model"] for run in runs})
     lines += [
         "",
-        f"Means over {', '.join(models)}, {len(runs) // len(models)} divisions each; ± standard error.",
+        f"Means over {', '.join(models)}, {len(runs) // len(models)} divisions each of {runs[0]['held_out_pairs']:.0f} held-out "
+        "pairs or so; gains over r_0 on the same pairs; ± standard error over models.",
     ]
     return "\n".join(lines)
 

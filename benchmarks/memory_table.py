@@ -69,7 +69,9 @@ def table(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the rows."""
     parser = command_line(__doc__)
-    parser.add_argument("--without-trl", action="store_true", help="our side alone: seconds for minutes")
+    parser.add_argument(
+        "--without-trl", action="store_true", help="our side alone: seconds instead of minutes"
+    )
     options = parser.parse_args(arguments)
     configure_logging()
     paths = load_config(CONFIG_DIR / "reward_model_config.yaml", RewardModelConfig).paths

@@ -5,7 +5,7 @@
 Measures DPO against TRL's DPOTrainer (references precomputed in both, only optimiser steps timed), reward models against
 its RewardTrainer, distillation (TRL has none), scoring, peak memory at vocabulary 151,936, and each against the same
 model on dense batches. On a GPU also the shape of Qwen2.5-3B within 32 GB, and there `flex_attention` against `sdpa`.
-`--quick` takes 16 pairs for 64.
+`--quick` takes 16 pairs instead of 64, and fewer repeats.
 Prints a Markdown table, and writes one list of rows as JSON.
 """
 
@@ -191,7 +191,7 @@ def _share(value: float | None) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the rows."""
     parser = command_line(__doc__)
-    parser.add_argument("--quick", action="store_true", help="16 pairs and fewer repeats: within 25 minutes")
+    parser.add_argument("--quick", action="store_true", help="16 pairs and fewer repeats")
     parser.add_argument(
         "--data", help="folder in the hub's HH-RLHF layout; default: configured, else embedded"
     )

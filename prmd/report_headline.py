@@ -172,5 +172,5 @@ def approaches_section(paths: ArtifactPaths) -> Section | None:
         table = headline_table(named, {}, caption)
     if table is None and not apart:
         return None
-    command = f"{missing(paths, EVALUATE)} generation.other_approaches=[{','.join(apart)}]"
+    command = f'{missing(paths, EVALUATE)} "generation.other_approaches=[{",".join(apart)}]"'
     return {"table": table, "apart": apart, "command": command if apart else None}

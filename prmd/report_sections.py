@@ -269,7 +269,8 @@ def gate_section(paths: ArtifactPaths) -> Section | None:
         f"Before any training: the optimal policy of each reward on {gate['samples_per_prompt']} samples of "
         f"{gate['prompts']} {gate['source'].removeprefix('reference samples of the ')}, at {format_number(gate['kl'])} nats for all (kl_target "
         f"{gate['kl_target']:g}). Gains over the reference in calibrated units by the mean members of the training "
-        f"ensemble, a proxy. E min of the reference: {reference}. Below about 4 effective samples a row is mostly noise."
+        f"ensemble, a proxy; weights of maxmin and constraints are solved on these very samples. E min of the reference: "
+        f"{reference}. Below about 4 effective samples a row is mostly noise."
     )
     columns = ("method", *OBJECTIVES, "worst gain, min E", "E min", "effective samples")
     notes = [f"{row['method']}: {row['reason']}" for row in gate.get("refused") or []]

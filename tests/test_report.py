@@ -218,7 +218,7 @@ def test_approaches_are_compared_only_where_they_can_be(tmp_path: Path) -> None:
     section = approaches_section(paths)
     assert section["table"] is None and section["apart"] == ["pku_safe"]
     assert section["command"] == (
-        "python 4_evaluation/compute_metrics.py data.approach=embedded generation.other_approaches=[pku_safe]"
+        'python 4_evaluation/compute_metrics.py data.approach=embedded "generation.other_approaches=[pku_safe]"'
     )
     comparison = io.read_json(paths.metrics / "comparison.json")
     comparison["rows"].append(
