@@ -100,6 +100,8 @@ _FIGURE_TEXTS = {
 def build_report(paths: ArtifactPaths) -> Path:
     """Draw every figure, write the page, and its tables of results as `tables.md`, `.csv`, `.tex` and `measures.csv` beside it.
 
+    `tables.md` and `.tex` hold the evaluation's and the benchmarks' tables, the other two the evaluation's numbers.
+
     Args:
         paths: of the approach to report; other approaches are compared where their evaluation is the same.
 
@@ -128,15 +130,16 @@ def build_report(paths: ArtifactPaths) -> Path:
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}  # objectives in their own order
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     io.write_text(paths.report, template.render(view))
-    _write_tables(paths.report.parent, headline)
+    _write_tables(paths.report.parent, headline, view["benchmarks"])
     logger.info("report: %s (%.1f MB)", paths.report, paths.report.stat().st_size / 1e6)
     return paths.report
 
 
-def _write_tables(directory: Path, headline: dict[str, Any]) -> None:
+def _write_tables(directory: Path, headline: dict[str, Any], benchmarks: dict[str, Any]) -> None:
     if headline["missing"]:
         return
     tables = {"Result": headline["table"], "Who judged": headline["judges"], **headline["tables"]}
+    tables |= {"Benchmarks": benchmarks["table"], **benchmarks["folded"]}
     found = {name: table for name, table in tables.items() if table}
     markdown = (f"## {name}\n\n{to_markdown(table)}" for name, table in found.items())
     io.write_text(directory / "tables.md", "\n".join(markdown))

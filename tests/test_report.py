@@ -133,6 +133,8 @@ def test_marks_say_what_the_paired_tests_found(built: Path, page: Page) -> None:
     row = next(line for line in markdown.splitlines() if line.startswith("| hard_min |"))
     helpful, minimum = row.split("|")[2], row.split("|")[6]
     assert helpful.endswith("▲ ") and "▲" not in minimum and row.count("▲") == 1
+    assert "## Benchmarks\n\n| benchmark | metric | chance | n |" in markdown
+    assert "## Who judged the benchmarks" in markdown
     assert "▲ ▼: better or worse than dpo on the same prompts, p < .05 after Holm" in page.text
 
 
