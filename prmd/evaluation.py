@@ -41,6 +41,7 @@ from prmd.provenance import (
     write_step_result,
 )
 from prmd.report import build_report
+from prmd.report_evaluation import benchmark_results
 from prmd.report_headline import headline_section
 from prmd.report_tables import Table, format_estimate, format_number, to_markdown
 from prmd.resampling import Resampling
@@ -181,20 +182,21 @@ def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bo
     _log_table(_benchmark_table(results))
     for name, reason in dict.fromkeys((r["benchmark"], r["reason"]) for r in results if r["reason"]):
         logger.info("%s: not run: %s", name, reason)
-    _compare_benchmarks(config, results)
+    _compare_benchmarks(config)
     summary = {"results": results, "seconds": round(clock.seconds(), 1)}
     write_step_result(config.paths, "benchmark_eval", {"artifact": str(target), **summary})
     build_report(config.paths)
     return target
 
 
-def _compare_benchmarks(config: EvaluationConfig, results: Sequence[dict[str, Any]]) -> None:
-    """Write the paired tests between methods on all benchmarks that finished."""
+def _compare_benchmarks(config: EvaluationConfig) -> None:
+    """Write the paired tests between methods on all benchmarks that the report shows, those of earlier runs included."""
     items: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for result in (r for r in results if r["status"] == "done"):
-        path = config.paths.benchmark(result["name"]) / f"{result['method']}.items.jsonl"
-        if path.is_file():
-            items.setdefault(result["name"], {})[result["method"]] = io.read_jsonl(path)
+    for name, found in benchmark_results(config.paths).items():
+        for method in (method for method, result in found.items() if result["status"] == "done"):
+            path = config.paths.benchmark(name) / f"{method}.items.jsonl"
+            if path.is_file():
+                items.setdefault(name, {})[method] = io.read_jsonl(path)
     resampling = Resampling(config.bootstrap_resamples, config.shared.seed)
     io.write_json(config.paths.benchmark_comparison, compare_benchmarks(items, resampling))
 

@@ -25,8 +25,7 @@ _BENCHMARK = "python 4_evaluation/benchmark_eval.py"
 def benchmarks_section(paths: ArtifactPaths) -> Section:
     """One row per benchmark and metric, one column per method; what did not run is a row that says why."""
     configured = BenchmarksConfig().run
-    results = {name: _benchmark_results(paths.benchmark(name)) for name in benchmark_names(paths)}
-    results = {name: found for name, found in results.items() if found or name in configured}
+    results = {name: found for name, found in benchmark_results(paths).items() if found or name in configured}
     methods = sorted({m for found in results.values() for m in found}, key=lambda m: (m != "reference", m))
     rows = [row for name, found in results.items() for row in _benchmark_rows(paths, name, found, methods)]
     caption = (
@@ -104,7 +103,12 @@ def _meanings(metrics: Iterable[str]) -> Table | None:
     return Table(("metric", "what it is", "better"), rows) if rows else None
 
 
-def _benchmark_results(folder: Path) -> dict[str, dict[str, Any]]:
+def benchmark_results(paths: ArtifactPaths) -> dict[str, dict[str, dict[str, Any]]]:
+    """Every benchmark's results that are there, by method; of this run of `benchmark_eval` or an earlier one."""
+    return {name: _results_in(paths.benchmark(name)) for name in benchmark_names(paths)}
+
+
+def _results_in(folder: Path) -> dict[str, dict[str, Any]]:
     found = {path.stem: load(path) for path in sorted(folder.glob("*.json")) if path.name != "run.json"}
     return {method: result for method, result in found.items() if result and result.get("status")}
 

@@ -140,6 +140,11 @@ def test_the_stage_writes_every_result_reuses_it_and_says_what_did_not_run(
         benchmark_eval(workspace)
     assert caplog.text.count("finished before with the same inputs, reused") == 6
     benchmark_eval(workspace, force=True)  # computed anew, from cached log-probabilities
+    whole = io.read_json(workspace.paths.benchmark_comparison)["paired"]
+    assert {test["benchmark"] for test in whole} == {"heldout_pairs", "truthfulqa"}
+    alone = workspace.benchmarks.model_copy(update={"run": ("truthfulqa",)})
+    benchmark_eval(workspace.model_copy(update={"benchmarks": alone}))  # what the others found stays compared
+    assert io.read_json(workspace.paths.benchmark_comparison)["paired"] == whole
 
 
 def test_a_key_sees_files_in_folders_and_below_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
