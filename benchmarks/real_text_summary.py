@@ -109,7 +109,7 @@ def summary_row(method: str, runs: Mapping[int, Checkpoints], kl: float) -> Row:
         "kl": [m["kl"] for m, _ in found],
         "reached": [reached for _, reached in found],
         "win_rate": {k: estimate(scores[f"win_rate/{k}"]) for k in OBJECTIVES},
-        "worst_win_rate": _row(*worst, [m["worst_win_rate"] for m, _ in found]),
+        "worst_win_rate": _row(*worst, [m["worst_per_world"] for m, _ in found]),
         "mean_of_min": estimate(scores["mean_of_min"]),
         "length": estimate(scores["length"]),
         "at_end": {name: [row[name] for row in ends] for name in ("kl", "win_rate", "mean_of_min", "length")},

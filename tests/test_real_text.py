@@ -163,7 +163,7 @@ def test_measures_at_a_kl_are_those_of_the_known_line() -> None:
     assert reached and found["kl"] == 0.25
     np.testing.assert_allclose(found["per_prompt/win_rate/helpful"], 0.5 + 0.5 * slopes)
     np.testing.assert_allclose(found["per_prompt/mean_of_min"], -1 + 0.5 * slopes)
-    assert found["worst_win_rate"] == pytest.approx(0.5 - 0.125 * slopes.mean())
+    assert found["worst_per_world"] == pytest.approx(0.5 - 0.125 * slopes.mean())
     found, reached = matched(line(slopes), 1.0)
     assert not reached and found["kl"] == 0.64
     np.testing.assert_allclose(found["per_prompt/length"], 40 + 8 * slopes)
