@@ -16,7 +16,7 @@ true reward over sqrt(KL); (c) worst objective and balance, raw and calibrated, 
 CVaR's alpha, beta, kl_target; and which heads make a good ensemble (`gold_heads`). Writes FILE (default:
 benchmarks/results/gold_reward.json) with its tables as Markdown and figures beside it. Finished trainings are kept in
 FOLDER, so an interrupted study goes on where it was. `--quick` runs two seeds at two biases, the ablations at one seed, and
-writes to FOLDER. CPU only, one thread a worker; how long the committed run took is in its `setup`.
+writes to FOLDER: 52 of the 212 policies, in 15 minutes by one worker on one core. CPU only, one thread a worker.
 """
 
 import os
