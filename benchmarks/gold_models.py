@@ -24,7 +24,8 @@ from prmd.pair_batches import plan_batches, total_steps
 from prmd.runtime import get_device
 from prmd.scoring import score_rows
 from prmd.tokenization import PrefixRow
-from prmd.trainer import LossFunction, PairData, PairTrainer, training_arguments
+from prmd.trainer import LossFunction, PairData, PairTrainer
+from prmd.trainer_arguments import training_arguments
 
 MAX_NEW_TOKENS = 24
 """Ten letters more than the prior's longest response: a policy that grows longer is seen to."""

@@ -28,7 +28,8 @@ from prmd.reward_training import reward_loss
 from prmd.runtime import get_device
 from prmd.scoring import score_logps
 from prmd.sequence_models import SequenceLogps, SequenceRewards
-from prmd.trainer import Columns, LossFunction, PairData, PairLoss, PairTrainer, training_arguments
+from prmd.trainer import Columns, LossFunction, PairData, PairLoss, PairTrainer
+from prmd.trainer_arguments import training_arguments
 
 LEARNING_RATE = 5e-7
 CENTERING = 0.01

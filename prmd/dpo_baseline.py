@@ -25,7 +25,7 @@ from prmd.preferences import PreferencePair
 from prmd.reporting import reporting_callbacks
 from prmd.runtime import get_device, get_runtime, is_main_process, set_seed
 from prmd.sharding import RefuseUnsharded, requested_sharding
-from prmd.trainer import on_one_gpu
+from prmd.trainer_arguments import on_one_gpu
 from prmd.training import choose_precision
 
 TEMPLATE_TAIL = 8

@@ -22,13 +22,18 @@ from prmd.paths import ArtifactPaths
 from prmd.plotting import plot_length_distributions, plot_policy_training, plot_split_sizes
 from prmd.plotting_evaluation import plot_metrics
 from prmd.plotting_rewards import plot_reward_model
-from prmd.report_evaluation import EMBEDDED_CAVEAT, benchmarks_section, limits_section, samples_section
+from prmd.report_evaluation import (
+    EMBEDDED_CAVEAT,
+    benchmarks_section,
+    gate_section,
+    limits_section,
+    samples_section,
+)
 from prmd.report_headline import approaches_section, headline_section
 from prmd.report_measures import measures_csv
 from prmd.report_sections import (
     data_section,
     folders,
-    gate_section,
     load,
     policies_section,
     reward_models_section,

@@ -1,8 +1,8 @@
-"""What the report says of benchmarks, samples and limits.
+"""What the report says of the closed-form gate, benchmarks, samples and limits.
 
-What lives here: sections built from `outputs/benchmarks` and the samples in `outputs/metrics`. What does not: the results
-of the evaluation (`report_headline`), numbers (they are read, never computed), figures and the page (`report`, to be read
-next).
+What lives here: sections built from `gate.json`, `outputs/benchmarks` and the samples in `outputs/metrics`. What does not: the
+results of the evaluation (`report_headline`), numbers (they are read, never computed), figures and the page (`report`, to be
+read next).
 """
 
 from collections.abc import Iterable
@@ -19,6 +19,38 @@ from prmd.report_tables import NOTHING, Table, format_number, objectives_of, wit
 
 MAX_BROWSED_PROMPTS = 60
 _BENCHMARK = "python 4_evaluation/benchmark_eval.py"
+
+
+# ------------------------------------------------------------------ closed-form gate
+def gate_section(paths: ArtifactPaths) -> Section | None:
+    """The closed-form gate: what each method reaches on reference samples at one KL, by the training ensemble.
+
+    None where it was not computed: without scored reference samples there is none.
+    """
+    gate = load(paths.reward_analysis / "gate.json")
+    if not gate:
+        return None
+    rows = tuple(
+        (
+            row["method"],
+            *(format_number(row["gains"].get(k)) for k in OBJECTIVES),
+            format_number(row["worst_gain"]),
+            format_number(row["mean_of_min"]),
+            format_number(row["effective_sample_size"], 1),
+        )
+        for row in gate["rows"]
+    )
+    reference = next((format_number(row["reference_mean_of_min"]) for row in gate["rows"]), NOTHING)
+    caption = (
+        f"Before any training: the optimal policy of each reward on {gate['samples_per_prompt']} samples of "
+        f"{gate['prompts']} {gate['source'].removeprefix('reference samples of the ')}, at {format_number(gate['kl'])} nats for all (kl_target "
+        f"{gate['kl_target']:g}). Gains over the reference in calibrated units by the mean members of the training "
+        f"ensemble, a proxy; weights of maxmin and constraints are solved on these very samples. E min of the reference: "
+        f"{reference}. Below about 4 effective samples a row is mostly noise."
+    )
+    columns = ("method", *OBJECTIVES, "worst gain, min E", "E min", "effective samples")
+    notes = [f"{row['method']}: {row['reason']}" for row in gate.get("refused") or []]
+    return {"table": Table(columns, rows, caption), "notes": notes}
 
 
 # ------------------------------------------------------------------ benchmarks

@@ -5,14 +5,12 @@ trainings is data: the wrapped model's output (rewards or log-probabilities), co
 Checkpoint names are in `checkpoints`; the losses themselves in `losses`.
 """
 
-import logging
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,15 +20,11 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prmd.checkpoints import mark_complete
-from prmd.config_sections import TrainingConfig
 from prmd.errors import DataError
 from prmd.pair_batches import MicroBatch, collate_rows, padding_share, plan_scoring
 from prmd.runtime import get_device
 from prmd.sharding import RefuseUnsharded, in_step, prepare_fsdp
 from prmd.tokenization import PrefixRow
-
-logger = logging.getLogger(__name__)
-Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 Columns = Mapping[str, Tensor]
 
@@ -263,58 +257,3 @@ class PairTrainer(Trainer):
                 f"{self.args.output_dir}: the checkpoint to resume from lacks {sorted(missing)} and has besides "
                 f"{load_result.unexpected_keys}; delete it, and start again"
             )
-
-
-def training_arguments(
-    training: TrainingConfig,
-    *,
-    directory: Path,
-    learning_rate: float,
-    optimizer: str,
-    bf16: bool,
-    seed: int,
-    steps: int,
-) -> TrainingArguments:
-    """`TrainingArguments` for `PairTrainer`: one pass over the plan, checkpoints and logging by our callbacks."""
-    eight_bit = optimizer == "adamw_8bit_stochastic"
-    arguments = TrainingArguments(
-        output_dir=str(directory),
-        num_train_epochs=1,
-        per_device_train_batch_size=1,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        learning_rate=learning_rate,
-        lr_scheduler_type=training.lr_scheduler,
-        warmup_steps=math.ceil(training.warmup_ratio * steps),
-        weight_decay=training.weight_decay,
-        max_grad_norm=training.max_grad_norm,
-        optim="adamw_torch_8bit" if eight_bit else "adamw_torch_fused",
-        optim_args="bf16_stochastic_round=True" if eight_bit else None,
-        bf16=bf16,
-        logging_steps=training.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        save_strategy="no",
-        eval_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=True,
-        ddp_find_unused_parameters=False,
-        use_cpu=get_device().type == "cpu",
-        seed=seed,
-    )
-    return on_one_gpu(arguments)
-
-
-def on_one_gpu(arguments: Arguments) -> Arguments:
-    """The arguments of a process that trains on its own GPU, whatever else it sees.
-
-    A process without a launcher that sees several would be given `DataParallel`, which splits our batches' flat indices.
-    """
-    if arguments.n_gpu > 1:
-        logger.info(
-            "%d GPUs are visible and one is used; for all: accelerate launch --config_file configs/accelerate/ddp.yaml",
-            arguments.n_gpu,
-        )
-        arguments._n_gpu = 1
-    return arguments

@@ -33,8 +33,8 @@ from prmd.trainer import (
     LossFunction,
     PairData,
     PairTrainer,
-    training_arguments,
 )
+from prmd.trainer_arguments import training_arguments
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ LAYERS = {
         errors config config_sections config_evaluation config_file config_mistakes objectives paths io runtime provenance setup_check""",
     "parts": """
         preferences transcripts splits pair_builders pairs_pku sources local_rows raw_data tokenization
-        pair_batches attention models lora sequence_models reward_models reward_metrics ensemble adapter_members trainer training reporting wheels
+        pair_batches attention models lora sequence_models reward_models reward_metrics ensemble adapter_members trainer_arguments trainer training reporting wheels
         checkpoints precision memory dry_run rehearsal memory_accounting memory_plan memory_report dpo_baseline scoring primer_scoring rewardbench
         cache generation vllm_engine adapters sharding reference response_kl reward_data reward_training policy_pairs policy_data policy_targets policy_metrics policy_comparison benchmark_comparison policy_evaluation checkpoint_frontier contenders judges benchmarks
         policy_methods policy_rewards policy_notes policy_samples policy_inputs policy_selection policy_soup policy_gate

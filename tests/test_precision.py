@@ -16,7 +16,7 @@ from prmd import precision as module
 from prmd.config_sections import LoraConfig, ModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
 from prmd.precision import Precision, missing_compiler, probe_progress, refuse_if_stuck, resolve_precision
-from prmd.trainer import training_arguments
+from prmd.trainer_arguments import training_arguments
 
 RATE = 5e-7
 FLOAT32 = Precision("adamw_float32", True, True, RATE, "full")

@@ -6,7 +6,7 @@ from prmd import io
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
 from prmd.report import build_report
-from prmd.report_sections import gate_section
+from prmd.report_evaluation import gate_section
 
 ROW = {
     "worst_gain": -0.125,

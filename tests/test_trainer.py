@@ -21,7 +21,8 @@ from prmd.models import load_tokenizer_from
 from prmd.pair_batches import collate_rows, plan_batches, total_steps
 from prmd.sequence_models import SequenceLogps, SequenceRewards
 from prmd.tokenization import PrefixRow
-from prmd.trainer import PairData, PairLoss, PairTrainer, on_one_gpu, training_arguments
+from prmd.trainer import PairData, PairLoss, PairTrainer
+from prmd.trainer_arguments import on_one_gpu, training_arguments
 
 BETA = 0.1
 LEARNING_RATE = 0.05

@@ -26,7 +26,8 @@ from prmd.pair_batches import plan_batches, total_steps
 from prmd.scoring import score_logps
 from prmd.sequence_models import SequenceLogps
 from prmd.tokenization import PrefixRow
-from prmd.trainer import PairData, PairLoss, PairTrainer, training_arguments
+from prmd.trainer import PairData, PairLoss, PairTrainer
+from prmd.trainer_arguments import training_arguments
 
 ROWS_PER_BATCH = 2
 
