@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tiny_pipeline import Pipeline
     from tiny_tables import Table
 
+    from prmd.sequence_models import SequenceLogps
+
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> "Pipeline":
@@ -41,6 +43,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny_models import tiny_causal_lm
 
     return tiny_causal_lm(tmp_path_factory.mktemp("model") / "base")
+
+
+@pytest.fixture(scope="module")
+def policy_model(tmp_path_factory: pytest.TempPathFactory) -> "SequenceLogps":
+    """A tiny policy, to be differentiated and not to be changed."""
+    from tiny_scores import tiny_policy
+
+    return tiny_policy(tmp_path_factory.mktemp("policy"))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gloo_processes import run_processes
 from scipy import stats
-from tiny_models import tiny_causal_lm
+from tiny_models import QUESTIONS, tiny_causal_lm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from prmd import generation, runtime, scoring
@@ -15,8 +15,6 @@ from prmd.cache import JsonTable
 from prmd.generation import GeneratedResponse, generate, sample_rows, stop_token
 from prmd.models import load_tokenizer_from
 from prmd.tokenization import tokenize_prompt, tokenize_row
-
-QUESTIONS = ["why is the sky blue?", "I", "the quick brown fox jumps over the lazy dog", "Q: is it?", "no no"]
 
 
 @pytest.fixture(scope="module")

@@ -6,13 +6,13 @@ from typing import Any, get_args
 import pytest
 import torch
 from pydantic import ValidationError
-from test_policy_training import K, M, N, PairScores, random_scores
+from tiny_scores import K, M, N, random_scores, reference
 
 from prmd.config import PairsConfig, PolicyConfig, PolicyMethod, PolicySection, RewardModelConfig
 from prmd.config_sections import CalibrationConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
-from prmd.policy_data import ScaleResponses
+from prmd.policy_data import PairScores, ScaleResponses
 from prmd.policy_methods import (
     BASELINE,
     POLICY_METHODS,
@@ -37,20 +37,6 @@ def config_of(
         pairs=PairsConfig(reference_samples=pairs),
         reward_model_config=shared,
     )
-
-
-def reference(k: int = K, m: int = M, prompts: int = 30, n: int = 24, seed: int = 9) -> ScaleResponses:
-    """Scored reference samples whose objectives differ, so that maxmin does not weigh them alike."""
-    generator = torch.Generator().manual_seed(seed)
-    shape = (k, 1, prompts, n)
-    shared = torch.randn(1, 1, prompts, n, generator=generator, dtype=torch.float64)
-    own = (
-        torch.randn(shape, generator=generator, dtype=torch.float64)
-        * torch.tensor([1.0, 0.6, 0.8]).double()[:k, None, None, None]
-    )
-    members = 0.5 * torch.randn(k, m, prompts, n, generator=generator, dtype=torch.float64)
-    rewards = (own + 0.4 * shared + members).flatten(2)
-    return ScaleResponses(rewards, torch.arange(prompts).repeat_interleave(n), "samples", n)
 
 
 def test_the_configuration_names_exactly_the_methods_there_are() -> None:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_policy_methods import reference
-from test_policy_training import ROWS, K, policy_model, random_scores  # noqa: F401  (a fixture)
 from tiny_models import plain_logp
+from tiny_scores import ROWS, K, random_scores, reference
 
 from prmd.config import PolicySection
 from prmd.errors import ConfigError, DataError
@@ -117,7 +116,7 @@ def test_gamma_rows_have_samples_behind_the_pair() -> None:
 
 
 # ------------------------------------------------------------------ e-DPO
-def test_members_are_chosen_on_the_whole_effective_batch(policy_model: SequenceLogps) -> None:  # noqa: F811
+def test_members_are_chosen_on_the_whole_effective_batch(policy_model: SequenceLogps) -> None:
     """Two micro-batches, of two pairs and of one, with a choice that neither alone would make."""
     policy, generator = PolicySection(beta=0.5), torch.Generator().manual_seed(0)
     ref = torch.randn(3, 2, generator=generator) * 3 - 20
@@ -153,7 +152,7 @@ def test_members_are_chosen_on_the_whole_effective_batch(policy_model: SequenceL
     assert [alone.select(policy_model, step).tolist() for step in (0, 1)] == [[1] * K, [0] * K]
 
 
-def test_one_choice_serves_every_micro_batch_of_a_step(policy_model: SequenceLogps) -> None:  # noqa: F811
+def test_one_choice_serves_every_micro_batch_of_a_step(policy_model: SequenceLogps) -> None:
     columns = {"ref_logps": torch.zeros(3, 2), "member_targets": torch.zeros(3, 1, 2)}
     plan = [MicroBatch((0,)), MicroBatch((1,)), MicroBatch((2,))]
     selection = MemberSelection(ROWS, columns, plan, batches_per_step=2, policy=PolicySection(), pad_id=0)

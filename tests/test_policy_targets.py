@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_policy_methods import reference
-from test_policy_training import K, M, N, random_scores, scale_of
+from tiny_scores import K, M, N, random_scores, reference, scale_of
 
 from prmd.config import PolicySection
 from prmd.errors import ConfigError

@@ -7,41 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_causal_lm
+from tiny_scores import ROWS, K, M, N, random_scores, scale_of
 from torch import Tensor
 
 from prmd.config import PolicyConfig, PolicySection
-from prmd.config_sections import ModelConfig
 from prmd.errors import ConfigError, DataError
-from prmd.models import load_causal_lm
 from prmd.pair_batches import collate_rows
-from prmd.paths import ArtifactPaths
 from prmd.pessimism import METHODS
-from prmd.policy_data import PairScores, ScaleResponses
+from prmd.policy_data import PairScores
 from prmd.policy_targets import Targets, method_targets, policy_loss
 from prmd.policy_training import train_hierarchical
 from prmd.sequence_models import SequenceLogps
-from prmd.tokenization import PrefixRow
 
-K, M, N = 3, 20, 40
 SHIPPED = PolicyConfig().policy
 DISTILLED = ("mean", "hard_min", "cvar", "hierarchical", "lcb", "softmin")
-
-
-def random_scores(seed: int = 0, k: int = K, m: int = M, n: int = N) -> PairScores:
-    """Calibrated rewards with what members share, what objectives share, and noise."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-    rewards = normal(1, 1, n, 2) + normal(k, 1, n, 2) + 0.7 * normal(k, m, n, 2)
-    return PairScores(rewards, -10 - 5 * normal(n, 2).abs().float())
-
-
-def scale_of(scores: PairScores) -> ScaleResponses:
-    n = scores.rewards.shape[2]
-    return ScaleResponses(scores.rewards.flatten(2), torch.arange(n).repeat_interleave(2), "pairs")
 
 
 def targets_of(policy: PolicySection, method: str, scores: PairScores | None = None) -> Targets:
@@ -148,20 +127,6 @@ def test_rewards_that_do_not_vary_are_refused() -> None:
 
 
 # ------------------------------------------------------------------ loss and gradient
-ROWS = [
-    PrefixRow((1, 50, 60, 70), ((80, 81, 82, 2), (90, 91, 2))),
-    PrefixRow((1, 51), ((83, 2), (92, 93, 94, 2))),
-    PrefixRow((1, 52, 53), ((84, 85, 2), (95, 2))),
-]
-
-
-@pytest.fixture(scope="module")
-def policy_model(tmp_path_factory: pytest.TempPathFactory) -> SequenceLogps:
-    folder = tmp_path_factory.mktemp("policy")
-    model = ModelConfig(name=str(tiny_causal_lm(folder / "base")), revision=None, dtype="float32")
-    return SequenceLogps(load_causal_lm(model, ArtifactPaths(folder, "embedded")))
-
-
 def logps_of(model: SequenceLogps) -> Tensor:
     return model(**collate_rows(ROWS, pad_id=0)).reshape(-1, 2)
 

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_text_judges import labelled
-from tiny_models import tiny_causal_lm
+from tiny_models import labelled, tiny_causal_lm
 from tiny_workspace import contender, evaluation_config
 
 from prmd.benchmarks.realtoxicityprompts import (

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from chat_server import ChatServer, completion
-from tiny_models import tiny_causal_lm, tiny_config, tiny_tokenizer
+from tiny_models import direct_logits, labelled, tiny_causal_lm
 from tiny_workspace import evaluation_config
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd import endpoint as endpoint_module
 from prmd.chats import ReplayChat, conversation_key, short_name
@@ -170,22 +170,6 @@ def test_a_local_model_that_is_not_there_names_the_key(
 
 
 # ------------------------------------------------------------------ classifier
-def labelled(path: Path, labels: dict[int, str], **changes: object) -> Path:
-    torch.manual_seed(3)
-    config = tiny_config(num_labels=len(labels), id2label=labels, label2id={v: k for k, v in labels.items()})
-    for key, value in changes.items():
-        setattr(config, key, value)
-    LlamaForSequenceClassification(config).save_pretrained(path)
-    return tiny_tokenizer(path)
-
-
-def direct_logits(folder: Path, *texts: str) -> torch.Tensor:
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = LlamaForSequenceClassification.from_pretrained(folder).eval()
-    with torch.no_grad():
-        return model(**tokenizer(*texts, return_tensors="pt")).logits[0]
-
-
 def test_a_classifier_reads_request_and_response_by_its_named_label(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import spearmanr
-from test_text_judges import direct_logits, labelled
+from tiny_models import direct_logits, labelled
 from tiny_workspace import evaluation_config
 
 from prmd.benchmarks.realtoxicityprompts import read_data

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -24,6 +25,7 @@ CORPUS = (
     "Q: What is it?\nA: It is a small test of the tokenizer.",
 )
 VOCABULARY = 300
+QUESTIONS = ["why is the sky blue?", "I", "the quick brown fox jumps over the lazy dog", "Q: is it?", "no no"]
 
 
 def tiny_tokenizer(path: Path, *, pad: str = "<|pad|>", template: str | None = TEMPLATE) -> Path:
@@ -102,3 +104,21 @@ def plain_logp(model: torch.nn.Module, prompt: list[int], response: list[int]) -
     with torch.no_grad():
         logps = model(ids).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1)
     return float(logps.gather(1, torch.tensor(response)[:, None]).sum())
+
+
+def labelled(path: Path, labels: dict[int, str], **changes: object) -> Path:
+    """Save a tiny classifier with these labels and its tokenizer."""
+    torch.manual_seed(3)
+    config = tiny_config(num_labels=len(labels), id2label=labels, label2id={v: k for k, v in labels.items()})
+    for key, value in changes.items():
+        setattr(config, key, value)
+    LlamaForSequenceClassification(config).save_pretrained(path)
+    return tiny_tokenizer(path)
+
+
+def direct_logits(folder: Path, *texts: str) -> torch.Tensor:
+    """Logits of one input, by transformers alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = LlamaForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return model(**tokenizer(*texts, return_tensors="pt")).logits[0]

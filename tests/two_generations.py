@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from gloo_processes import only_the_main_process_writes, record_rank
-from test_generation import QUESTIONS
+from tiny_models import QUESTIONS
 from transformers import AutoModelForCausalLM
 
 from prmd import generation
