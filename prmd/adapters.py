@@ -36,7 +36,7 @@ from prmd.models import (
     load_tokenizer,
 )
 from prmd.paths import ArtifactPaths
-from prmd.scoring import free_memory
+from prmd.runtime import free_memory
 
 logger = logging.getLogger(__name__)
 

@@ -26,8 +26,7 @@ from transformers.masking_utils import sdpa_mask
 
 from prmd.errors import ConfigError
 from prmd.pair_batches import attention_mask, may_look
-from prmd.precision import missing_compiler
-from prmd.runtime import get_device
+from prmd.runtime import get_device, missing_compiler
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model")

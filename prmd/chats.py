@@ -22,8 +22,7 @@ from prmd.generation import generate
 from prmd.local_rows import json_rows
 from prmd.models import base_model_key, load_causal_lm, load_tokenizer
 from prmd.preferences import Message
-from prmd.runtime import progress
-from prmd.scoring import free_memory
+from prmd.runtime import free_memory, progress
 from prmd.tokenization import render, template_fingerprint
 
 logger = logging.getLogger(__name__)

@@ -29,8 +29,8 @@ from prmd.provenance import read_run
 from prmd.reference import reference_key, reference_logps
 from prmd.response_kl import response_kls
 from prmd.reward_models import weights_key
-from prmd.runtime import get_device
-from prmd.scoring import free_memory, lookup, score_logps, score_rows
+from prmd.runtime import free_memory, get_device
+from prmd.scoring import lookup, score_logps, score_rows
 from prmd.sequence_models import SequenceLogps, supports_shared_prompts
 from prmd.tokenization import PrefixRow, Tokens, fit_messages, render
 from prmd.vllm_engine import require_vllm, vllm_engine

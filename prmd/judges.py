@@ -20,7 +20,7 @@ from prmd.errors import ConfigError, DataError
 from prmd.paths import PROJECT_ROOT
 from prmd.preferences import Message, PreferencePair, hash_share, read_pairs
 from prmd.reward_models import load_reward_model, weights_key
-from prmd.scoring import free_memory
+from prmd.runtime import free_memory
 from prmd.statistics import accuracy_with_ties
 from prmd.tokenization import PrefixRow, tokenize_row
 

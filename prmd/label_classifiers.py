@@ -24,8 +24,7 @@ from prmd.config import EvaluationConfig
 from prmd.errors import ConfigError
 from prmd.models import load_labelled_classifier
 from prmd.paths import PROJECT_ROOT
-from prmd.runtime import progress
-from prmd.scoring import free_memory
+from prmd.runtime import free_memory, progress
 
 POSITIVE_LABELS = (
     "toxic",

@@ -27,7 +27,7 @@ from prmd.proxies import MemberScores, proxy_metrics
 from prmd.reference_scores import ReferenceScores
 from prmd.resampling import Resampling
 from prmd.reward_models import RewardModel
-from prmd.scoring import free_memory
+from prmd.runtime import free_memory
 from prmd.tokenization import tokenize_row
 from prmd.verdicts import judging_metrics
 

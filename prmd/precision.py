@@ -7,9 +7,6 @@ what it takes; nothing here loads a model.
 """
 
 import importlib.util
-import os
-import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -20,7 +17,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from prmd.config_sections import ModelConfig, TuningConfig
 from prmd.errors import ConfigError
-from prmd.runtime import get_device
+from prmd.runtime import get_device, missing_compiler
 
 LEAST_PROGRESS = 0.5
 """Share of float32's progress below which a training is refused; rounding to bfloat16 leaves about 0.01 at 5e-7."""
@@ -146,15 +143,6 @@ def _require_8bit(*, asked: bool) -> None:
             f"{why} needs torchao (pip install torchao) and compiles its step, but {missing} is missing; install it, or "
             f"{_LORA_REMEDY}"
         )
-
-
-def missing_compiler() -> str | None:
-    """What `torch.compile` lacks on this machine's device, or None where it seems complete."""
-    if get_device().type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "triton-windows (pip install triton-windows)" if sys.platform == "win32" else "triton"
-    default = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
-    compiler = os.environ.get("CXX", default)
-    return None if shutil.which(compiler) else f"a C++ compiler ({compiler})"
 
 
 # ------------------------------------------------------------------ the probe

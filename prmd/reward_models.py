@@ -26,7 +26,8 @@ from prmd.errors import DataError
 from prmd.models import base_model_key, load_classifier, load_folder_config, load_tokenizer_from
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
-from prmd.scoring import free_memory, lookup, score_rows
+from prmd.runtime import free_memory
+from prmd.scoring import lookup, score_rows
 from prmd.sequence_models import SequenceRewards, supports_shared_prompts
 from prmd.tokenization import PrefixRow, template_fingerprint
 

@@ -31,8 +31,7 @@ from prmd.lora import add_lora, save_merged
 from prmd.losses import bradley_terry_loss
 from prmd.models import load_adapted, load_base_classifier
 from prmd.reward_data import RewardPairs, RewardTask, tokenize_reward_pairs
-from prmd.runtime import is_main_process, set_seed, wait_for_everyone
-from prmd.scoring import free_memory
+from prmd.runtime import free_memory, is_main_process, set_seed, wait_for_everyone
 from prmd.sequence_models import SequenceRewards
 from prmd.trainer import Columns, PairData, PairLoss
 from prmd.training import TrainingRun, run_training

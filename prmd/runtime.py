@@ -4,6 +4,8 @@ Nothing here knows models or data. What a run did with the machine is recorded b
 for the project is checked by `setup_check`.
 """
 
+import gc
+import importlib.util
 import logging
 import os
 import platform
@@ -70,6 +72,15 @@ def start_processes() -> None:
         PartialState()
 
 
+def missing_compiler() -> str | None:
+    """What `torch.compile` lacks on this machine's device, or None where it seems complete."""
+    if get_device().type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "triton-windows (pip install triton-windows)" if sys.platform == "win32" else "triton"
+    default = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
+    compiler = os.environ.get("CXX", default)
+    return None if shutil.which(compiler) else f"a C++ compiler ({compiler})"
+
+
 def wait_for_everyone() -> None:
     """Wait until all processes are here; nothing in a single one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -121,6 +132,13 @@ def progress(iterable: Iterable[Item], total: int | None, description: str) -> I
             file=sys.stderr,
         )
     )
+
+
+def free_memory() -> None:
+    """Give back the memory of models that nothing refers to any more, before the next one is loaded."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def peak_memory_bytes() -> int:

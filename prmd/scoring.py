@@ -4,7 +4,6 @@ Rows are sorted by length, the prompt of a row is encoded once for all its respo
 does not hold are computed. Under several processes each scores its share and the main process writes the table.
 """
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -163,10 +162,3 @@ def score_logps(
         description=description,
     )
     return [value[:, 0] for value in values]
-
-
-def free_memory() -> None:
-    """Give back the memory of models that nothing refers to any more, before the next one is loaded."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -25,8 +25,7 @@ from prmd.precision import Precision, refuse_if_stuck, resolve_precision
 from prmd.provenance import partial_path
 from prmd.rehearsal import enable_gradient_checkpointing, meta_model
 from prmd.reporting import reporting_callbacks
-from prmd.runtime import get_runtime, is_main_process, require_disk, wait_for_everyone
-from prmd.scoring import free_memory
+from prmd.runtime import free_memory, get_runtime, is_main_process, require_disk, wait_for_everyone
 from prmd.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
 from prmd.sharding import requested_sharding
 from prmd.trainer import (

@@ -17,8 +17,7 @@ from prmd.config import RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.generation import Decoding
 from prmd.models import model_source
-from prmd.runtime import get_runtime
-from prmd.scoring import free_memory
+from prmd.runtime import free_memory, get_runtime
 from prmd.tokenization import Tokens
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from transformers import Trainer
 from prmd import precision as module
 from prmd.config_sections import LoraConfig, ModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
-from prmd.precision import Precision, missing_compiler, probe_progress, refuse_if_stuck, resolve_precision
+from prmd.precision import Precision, probe_progress, refuse_if_stuck, resolve_precision
+from prmd.runtime import missing_compiler
 from prmd.trainer_arguments import training_arguments
 
 RATE = 5e-7
@@ -81,7 +83,7 @@ def test_missing_torchao_names_the_package_and_lora(monkeypatch: pytest.MonkeyPa
 
 def test_missing_compiler_names_it_and_lora(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install torchao.*C\+\+ compiler.*tuning\.method: lora"):
         resolve_precision(TuningConfig(), learning_rate=RATE, model=BFLOAT16, plan_fits=lambda p: False)
 

@@ -99,5 +99,5 @@ def use_tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Table]:
     for module in (policy_gate, policy_inputs, policy_training):
         monkeypatch.setattr(module, "load_reward_models", load)
     monkeypatch.setattr(plotting, "plot_policy_training", lambda *arguments: [])
-    monkeypatch.setattr("prmd.scoring.gc.collect", lambda: 0)
+    monkeypatch.setattr("prmd.runtime.gc.collect", lambda: 0)
     return models
