@@ -78,11 +78,6 @@ def as_dict(config: BaseModel) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
-def dump_yaml(config: BaseModel) -> str:
-    """The complete configuration as YAML that `load_config` reads back to an equal object."""
-    return yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True)
-
-
 def _refuse(mistakes: list[str]) -> None:
     if mistakes:
         raise ConfigError("\n".join(dict.fromkeys(mistakes)))

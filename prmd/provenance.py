@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from pydantic import BaseModel
 
-from prmd.config_file import dump_yaml
 from prmd.errors import ConfigError, DataError
 from prmd.io import publish_directory, read_json, write_json, write_text
 from prmd.paths import PROJECT_ROOT, ArtifactPaths
@@ -95,6 +95,11 @@ def finish_run(
         "peak_memory_bytes": peak_memory_bytes(),
     }
     write_json(directory / RUN_FILE, record | (extra or {}))
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The complete configuration as YAML that `config_file.load_config` reads back to an equal object."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def read_run(directory: Path) -> dict[str, Any] | None:

@@ -171,10 +171,17 @@ def test_nothing_shadows_utils() -> None:
 # ------------------------------------------------------------------ one owner each
 def test_one_owner_each() -> None:
     assert importers("matplotlib") <= {"plotting"}
-    assert importers("yaml") <= {"config_file"}
+    assert importers("yaml") <= {"config_file", "provenance"}
     assert callers("from_pretrained") <= {"models"}
     assert callers("load_dataset") <= {"sources"}
     assert callers("save_file") | callers("load_file") <= {"io"}
+
+
+def test_provenance_writes_yaml_and_only_config_file_reads_it() -> None:
+    [path] = (p for p in MODULES if name_of(p) == "provenance")
+    names = (n for n in ast.walk(tree_of(path)) if isinstance(n, ast.Attribute))
+    assert {n.attr for n in names if ast.unparse(n.value) == "yaml"} == {"safe_dump"}
+    assert "prmd.config_file" not in imports_of(path)
 
 
 def docstrings_of(path: Path) -> set[int]:

@@ -6,8 +6,9 @@ import pytest
 import yaml
 
 from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
-from prmd.config_file import as_dict, dump_yaml, load_config, load_pipeline
+from prmd.config_file import as_dict, load_config, load_pipeline
 from prmd.errors import ConfigError
+from prmd.provenance import dump_yaml
 
 
 @pytest.fixture

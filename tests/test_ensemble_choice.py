@@ -12,9 +12,9 @@ from tiny_workspace import write_prepared
 from benchmarks import ensemble_choice
 from prmd import io
 from prmd.config import RewardModelConfig
-from prmd.config_file import dump_yaml
 from prmd.config_sections import DataConfig, EnsembleConfig, ModelConfig, TrainingConfig
 from prmd.preferences import read_pairs
+from prmd.provenance import dump_yaml
 
 
 def made_up_pairs(n: int = 60, width: int = 5, trained: int = 60) -> ensemble_choice.UnseenPairs:
