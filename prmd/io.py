@@ -1,7 +1,7 @@
 """Reading and writing: JSON, JSON Lines and safetensors, every write atomic.
 
 A file appears whole or not at all (temporary name in the same folder, then `os.replace`); a directory likewise through
-`atomic_directory`. Nothing here knows what the data means, and no pickle is read or written.
+`publish_directory`. Nothing here knows what the data means, and no pickle is read or written.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prmd.errors import DataError
+from prmd.runtime import progress
+
+_MIB = 1 << 20
+Identity = tuple[Path, int, int, int]
+"""What tells one state of a file from another: path, inode, size and time of its last change (ns)."""
+
+_digests: dict[Identity, str] = {}
+"""sha256 of every file this process has hashed; those of large models take minutes, and several keys are made of each."""
 
 
 @contextmanager
@@ -54,6 +62,7 @@ def publish_directory(source: Path, target: Path) -> None:
     if target.exists():
         replace(target, former)
     replace(source, target)
+    _move_digests(source.resolve(), target.resolve())
     if former.exists():
         shutil.rmtree(former, ignore_errors=True)
 
@@ -136,12 +145,40 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
+    """sha256 of a file, hexadecimal; a file that stays as it is is read once in the life of a process."""
+    [digest] = files_sha256([path])
+    return digest
+
+
+def files_sha256(paths: Sequence[Path]) -> list[str]:
+    """`file_sha256` of several files, with one bar over all that have to be read."""
+    files = [_identity(path) for path in paths]
+    hashes = {file: hashlib.sha256() for file in files if file not in _digests}
+    mebibytes = sum(-(-size // _MIB) for _, _, size, _ in hashes)
+    blocks = ((file, block) for file in hashes for block in _blocks(file[0]))
+    named = ", ".join(dict.fromkeys(path.parent.name for path, *_ in hashes))
+    for file, block in progress(blocks, mebibytes, f"hashing {named}", unit="MiB"):
+        hashes[file].update(block)
+    _digests.update((file, found.hexdigest()) for file, found in hashes.items())
+    return [_digests[file] for file in files]
+
+
+def _identity(path: Path) -> Identity:
+    status = path.stat()
+    return path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _blocks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        while block := stream.read(_MIB):
+            yield block
+
+
+def _move_digests(source: Path, target: Path) -> None:
+    """Keep what is known of the files of a folder that was moved; moving changes nothing but their paths."""
+    for (path, *state), digest in list(_digests.items()):
+        if path.is_relative_to(source):
+            _digests[(target / path.relative_to(source), *state)] = digest
 
 
 def fingerprint(value: Any) -> str:

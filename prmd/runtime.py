@@ -115,23 +115,33 @@ def configure_logging() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def progress(iterable: Iterable[Item], total: int | None, description: str) -> Iterator[Item]:
+def progress(
+    iterable: Iterable[Item], total: int | None, description: str, *, unit: str = "it"
+) -> Iterator[Item]:
     """Iterate with a bar and the remaining time, once five seconds have passed; silent beside process 0.
 
-    Where stderr is a file, the bar writes a line every half minute and not ten a second.
+    Where stderr is a file, the bar writes a line after five seconds, then one every half minute and not ten a second.
+
+    Args:
+        unit: what an item is.
     """
-    return iter(
-        tqdm(
-            iterable,
-            total=total,
-            desc=description,
-            delay=_PROGRESS_AFTER_SECONDS,
-            mininterval=0.1 if sys.stderr.isatty() else _PROGRESS_INTERVAL_IN_FILES,
-            disable=not is_main_process(),
-            dynamic_ncols=True,
-            file=sys.stderr,
-        )
+    terminal = sys.stderr.isatty()
+    interval = 0.1 if terminal else _PROGRESS_INTERVAL_IN_FILES
+    bar = tqdm(
+        iterable,
+        total=total,
+        desc=description,
+        delay=_PROGRESS_AFTER_SECONDS,
+        mininterval=interval,
+        smoothing=0.3 if terminal else 0.0,  # one line in half a minute: the mean so far
+        disable=not is_main_process(),
+        dynamic_ncols=True,
+        file=sys.stderr,
+        unit=unit,
     )
+    if not bar.disable:  # else the first line would wait for a whole interval
+        bar.last_print_t = bar.start_t + _PROGRESS_AFTER_SECONDS - interval
+    return iter(bar)
 
 
 def free_memory() -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,57 @@ def test_file_sha256_is_that_of_its_bytes(tmp_path: Path) -> None:
     content = bytes(range(256)) * 5000  # longer than one block
     (tmp_path / "a").write_bytes(content)
     assert io.file_sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Name of every file that is read for its sha256."""
+    names, blocks = [], io._blocks
+
+    def counted(path: Path) -> Iterator[bytes]:
+        names.append(path.name)
+        return blocks(path)
+
+    monkeypatch.setattr(io, "_blocks", counted)
+    return names
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_a_file_is_hashed_again_only_when_it_has_changed(tmp_path: Path, read: list[str]) -> None:
+    a, b = io.write_text(tmp_path / "a", "one"), io.write_text(tmp_path / "b", "two")
+    assert io.files_sha256([a, b, a]) == [sha256("one"), sha256("two"), sha256("one")]
+    assert io.file_sha256(b) == sha256("two") and read == ["a", "b"]
+    io.write_text(a, "six")  # as long, and perhaps at the same time by the clock of the disk
+    assert io.files_sha256([a, b]) == [sha256("six"), sha256("two")] and read == ["a", "b", "a"]
+    with pytest.raises(FileNotFoundError):
+        io.file_sha256(tmp_path / "c")
+
+
+def test_what_was_hashed_before_its_folder_was_published_is_known_there(
+    tmp_path: Path, read: list[str]
+) -> None:
+    old, new = tmp_path / "model", tmp_path / ".model.partial"
+    for folder, text in ((old, "old"), (new, "new")):
+        io.write_text(folder / "sub" / "weights", text)
+        assert io.file_sha256(folder / "sub" / "weights") == sha256(text)
+    io.publish_directory(new, old)
+    assert io.file_sha256(old / "sub" / "weights") == sha256("new") and len(read) == 2
+
+
+def test_hashing_that_takes_long_says_how_far_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "weights").write_bytes(bytes(2 * 1024**2 + 1))
+    io.file_sha256(tmp_path / "weights")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(io, "_digests", {})
+    monkeypatch.setattr("prmd.runtime._PROGRESS_AFTER_SECONDS", 0.0)
+    io.file_sha256(tmp_path / "weights")
+    shown = capsys.readouterr().err
+    assert f"hashing {tmp_path.name}" in shown and "3/3" in shown and "MiB/s" in shown
 
 
 @given(value=st.dictionaries(st.text(max_size=5), json_values, max_size=5))

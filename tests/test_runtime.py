@@ -2,6 +2,7 @@
 
 import logging
 import random
+import time
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,18 @@ def test_progress_shows_itself_when_slow_on_process_zero_only(
     monkeypatch.setenv("RANK", "1")
     list(runtime.progress(range(5), 5, "generating"))
     assert "generating" not in capsys.readouterr().err
+
+
+def test_progress_in_a_file_speaks_after_five_seconds_and_then_seldom(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runtime, "_PROGRESS_AFTER_SECONDS", 0.1)
+    monkeypatch.setattr(runtime, "_PROGRESS_INTERVAL_IN_FILES", 60.0)
+    for _ in runtime.progress(range(100), 200, "hashing", unit="MiB"):
+        time.sleep(0.005)
+    first, *others = [line for line in capsys.readouterr().err.split("\r") if line.strip()]
+    assert "hashing" in first and "MiB/s" in first and len(others) <= 1  # the last line, of the end
+    assert int(first.split("/200")[0].split()[-1]) <= 21  # 5 ms each, at least
 
 
 @pytest.fixture
