@@ -25,6 +25,7 @@ from prmd.errors import DataError
 from prmd.judges import RewardModelJudge, trained_judge
 from prmd.models import load_tokenizer, model_source
 from prmd.objectives import OBJECTIVES
+from prmd.paths import ArtifactPaths
 from prmd.policy_evaluation import Evaluation, judge_runs, measure, sample
 from prmd.policy_methods import BASELINE
 from prmd.policy_training import train_baseline_dpo, train_pessimistic
@@ -88,7 +89,7 @@ def _evaluate(
     tokenizer = load_tokenizer(config.shared.model, config.paths)
     contenders = find_contenders(config, tokenizer)
     stages = {c.method: checkpoint_contenders(c) for c in _wanted(study, seed, contenders)}
-    here = [replace(judge, config=config) for judge in judges]  # rewards are cached below the seed's own root
+    here = [_below(judge, config.paths) for judge in judges]
     prompts = seed_prompts(config, tokenizer, seed, study.sizes.prompts)
     evaluation = Evaluation(config, tokenizer, prompts, here, contenders[0])
     several = [stage for found in stages.values() for stage in found]
@@ -107,6 +108,11 @@ def _evaluate(
     methods = {m: [by_name[REFERENCE], *(by_name[s.method] for s in found)] for m, found in stages.items()}
     io.write_json(path, {"fingerprint": key, "methods": methods})
     return methods
+
+
+def _below(judge: RewardModelJudge, paths: ArtifactPaths) -> RewardModelJudge:
+    """The judge with its rewards cached below the seed's own root."""
+    return replace(judge, reward_model=replace(judge.reward_model, paths=paths))
 
 
 def _wanted(study: Study, seed: int, contenders: Sequence[Contender]) -> list[Contender]:

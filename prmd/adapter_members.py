@@ -45,10 +45,9 @@ class AdapterMembers:
 
     def keys(self) -> list[list[str]]:
         """Keys of weights and scaling of every adapter, in the order of the members."""
-        return [
-            [io.file_sha256(directory / ADAPTER_FOLDER / name) for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)]
-            for directory in self.directories
-        ]
+        adapters = [directory / ADAPTER_FOLDER for directory in self.directories]
+        keys = io.files_sha256([a / name for a in adapters for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)])
+        return [list(pair) for pair in zip(keys[::2], keys[1::2], strict=True)]
 
     def load(self, model: ModelConfig, paths: ArtifactPaths, *, pad_token_id: int) -> "AdapterScorer":
         """One base in memory with all adapters attached to it."""

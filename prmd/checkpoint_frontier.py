@@ -12,8 +12,8 @@ from typing import Any
 
 from prmd import io
 from prmd.contenders import REFERENCE, Contender
+from prmd.models import weights_fingerprint
 from prmd.policy_evaluation import Evaluation, judge_runs, measure, sample
-from prmd.reward_models import weights_key
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def checkpoint_contenders(contender: Contender) -> list[Contender]:
             contender,
             method=f"{contender.method}@{folder.name}",
             directory=folder,
-            fingerprint=io.fingerprint([contender.fingerprint, weights_key(folder)]),
+            fingerprint=io.fingerprint([contender.fingerprint, weights_fingerprint(folder)]),
         )
         for folder in kept
     ]

@@ -21,14 +21,13 @@ from prmd.cache import JsonTable, ScoreTable
 from prmd.config import EvaluationConfig
 from prmd.errors import DataError
 from prmd.generation import Engine, GeneratedResponse, generate, sample_rows
-from prmd.models import load_causal_lm, load_policy
+from prmd.models import load_causal_lm, load_policy, weights_fingerprint
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
 from prmd.preferences import Message, PreferencePair, hash_share, read_pairs
 from prmd.provenance import read_run
 from prmd.reference import reference_key, reference_logps
 from prmd.response_kl import response_kls
-from prmd.reward_models import weights_key
 from prmd.runtime import free_memory, get_device
 from prmd.scoring import lookup, score_logps, score_rows
 from prmd.sequence_models import SequenceLogps, supports_shared_prompts
@@ -90,7 +89,9 @@ def find_contenders(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
             logger.warning("%s: no finished policy%s", paths.policies, alone)
         for folder in folders:
             name = folder.name if approach == own else f"{approach}@{folder.name}"
-            found.append(Contender(name, folder, io.fingerprint([key, weights_key(folder)]), approach))
+            found.append(
+                Contender(name, folder, io.fingerprint([key, weights_fingerprint(folder)]), approach)
+            )
     return found
 
 

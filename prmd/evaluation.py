@@ -28,7 +28,6 @@ from prmd.judges import Judge, given_judge, trained_judge
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.policy_comparison import compare_methods
-from prmd.policy_data import load_reward_models
 from prmd.policy_evaluation import Evaluation, evaluate_methods, is_finished
 from prmd.preferences import PREPARE_COMMAND, read_pairs
 from prmd.provenance import (
@@ -46,7 +45,7 @@ from prmd.report_headline import headline_section
 from prmd.report_tables import Table, format_estimate, format_number, to_markdown
 from prmd.resampling import Resampling
 from prmd.reward_modeling import train_judge
-from prmd.reward_models import RewardModel
+from prmd.reward_models import RewardModel, load_reward_models
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,7 @@ from prmd.config import EvaluationConfig
 from prmd.errors import ConfigError, DataError
 from prmd.paths import PROJECT_ROOT
 from prmd.preferences import Message, PreferencePair, hash_share, read_pairs
-from prmd.reward_models import load_reward_model, weights_key
-from prmd.runtime import free_memory
+from prmd.reward_models import RewardModel, load_reward_model, weights_keys
 from prmd.statistics import accuracy_with_ties
 from prmd.tokenization import PrefixRow, tokenize_row
 
@@ -62,18 +61,16 @@ class RewardModelJudge:
 
     Attributes:
         objective: what it judges.
-        directory: its folder.
         name: how the configuration or the results call it.
+        reward_model: its weights are loaded when something really has to be judged.
         fingerprint: of weights and precision; the template lies in the folder of the weights it was trained with.
-        config: of the evaluation; rewards are cached below its artifact root.
         accuracy: on held-out pairs; None until it was measured.
     """
 
     objective: str
-    directory: Path
     name: str
+    reward_model: RewardModel
     fingerprint: str
-    config: EvaluationConfig
     accuracy: dict[str, Any] | None = None
 
     def card(self) -> dict[str, Any]:
@@ -82,11 +79,9 @@ class RewardModelJudge:
 
     def scores(self, conversations: Sequence[Conversation]) -> list[np.ndarray]:
         """Rewards, averaged over the members where the folder holds an ensemble; the model is freed afterwards."""
-        judge = load_reward_model(self.directory, config=self.config.shared)
-        rows = [_row(judge.tokenizer, conversation) for conversation in conversations]
-        rewards = judge.rewards(rows, description=f"{self.objective} judge")
-        del judge
-        free_memory()
+        rows = [_row(self.reward_model.tokenizer, conversation) for conversation in conversations]
+        rewards = self.reward_model.rewards(rows, description=f"{self.objective} judge")
+        self.reward_model.release()
         return [values.mean(dim=1).numpy() for values in rewards]
 
 
@@ -99,9 +94,7 @@ def trained_judge(objective: str, directory: Path, config: EvaluationConfig) -> 
     """The judge that `train_judge` left in `directory`, with its accuracy on the test split."""
     metrics = io.read_json(directory / "metrics.json")
     name = directory.relative_to(config.paths.root).as_posix()
-    return RewardModelJudge(
-        objective, directory, name, _fingerprint(directory, config), config, metrics["accuracy"]
-    )
+    return replace(_judge(objective, directory, name, config), accuracy=metrics["accuracy"])
 
 
 def given_judge(objective: str, config: EvaluationConfig) -> RewardModelJudge:
@@ -112,13 +105,14 @@ def given_judge(objective: str, config: EvaluationConfig) -> RewardModelJudge:
         logger.warning(
             "judges.paths.%s: policies are trained on this reward model, its verdicts flatter them", objective
         )
-    judge = RewardModelJudge(objective, directory, name, _fingerprint(directory, config), config)
+    judge = _judge(objective, directory, name, config)
     pairs = sorted(read_pairs(config.paths, objective, "test"), key=lambda p: hash_share("judge card", p.id))
     return replace(judge, accuracy=judge_accuracy(judge, pairs[:CARD_PAIRS]))
 
 
-def _fingerprint(directory: Path, config: EvaluationConfig) -> str:
-    return io.fingerprint([weights_key(directory), config.shared.model.dtype])
+def _judge(objective: str, directory: Path, name: str, config: EvaluationConfig) -> RewardModelJudge:
+    fingerprint = io.fingerprint([weights_keys(directory)[0], config.shared.model.dtype])
+    return RewardModelJudge(objective, name, load_reward_model(directory, config=config.shared), fingerprint)
 
 
 def judge_accuracy(judge: Judge, pairs: Sequence[PreferencePair]) -> dict[str, Any]:

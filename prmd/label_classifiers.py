@@ -76,7 +76,8 @@ class LabelClassifier:
         """Key of the weights (by content where they are local) and of the label."""
         folder = Path(self.location)
         files = [p for p in sorted(folder.glob("*")) if p.suffix in (".safetensors", ".bin", ".json", ".txt")]
-        weights = [[p.name, io.file_sha256(p)] for p in files] if folder.is_dir() else self.location
+        keys = zip(files, io.files_sha256(files), strict=True)
+        weights = [[path.name, key] for path, key in keys] if folder.is_dir() else self.location
         return io.fingerprint(["classifier", weights, self.label])
 
     def probabilities(self, texts: Sequence[str], requests: Sequence[str] | None = None) -> np.ndarray:

@@ -6,7 +6,6 @@ saving them is in `lora`; reward models with their ensembles are in `reward_mode
 `sequence_models`.
 """
 
-import functools
 import logging
 import shutil
 import tempfile
@@ -64,19 +63,32 @@ def base_model_key(model: ModelConfig, paths: ArtifactPaths) -> str:
     source = Path(model_source(model, paths))
     if not source.is_dir():
         return io.fingerprint([model.name, model.revision])
-    files = sorted(source.glob("*.safetensors"))
-    return io.fingerprint([[file.name, _file_key(file)] for file in files] or [str(source)])
+    return io.fingerprint(_weight_files(source) or [str(source)])
 
 
-@functools.lru_cache(maxsize=64)
-def _file_sha256(path: Path, size: int, modified: int) -> str:
-    return io.file_sha256(path)
+def weights_fingerprint(folder: Path) -> str:
+    """Content key of the weights in a local folder.
+
+    Raises:
+        DataError: it holds none.
+    """
+    return io.fingerprint(weight_files(folder))
 
 
-def _file_key(path: Path) -> str:
-    """sha256 of a weight file, read once per process."""
-    status = path.stat()
-    return _file_sha256(path, status.st_size, status.st_mtime_ns)
+def weight_files(folder: Path) -> list[list[str]]:
+    """Name and sha256 of each weight file in a local folder.
+
+    Raises:
+        DataError: there is none.
+    """
+    if found := _weight_files(folder):
+        return found
+    raise DataError(f"{folder}: no .safetensors weights; give a folder saved by save_pretrained")
+
+
+def _weight_files(folder: Path) -> list[list[str]]:
+    files = sorted(folder.glob("*.safetensors"))
+    return [[file.name, key] for file, key in zip(files, io.files_sha256(files), strict=True)]
 
 
 def _convert_wheel(name: str, target: Path) -> None:

@@ -6,13 +6,12 @@ base take turns on it), and cached by content. Methods, beta, losses and scales 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prmd.adapters import shared_base
 from prmd.calibration import calibrate, prompt_means
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.errors import DataError
@@ -22,9 +21,8 @@ from prmd.pessimism import stack_objectives
 from prmd.policy_methods import reference_sample_count
 from prmd.policy_pairs import PolicyPairs
 from prmd.preferences import PreferencePair
-from prmd.provenance import require_artifact
 from prmd.reference import reference_logps, reference_samples
-from prmd.reward_models import RewardModel, check_calibration, load_reward_model, reward_model_command
+from prmd.reward_models import RewardModel, reward_model_command
 from prmd.tokenization import PrefixRow, TokenizedPairs, Tokens, tokenize_prompt, tokenize_row
 
 
@@ -75,37 +73,6 @@ class ReferenceSamples:
 
     rows: list[PrefixRow]
     logps: Tensor
-
-
-def load_reward_models(config: RewardModelConfig) -> list[RewardModel]:
-    """The finished, calibrated reward models of all objectives, in their order; weights are not loaded yet.
-
-    Raises:
-        DataError: one is missing (with the command that trains it), uncalibrated, of another ensemble size, or calibrated
-            on other data.
-    """
-    found = []
-    for objective in OBJECTIVES:
-        directory = config.paths.reward_model(objective)
-        command = reward_model_command(objective)
-        require_artifact(directory, what=f"the {objective} reward model", command=command)
-        model = load_reward_model(directory, config=config)
-        if model.calibration is None:
-            raise DataError(f"{directory}: no calibration.json; make it with `{command} --force`")
-        check_calibration(model, config)
-        if len(model.calibration.scale) != model.members:
-            raise DataError(
-                f"{directory}/calibration.json: {len(model.calibration.scale)} members, the ensemble has {model.members}; "
-                f"make it again with `{command} --force`"
-            )
-        found.append(model)
-    sizes = {objective: model.members for objective, model in zip(OBJECTIVES, found, strict=True)}
-    if len(set(sizes.values())) > 1:
-        raise DataError(
-            f"reward models have ensembles of different size {sizes}; train them with one ensemble.members"
-        )
-    base = shared_base(config, [model.directory for model in found])
-    return [replace(model, shared_base=base) for model in found]
 
 
 def score_pairs(

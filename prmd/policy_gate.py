@@ -22,12 +22,12 @@ from prmd.generation import sample_rows
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
-from prmd.policy_data import ScaleResponses, load_reward_models, sampling_config, score_samples
+from prmd.policy_data import ScaleResponses, sampling_config, score_samples
 from prmd.policy_methods import POLICY_METHODS, reference_sample_count
 from prmd.policy_rewards import solve_reward
 from prmd.preferences import read_pairs
 from prmd.reference import reference_samples, samples_table
-from prmd.reward_models import RewardModel
+from prmd.reward_models import RewardModel, load_reward_models
 from prmd.runtime import is_main_process
 from prmd.tokenization import Tokens, tokenize_prompt
 
@@ -42,11 +42,22 @@ def gate_file(paths: ArtifactPaths) -> Path:
     return paths.reward_analysis / "gate.json"
 
 
-def describe_gate(config: PolicyConfig) -> None:
-    """Compute, log and write the gate, or say in one line what is missing."""
+def preview_gate(config: PolicyConfig) -> None:
+    """The gate before anything is trained, of the reward models that are finished."""
     try:
         models = load_reward_models(config.shared)  # first: without them the base model need not be there
         tokenizer = load_tokenizer(config.shared.model, config.paths)
+    except UserError as error:
+        logger.info("gate        not computed: %s", error)
+        return
+    describe_gate(config, models, tokenizer)
+
+
+def describe_gate(
+    config: PolicyConfig, models: Sequence[RewardModel], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Compute, log and write the gate, or say in one line what is missing."""
+    try:
         scored = cached_responses(config, models, tokenizer)
     except UserError as error:
         logger.info("gate        not computed: %s", error)

@@ -19,7 +19,6 @@ from prmd.policy_data import (
     ReferenceSamples,
     ScaleResponses,
     draw_reference_samples,
-    load_reward_models,
     scale_responses,
     score_pairs,
 )
@@ -37,6 +36,7 @@ from prmd.policy_samples import (
 )
 from prmd.policy_targets import Targets, method_targets
 from prmd.reference import reference_logps
+from prmd.reward_models import RewardModel
 from prmd.tokenization import PrefixRow
 from prmd.trainer import PairData
 
@@ -81,11 +81,16 @@ class MethodInputs:
 
 
 def prepare(
-    config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, methods: Sequence[str], objective: str | None
+    config: PolicyConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    methods: Sequence[str],
+    objective: str | None,
+    models: Sequence[RewardModel],
 ) -> Prepared:
     """Read, sample and score what these methods need.
 
     Args:
+        models: the reward models of all objectives; not read where no method reads rewards.
         objective: pool the pairs of this one alone; None: of all.
     """
     pairs = pooled_pairs(config, tokenizer, "train", None, objective=objective)
@@ -101,7 +106,6 @@ def prepare(
         sides = (pairs, held_out) if any(method != BASELINE for method in methods) else ()
         logps = [reference_logps(config.shared, tokenizer, side.tokenized.rows) for side in sides]
         return Prepared(pairs, held_out, tuple(torch.stack(values) for values in logps))
-    models = load_reward_models(config.shared)
     train, val = (score_pairs(config, models, tokenizer, side.tokenized) for side in (pairs, held_out))
     scale = scale_responses(config, models, tokenizer, pairs, train)
     wanted = config.pairs.reference_samples or any(uses_gamma(config, method) for method in methods)

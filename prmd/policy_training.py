@@ -26,8 +26,7 @@ from prmd.errors import DataError
 from prmd.lora import add_lora
 from prmd.models import load_causal_lm, load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.policy_data import load_reward_models
-from prmd.policy_gate import describe_gate
+from prmd.policy_gate import describe_gate, preview_gate
 from prmd.policy_inputs import MethodInputs, Prepared, method_inputs, prepare
 from prmd.policy_methods import (
     BASELINE,
@@ -53,6 +52,7 @@ from prmd.provenance import (
     write_step_result,
 )
 from prmd.reference import check_engine, reference_key
+from prmd.reward_models import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
 from prmd.sequence_models import SequenceLogps
 from prmd.training import TrainingRun, check_training, run_training
@@ -74,7 +74,7 @@ def train_pessimistic(config: PolicyConfig, *, force: bool = False, dry_run: boo
         return config.paths.policies
     path = _train_methods(config, config.policy.methods, force, dry_run)
     if dry_run:
-        describe_gate(config)
+        preview_gate(config)
     return path
 
 
@@ -93,7 +93,9 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
     tokenizer = load_tokenizer(config.shared.model, config.paths)
     if SOUP in methods:
         _check_soup(config, tokenizer, being_trained=trained)
-    todo = _not_finished(config, trained, tokenizer, force)
+    rewarded = any(POLICY_METHODS[method].reads_rewards for method in trained)
+    models = load_reward_models(config.shared) if rewarded else []
+    todo = _not_finished(config, trained, tokenizer, models, force)
     if todo:
         check_engine(config.shared)
         settings, sampled = (config.shared, config.tuning, config.training), gamma_lengths(config, list(todo))
@@ -101,7 +103,7 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
         check_training(*settings, task="policy", directory=directory, sampled=sampled)
     for objective in dict.fromkeys(POLICY_METHODS[method].objective for method in todo):
         alike = {m: key for m, key in todo.items() if POLICY_METHODS[m].objective == objective}
-        _train_alike(config, alike, objective, tokenizer, force)
+        _train_alike(config, alike, objective, tokenizer, models, force)
     if SOUP in methods:
         _make_soup(config, tokenizer, force)
     return config.paths.policies
@@ -115,13 +117,17 @@ def _check_data(config: PolicyConfig) -> None:
 
 
 def _not_finished(
-    config: PolicyConfig, methods: Sequence[str], tokenizer: PreTrainedTokenizerBase, force: bool
+    config: PolicyConfig,
+    methods: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    models: Sequence[RewardModel],
+    force: bool,
 ) -> dict[str, str]:
     """The methods to train with their fingerprints; a finished one is reused, one of other settings not replaced unasked."""
     todo = {}
     for method in methods:
         directory = config.paths.policy(method, config.run_name)
-        fingerprint = _fingerprint(config, method, tokenizer)
+        fingerprint = _fingerprint(config, method, tokenizer, models)
         if not force and is_current(directory, fingerprint):
             logger.info("policy %s: finished before with the same settings, reused: %s", method, directory)
         else:
@@ -131,19 +137,24 @@ def _not_finished(
     return todo
 
 
-def _fingerprint(config: PolicyConfig, method: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Key of everything a finished policy depends on, and of nothing its method does not read."""
+def _fingerprint(
+    config: PolicyConfig,
+    method: str,
+    tokenizer: PreTrainedTokenizerBase,
+    models: Sequence[RewardModel] = (),
+) -> str:
+    """Key of everything a finished policy depends on, and of nothing its method does not read.
+
+    Args:
+        models: the reward models of all objectives; may be left out where the method reads no rewards.
+    """
     values, paths, rewarded = as_dict(config), config.paths, POLICY_METHODS[method].reads_rewards
     shared = values["reward_model_config"]
-    data = [
-        io.file_sha256(paths.split(objective, split))
-        for objective in OBJECTIVES
-        for split in ("train", "val")
-    ]
-    models = [m.fingerprint for m in load_reward_models(config.shared)] if rewarded else []
+    splits = [paths.split(objective, split) for objective in OBJECTIVES for split in ("train", "val")]
+    data, keys = io.files_sha256(splits), [model.fingerprint for model in models] if rewarded else []
     parts = [method, settings_read(config, method), values["tuning"], values["training"], shared["seed"]]
     calibration = shared["calibration"] if rewarded else None
-    return io.fingerprint([*parts, calibration, reference_key(config.shared, tokenizer), data, models])
+    return io.fingerprint([*parts, calibration, reference_key(config.shared, tokenizer), data, keys])
 
 
 # ------------------------------------------------------------------ training
@@ -152,6 +163,7 @@ def _train_alike(
     methods: Mapping[str, str],
     objective: str | None,
     tokenizer: PreTrainedTokenizerBase,
+    models: Sequence[RewardModel],
     force: bool,
 ) -> None:
     """Train methods that see the same pairs; all their targets are made before the first one is trained.
@@ -159,11 +171,12 @@ def _train_alike(
     Args:
         methods: their fingerprints by name.
         objective: whose pairs these are; None: those of all.
+        models: the reward models of all objectives; none where no method of the stage reads rewards.
     """
-    prepared = prepare(config, tokenizer, list(methods), objective)
+    prepared = prepare(config, tokenizer, list(methods), objective, models)
     rewarded = any(POLICY_METHODS[method].reads_rewards for method in methods)
     if rewarded and reference_sample_count(config):
-        describe_gate(config)
+        describe_gate(config, models, tokenizer)
     inputs = {method: method_inputs(config, method, prepared) for method in methods if method != BASELINE}
     for method, own in inputs.items():
         for note in own.notes:

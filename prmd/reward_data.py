@@ -55,7 +55,9 @@ class RewardTask:
         kept = ("seed", "tuning", "training", "centering_coefficient", "ensemble", "calibration")
         own = [(self.objective, self.split), (self.objective, "test")]
         calibrating = [(objective, "val") for objective in OBJECTIVES]
-        data = {"/".join(part): io.file_sha256(paths.split(*part)) for part in own + calibrating}
+        parts = list(dict.fromkeys(own + calibrating))
+        keys = io.files_sha256([paths.split(*part) for part in parts])
+        data = {"/".join(part): key for part, key in zip(parts, keys, strict=True)}
         base = reference_key(self.config, tokenizer)
         return io.fingerprint([self.objective, base, {key: values[key] for key in kept}, data])
 

@@ -5,7 +5,7 @@ The folder is a standard one-logit classifier with `ensemble.safetensors` (heads
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,16 +16,23 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prmd import io
 from prmd.adapter_members import AdapterMembers, find_members
-from prmd.adapters import SharedBase
+from prmd.adapters import SharedBase, shared_base
 from prmd.cache import ScoreTable
 from prmd.calibration import Calibration
 from prmd.config import RewardModelConfig
 from prmd.config_sections import ModelConfig
 from prmd.ensemble import Ensemble
 from prmd.errors import DataError
-from prmd.models import base_model_key, load_classifier, load_folder_config, load_tokenizer_from
+from prmd.models import (
+    base_model_key,
+    load_classifier,
+    load_folder_config,
+    load_tokenizer_from,
+    weight_files,
+)
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths
+from prmd.provenance import require_artifact
 from prmd.runtime import free_memory
 from prmd.scoring import lookup, score_rows
 from prmd.sequence_models import SequenceRewards, supports_shared_prompts
@@ -158,7 +165,7 @@ def load_reward_model(directory: Path, *, config: RewardModelConfig) -> RewardMo
     ensemble = Ensemble.load(ensemble_file) if ensemble_file.is_file() else None
     adapters = find_members(directory)
     rest = [template_fingerprint(tokenizer), config.model.dtype]
-    keys = [io.fingerprint([weights_key(directory, with_ensemble=heads), *rest]) for heads in (True, False)]
+    keys = [io.fingerprint([key, *rest]) for key in weights_keys(directory)]
     if adapters:
         keys[0] = io.fingerprint([keys[0], base_model_key(config.model, config.paths)])
     return RewardModel(
@@ -175,15 +182,51 @@ def load_reward_model(directory: Path, *, config: RewardModelConfig) -> RewardMo
     )
 
 
-def weights_key(directory: Path, *, with_ensemble: bool = True) -> str:
-    """A key of all weights in a folder, with or without the ensemble's."""
-    files = sorted(p for p in directory.glob("*.safetensors") if with_ensemble or p.name != ENSEMBLE_FILE)
-    if not files:
-        raise DataError(f"{directory}: no .safetensors weights; give a folder saved by save_pretrained")
-    keys: list[list[str]] = [[p.name, io.file_sha256(p)] for p in files]
-    if with_ensemble and (adapters := find_members(directory)):
-        keys += adapters.keys()
-    return io.fingerprint(keys)
+def load_reward_models(config: RewardModelConfig) -> list[RewardModel]:
+    """The finished, calibrated reward models of all objectives, in their order; weights are not loaded yet.
+
+    Raises:
+        DataError: one is missing (with the command that trains it), uncalibrated, of another ensemble size, or calibrated
+            on other data.
+    """
+    found = []
+    for objective in OBJECTIVES:
+        directory = config.paths.reward_model(objective)
+        command = reward_model_command(objective)
+        require_artifact(directory, what=f"the {objective} reward model", command=command)
+        model = load_reward_model(directory, config=config)
+        if model.calibration is None:
+            raise DataError(f"{directory}: no calibration.json; make it with `{command} --force`")
+        check_calibration(model, config)
+        if len(model.calibration.scale) != model.members:
+            raise DataError(
+                f"{directory}/calibration.json: {len(model.calibration.scale)} members, the ensemble has {model.members}; "
+                f"make it again with `{command} --force`"
+            )
+        found.append(model)
+    sizes = {objective: model.members for objective, model in zip(OBJECTIVES, found, strict=True)}
+    if len(set(sizes.values())) > 1:
+        raise DataError(
+            f"reward models have ensembles of different size {sizes}; train them with one ensemble.members"
+        )
+    base = shared_base(config, [model.directory for model in found])
+    return [replace(model, shared_base=base) for model in found]
+
+
+def weights_keys(directory: Path) -> tuple[str, str]:
+    """Content keys of the weights in a reward model's folder: of all, its ensemble's included, and of those without it.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = weight_files(directory)
+    backbone = [file for file in files if file[0] != ENSEMBLE_FILE]
+    if not backbone:
+        raise DataError(
+            f"{directory}: {ENSEMBLE_FILE} without a model beside it; give a trained reward model"
+        )
+    adapters = find_members(directory)
+    return io.fingerprint(files + (adapters.keys() if adapters else [])), io.fingerprint(backbone)
 
 
 def read_calibration(directory: Path, fingerprint: str) -> Calibration | None:

@@ -21,9 +21,9 @@ from prmd.config_sections import CalibrationConfig, DataConfig, LoraConfig, Mode
 from prmd.lora import add_lora, save_merged
 from prmd.models import load_base_classifier, load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.policy_data import load_reward_models, score_pairs
+from prmd.policy_data import score_pairs
 from prmd.policy_pairs import pooled_pairs
-from prmd.reward_models import RewardModel, load_reward_model, write_calibration
+from prmd.reward_models import RewardModel, load_reward_model, load_reward_models, write_calibration
 from prmd.tokenization import PrefixRow, tokenize_row
 
 TEXTS = [

@@ -18,7 +18,6 @@ from prmd.errors import ConfigError, DataError
 from prmd.judges import (
     Conversation,
     Judge,
-    RewardModelJudge,
     check_scores,
     given_judge,
     judge_accuracy,
@@ -182,5 +181,5 @@ def test_verdicts_that_differ_anywhere_pass() -> None:
 
 
 def test_the_reward_model_judge_is_a_judge(config: EvaluationConfig) -> None:
-    judge: Judge = RewardModelJudge("helpful", Path("x"), "x", "key", config)
-    assert judge.objective == "helpful" and judge.card()["accuracy"] is None
+    judge: Judge = given_judge("helpful", config)
+    assert judge.objective == "helpful" and judge.card()["accuracy"]["n"] == PAIRS

@@ -20,6 +20,7 @@ from prmd.objectives import OBJECTIVES
 from prmd.policy_data import PairScores, ScaleResponses, draw_reference_samples, scale_responses, score_pairs
 from prmd.policy_pairs import pooled_pairs
 from prmd.policy_targets import method_targets
+from prmd.reward_models import load_reward_models
 from prmd.tokenization import PrefixRow, Tokens
 
 K, M = 3, 4
@@ -212,4 +213,4 @@ def test_an_offset_of_each_prompt_changes_nothing_where_prompts_are_centred(
 # ------------------------------------------------------------------ what is refused
 def test_missing_reward_model_names_the_command(config: PolicyConfig) -> None:
     with pytest.raises(DataError, match=r"python 2_reward_modeling/train_helpful_rm\.py"):
-        policy_data.load_reward_models(config.shared)
+        load_reward_models(config.shared)

@@ -9,7 +9,7 @@ import torch
 from tiny_workspace import reward_model_config
 from torch import Tensor
 
-from prmd import plotting, policy_gate, policy_inputs, policy_training
+from prmd import plotting, policy_gate, policy_training
 from prmd.cache import ScoreTable, tokens_key
 from prmd.calibration import Calibration, fit_calibration
 from prmd.config import PairsConfig, PolicyConfig, RewardModelConfig
@@ -96,7 +96,7 @@ def use_tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Table]:
                 models[objective] = Table(tokenizer, shared.paths, f"{objective}-table").calibrated()
         return [models[objective] for objective in OBJECTIVES]
 
-    for module in (policy_gate, policy_inputs, policy_training):
+    for module in (policy_gate, policy_training):
         monkeypatch.setattr(module, "load_reward_models", load)
     monkeypatch.setattr(plotting, "plot_policy_training", lambda *arguments: [])
     monkeypatch.setattr("prmd.runtime.gc.collect", lambda: 0)
