@@ -207,18 +207,16 @@ def hypervolume(points: np.ndarray, origin: np.ndarray) -> float:
     """Volume dominated by a set of points above an origin; larger is better on every axis.
 
     Args:
-        points: [P, K] with K <= 3; points that are not above the origin on every axis add nothing.
+        points: [P, K]; points that are not above the origin on every axis add nothing.
         origin: the worst corner, [K].
 
     Returns:
-        Exact volume.
+        Exact volume for any K; the work grows as P to the power of K.
 
     Raises:
-        ValueError: K > 3.
+        ValueError: no points, or points that are not finite.
     """
     above = _sample_table(points, "hypervolume") - np.asarray(origin, dtype=np.float64)
-    if above.shape[1] > 3:
-        raise ValueError(f"hypervolume: exact for at most 3 objectives, got {above.shape[1]}")
     return _dominated_volume(above[(above > 0).all(axis=1)])
 
 

@@ -104,8 +104,23 @@ def test_hypervolume_by_hand():
     assert outcomes.hypervolume(staircase, [0.0, 0.0]) == pytest.approx(6.0)
     assert outcomes.hypervolume([[1.0, -1.0]], [0.0, 0.0]) == 0.0
     assert outcomes.hypervolume([[1.0, 2.0, 3.0]], [0.0, 0.0, 0.0]) == pytest.approx(6.0)
-    with pytest.raises(ValueError, match="at most 3"):
-        outcomes.hypervolume(np.ones((2, 4)), np.zeros(4))
+    with pytest.raises(ValueError, match="finite"):
+        outcomes.hypervolume([[1.0, math.inf]], [0.0, 0.0])
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 4, 5])
+def test_hypervolume_equals_inclusion_and_exclusion(objectives):
+    """The boxes below a set of points share the box below their worst corner, so their union is an alternating sum."""
+    rng = np.random.default_rng(objectives)
+    for _ in range(20):
+        points, origin = rng.random((8, objectives)), rng.uniform(-0.3, 0.2, size=objectives)
+        expected = math.fsum(
+            (-1) ** (size + 1) * np.prod(np.maximum(np.min(subset, axis=0) - origin, 0.0))
+            for size in range(1, 9)
+            for subset in itertools.combinations(points, size)
+        )
+        assert outcomes.hypervolume(points, origin) == pytest.approx(expected, rel=0, abs=1e-12)
+        assert expected > 1e-4
 
 
 @settings(max_examples=30, deadline=None)
