@@ -30,6 +30,7 @@ from prmd.config import RewardModelConfig
 from prmd.config_file import load_config
 from prmd.config_sections import EnsembleConfig
 from prmd.ensemble import fit_ensemble
+from prmd.paths import resolve_user_path
 from prmd.preferences import hash_share, read_pairs
 from prmd.reliability import disagreement_measures, mean_pairwise_correlation
 from prmd.reward_data import RewardTask, read_reward_pairs, tokenize_reward_pairs
@@ -200,7 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     options = parser.parse_args(arguments)
     configure_logging()
-    rows = sweep([unseen_pairs(f, options.root) for f in options.folders], options.members, options.repeats)
+    wanted = "the folder of a finished reward model"
+    folders = [resolve_user_path(folder, "folders", wanted, "folder") for folder in options.folders]
+    rows = sweep([unseen_pairs(folder, options.root) for folder in folders], options.members, options.repeats)
     print(table(rows))
     if options.json:
         io.write_json(options.json, rows)

@@ -26,7 +26,7 @@ from prmd.config_file import load_config
 from prmd.errors import DataError
 from prmd.models import load_model_config
 from prmd.objectives import OBJECTIVES
-from prmd.paths import CONFIG_DIR
+from prmd.paths import CONFIG_DIR, find_user_path, places_tried
 from utils import user_errors_exit
 
 HH_TRAIN_PAIRS = {"helpful": 43_835 + 22_007 + 52_421, "harmless": 42_537}
@@ -179,13 +179,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pairs-rm", type=int, metavar="N", help="train pairs of each reward model")
     parser.add_argument("--pairs-policy", type=int, metavar="N", help="train pairs of each policy")
     options = parser.parse_args(arguments)
-    if not options.json.is_file():
+    file = find_user_path(options.json, "file")
+    if file is None:
         raise DataError(
-            f"{options.json}: missing; make it with `python benchmarks/speed.py --json {options.json}`"
+            f"--json: {places_tried(options.json)}; make it with `python benchmarks/speed.py --json {options.json}`"
         )
     config = load_config(options.config / "reward_model_config.yaml", RewardModelConfig)
     policy = load_config(options.config / "policy_config.yaml", PolicyConfig)
-    rows = io.read_json(options.json)
+    rows = io.read_json(file)
     print(table(*stages(rows, config, policy, pairs_rm=options.pairs_rm, pairs_policy=options.pairs_policy)))
 
 

@@ -17,8 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs uninstalled
 from prmd import io
 from prmd.config import RewardModelConfig
 from prmd.config_file import load_config
-from prmd.errors import ConfigError
-from prmd.paths import CONFIG_DIR
+from prmd.paths import CONFIG_DIR, resolve_user_path
 from prmd.rewardbench import evaluate_rewardbench, read_rewardbench
 from prmd.runtime import configure_logging
 from utils import user_errors_exit
@@ -44,9 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_intermixed_args(arguments)
     configure_logging()
     config = load_config(options.config, RewardModelConfig, options.overrides)
-    if not options.model.is_dir():
-        raise ConfigError(f"--model: {options.model} is no folder; give the folder of a trained reward model")
-    row, details = evaluate_rewardbench(options.model, read_rewardbench(options.data), config=config)
+    model = resolve_user_path(options.model, "--model", "the folder of a trained reward model", "folder")
+    data = resolve_user_path(options.data, "--data", "RewardBench's rows or their folder")
+    row, details = evaluate_rewardbench(model, read_rewardbench(data), name=str(options.model), config=config)
     io.write_json(options.json, row)
     io.write_json(options.json.with_suffix(".details.json"), details)
     for name, score in [*details["sections"].items(), ("overall", details["overall"])]:

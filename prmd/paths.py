@@ -1,12 +1,14 @@
-"""Every directory and file name of the project, spelled once.
+"""Every directory and file name of the project, spelled once, and what a path given by a user means.
 
 Artifacts live below one root (`artifact_root`, the project folder by default). `ArtifactPaths` refuses any name that would
-leave it. What a file holds is described where it is written; reading and writing are in `io`.
+leave it. Whatever else a user names is read, and found by `resolve_user_path`. What a file holds is described where it is
+written; reading and writing are in `io`.
 """
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from prmd.errors import ConfigError
 
@@ -116,5 +118,65 @@ class ArtifactPaths:
 
 def resolve_artifact_root(text: str) -> Path:
     """`artifact_root` of the YAML as an absolute path; relative ones start at the project folder."""
-    path = Path(text).expanduser()
-    return path.resolve() if path.is_absolute() else (PROJECT_ROOT / path).resolve()
+    return beside(PROJECT_ROOT, text).resolve()
+
+
+# ------------------------------------------------------------------ what users name
+Kind = Literal["file", "folder", "file or folder"]
+
+
+def resolve_user_path(text: str | Path, key: str, wanted: str, kind: Kind = "file or folder") -> Path:
+    """The file or folder that a user names, wherever the command was given.
+
+    An absolute path, or one from `~`, means itself. A relative one starts at the working folder, as in the shell; what is
+    not there is looked for in the project folder.
+
+    Args:
+        text: as the user wrote it.
+        key: where: `text_judge.file`, `--config`.
+        wanted: what should be there, in words.
+
+    Returns:
+        An absolute path. A link in it keeps its name, by which results may be called.
+
+    Raises:
+        ConfigError: it is in none of these places; names key and places.
+    """
+    if found := find_user_path(text, kind):
+        return found
+    raise ConfigError(
+        f"{key}: got {text or 'no name'}, wanted {wanted}; {places_tried(text)}; correct the path"
+    )
+
+
+def find_user_path(text: str | Path, kind: Kind = "file or folder") -> Path | None:
+    """As `resolve_user_path`, but None where nothing is there, because the text may be a hub id."""
+    return next((place for place in _places(text) if _is(kind, place)), None)
+
+
+def places_tried(text: str | Path) -> str:
+    """`/work/x is not there, /project/x is a file`: where a path was looked for in vain."""
+    return ", ".join(f"{place} is {_state(place)}" for place in _places(text)) or "no place is named"
+
+
+def beside(folder: Path, text: str) -> Path:
+    """A path that starts at `folder` unless it is absolute or from `~`."""
+    try:
+        return folder / Path(text).expanduser()
+    except RuntimeError:  # `~nobody`: a name like any other, as in the shell
+        return folder / text
+
+
+def _places(text: str | Path) -> list[Path]:
+    return list(dict.fromkeys(beside(folder, text) for folder in (Path.cwd(), PROJECT_ROOT) if text))
+
+
+def _state(place: Path) -> str:
+    return "a folder" if _is("folder", place) else "a file" if _is("file", place) else "not there"
+
+
+def _is(kind: Kind, place: Path) -> bool:
+    try:
+        return place.exists() and kind in ("file or folder", "folder" if place.is_dir() else "file")
+    except OSError:  # longer than a name can be, or in a folder that may not be read
+        return False

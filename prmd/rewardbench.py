@@ -152,9 +152,12 @@ def _is_message(value: Any) -> bool:
 
 # ------------------------------------------------------------------ scoring
 def evaluate_rewardbench(
-    directory: Path, pairs: Sequence[RewardBenchPair], *, config: RewardModelConfig
+    directory: Path, pairs: Sequence[RewardBenchPair], *, name: str, config: RewardModelConfig
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Score the pairs with the reward model in `directory`: its standard one-logit head, without the ensemble.
+
+    Args:
+        name: what the results call it.
 
     Returns:
         The result in RewardBench's format (`result_row`), and what it has no place for: sections, intervals, ties, pairs
@@ -178,7 +181,7 @@ def evaluate_rewardbench(
     accuracies = {subset: float((np.array(d) > 0).mean()) for subset, d in sorted(by_subset.items())}
     sections = section_scores(accuracies)
     details = {
-        "model": str(directory),
+        "model": name,
         "fingerprint": reward_model.fingerprint,
         "template": template_fingerprint(reward_model.tokenizer),
         "sections": sections,
@@ -189,7 +192,7 @@ def evaluate_rewardbench(
         "prompts_cut": tokenized.truncated,
         "max_length": MAX_LENGTH,
     }
-    return result_row(str(directory), accuracies), details
+    return result_row(name, accuracies), details
 
 
 def id_of(pair: PreferencePair) -> tuple[str, str, str]:

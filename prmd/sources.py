@@ -17,7 +17,7 @@ from prmd.config_sections import DataConfig, HhRlhfConfig, PkuSafeRlhfConfig, Tr
 from prmd.errors import ConfigError
 from prmd.local_rows import Row, csv_rows, json_rows, parquet_rows, truthfulqa_row
 from prmd.objectives import OBJECTIVES
-from prmd.paths import EMBEDDED_DIR, PROJECT_ROOT, safe_name
+from prmd.paths import EMBEDDED_DIR, find_user_path, places_tried, safe_name
 
 HubSource = HhRlhfConfig | TruthfulQaConfig | PkuSafeRlhfConfig
 
@@ -181,13 +181,12 @@ def hub_rows(path: str, revision: str, split: str, key: str, *, name: str | None
 # ------------------------------------------------------------------ local files
 def _local_path(text: str, key: str) -> Path | None:
     """The local file or folder `text` names, or None where it is a hub id."""
-    path = Path(text).expanduser()
-    for candidate in (path,) if path.is_absolute() else (PROJECT_ROOT / path, Path.cwd() / path):
-        if candidate.exists():
-            return candidate.resolve()
-    if path.is_absolute() or not _HUB_ID.fullmatch(text):
+    if found := find_user_path(text):
+        return found.resolve()
+    if not _HUB_ID.fullmatch(text):
         raise ConfigError(
-            f"{key}: {text!r} is neither an existing folder nor a hub id such as owner/name; correct it"
+            f"{key}: {text!r} is neither an existing folder nor a hub id such as owner/name ({places_tried(text)}); "
+            "correct it"
         )
     return None
 
@@ -242,6 +241,6 @@ def _load(key: str, path: str, revision: str, name: str | None, subset: str | No
     ) as error:  # unreachable, offline, no such repository or revision, no room: all are OSErrors
         detail = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
-            f"{key}: cannot get {path!r} at revision {revision} from the hub ({detail[0][:160]}); check the connection "
-            f"and the id, or set {key} to a local folder in the hub's file layout"
+            f"{key}: cannot get {path!r} at revision {revision} from the hub ({detail[0][:160]}), and {places_tried(path)}; "
+            f"check the connection and the id, or set {key} to a local folder in the hub's file layout"
         ) from error

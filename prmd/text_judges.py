@@ -7,7 +7,6 @@ every judged result and the two orders of a comparison are in `judge_cards`; jud
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 from prmd import io
@@ -16,7 +15,7 @@ from prmd.config import EvaluationConfig
 from prmd.endpoint import make_endpoint
 from prmd.errors import ConfigError
 from prmd.label_classifiers import LabelClassifier
-from prmd.paths import PROJECT_ROOT
+from prmd.paths import resolve_user_path
 from prmd.preferences import Message
 from prmd.refusals import refuses
 from prmd.rubrics import JAILBREAK, REFUSAL, JudgeItem, Rubric, Verdict, item_key
@@ -219,8 +218,8 @@ def make_text_judge(config: EvaluationConfig) -> TextJudge | None:
     if settings.kind == "classifier":
         return ClassifierJudge(LabelClassifier(settings.model or "", settings.label, "text_judge", config))
     if settings.kind == "replay":
-        path = Path(settings.file or "").expanduser()
-        return ReplayJudge("replay", ReplayChat(path if path.is_absolute() else PROJECT_ROOT / path))
+        file = resolve_user_path(settings.file or "", "text_judge.file", "a file of verdicts", "file")
+        return ReplayJudge("replay", ReplayChat(file))
     if settings.kind == "endpoint":
         return ChatJudge("endpoint", EndpointChat(make_endpoint(settings), config), settings.conversation)
     return ChatJudge("local_model", local_chat(settings, config), settings.conversation)

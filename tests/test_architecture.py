@@ -201,6 +201,24 @@ def test_only_paths_spells_a_directory(path: Path) -> None:
     ]
 
 
+def test_only_paths_says_what_a_path_given_by_a_user_means() -> None:
+    assert callers("expanduser") == {"paths"}
+    for path in (p for p in SOURCES if name_of(p) != "paths"):
+        nodes = list(ast.walk(tree_of(path)))
+        spelled = {
+            id(n.left)
+            for n in nodes
+            if isinstance(n, ast.BinOp)
+            and isinstance(n.right, ast.Constant)
+            and isinstance(n.right.value, str)
+        }
+        defaults = {id(d) for n in nodes if isinstance(n, ast.FunctionDef) for d in n.args.defaults}
+        roots = [n for n in nodes if isinstance(n, ast.Name) and n.id == "PROJECT_ROOT"]
+        assert not [where(path, n) for n in roots if id(n) not in spelled | defaults], (
+            "use paths.resolve_user_path"
+        )
+
+
 # ------------------------------------------------------------------ what nobody may do
 def test_the_library_does_not_print() -> None:
     assert not [where(p, call) for p in MODULES for name, call in calls_of(p) if name == "print"]

@@ -8,6 +8,7 @@ import yaml
 from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
 from prmd.config_file import as_dict, load_config, load_pipeline
 from prmd.errors import ConfigError
+from prmd.paths import PROJECT_ROOT
 from prmd.provenance import dump_yaml
 
 
@@ -236,8 +237,12 @@ def test_circles_and_missing_files_name_who_asked(folder: Path) -> None:
     write(folder / "policy_config.yaml", "reward_model_config: gone.yaml\n")
     (line,) = mistakes(folder, PolicyConfig)
     assert line.startswith("policy_config.yaml:1: reward_model_config: got gone.yaml")
-    (line,) = mistakes(folder / "nowhere.yaml", RewardModelConfig)
-    assert line.startswith("--config: got nowhere.yaml")
+    (line,) = mistakes(Path("nowhere.yaml"), RewardModelConfig)
+    assert line.startswith("--config: got nowhere.yaml, wanted a YAML file or the folder that holds it; ")
+    for place in (folder, PROJECT_ROOT):
+        assert f"{place / 'nowhere.yaml'} is not there" in line
+    lines = mistakes(Path("nowhere.yaml"), RewardModelConfig, ["sed=1"])
+    assert lines[0].startswith("command line: sed=1: got an unknown key") and lines[1] == line
 
 
 def test_missing_reference_and_wrong_kind_of_file(folder: Path) -> None:

@@ -89,7 +89,7 @@ def test_missing_rows_and_files_are_named(tmp_path: Path) -> None:
         hours.stages(shape_rows()[1:], CONFIG, PolicyConfig())
     with pytest.raises(DataError, match="no row 'reward_model'"):
         hours.stages([row("reward_model", None, "x")], CONFIG, PolicyConfig())
-    with pytest.raises(DataError, match=r"none.json: missing; make it with `python benchmarks/speed.py"):
+    with pytest.raises(DataError, match=r"none.json is not there; make it with `python benchmarks/speed.py"):
         hours.main(["--json", str(tmp_path / "none.json")])
 
 

@@ -258,9 +258,13 @@ def test_other_words_for_the_judge_come_from_a_file(root: Path, scripted: list, 
         ({}, {"path": None}, "data missing at benchmarks.jailbreakbench.path: null"),
         ({}, {"path": "/nowhere/jbb"}, "data missing at /nowhere/jbb"),
         ({"kind": "none"}, {}, "judge missing at text_judge.kind: none"),
-        ({"kind": "replay", "file": "/nowhere.jsonl"}, {}, "text_judge.file: /nowhere.jsonl is missing"),
-        ({}, {"attacks": "/nowhere.json"}, "benchmarks.jailbreakbench.attacks: /nowhere.json is missing"),
-        ({}, {"judge_prompt": "/nowhere.txt"}, "/nowhere.txt: cannot be read"),
+        ({"kind": "replay", "file": "/nowhere.jsonl"}, {}, "text_judge.file: got /nowhere.jsonl, wanted"),
+        ({}, {"attacks": "/nowhere.json"}, "benchmarks.jailbreakbench.attacks: got /nowhere.json, wanted"),
+        (
+            {},
+            {"judge_prompt": "/nowhere.txt"},
+            "benchmarks.jailbreakbench.judge_prompt: got /nowhere.txt, wanted",
+        ),
     ],
 )
 def test_what_is_missing_is_named(root: Path, judge: dict, settings: dict, said: str) -> None:

@@ -47,7 +47,10 @@ def test_what_is_missing_is_said(root: Path, monkeypatch: pytest.MonkeyPatch) ->
     )
     nowhere = settings(root, path=str(root / "nowhere"))
     reason = run_mt_bench(nowhere, contender(nowhere, "reference")).reason
-    assert reason == f"data missing at {root / 'nowhere' / 'question.jsonl'}"
+    assert str(reason).startswith(f"data missing at {root / 'nowhere'}: benchmarks.mt_bench.path: got ")
+    half = settings(root, path=str(root))
+    reason = run_mt_bench(half, contender(half, "reference")).reason
+    assert reason == f"data missing at {root / 'question.jsonl'}"
     for kind in ("none", "strings"):
         config = settings(root).model_copy(update={"text_judge": TextJudgeConfig(kind=kind)})
         result = run_mt_bench(config, contender(config, "reference"))

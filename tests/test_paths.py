@@ -1,4 +1,4 @@
-"""Where artifacts lie, and that no name leads out of the artifact root."""
+"""Where artifacts lie, that no name leads out of the artifact root, and what a path given by a user means."""
 
 from pathlib import Path
 
@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prmd.errors import ConfigError
-from prmd.paths import PROJECT_ROOT, ArtifactPaths, resolve_artifact_root, safe_name
+from prmd.paths import (
+    PROJECT_ROOT,
+    ArtifactPaths,
+    beside,
+    find_user_path,
+    places_tried,
+    resolve_artifact_root,
+    resolve_user_path,
+    safe_name,
+)
 
 PATHS = ArtifactPaths(Path("root"), "embedded")
 BAD_NAMES = ["", ".", "..", "../x", "a/b", "a\\b", "/abs", "C:x", "a..b", ".hidden", "a b", "a\n"]
@@ -71,3 +80,81 @@ def test_artifact_root_is_the_project_unless_absolute(tmp_path: Path) -> None:
     assert resolve_artifact_root("x/y") == PROJECT_ROOT / "x" / "y"
     assert resolve_artifact_root(str(tmp_path)) == tmp_path.resolve()
     assert resolve_artifact_root("~/x") == (Path.home() / "x").resolve()
+
+
+# ------------------------------------------------------------------ what users name
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The working folder, the project folder; `~` is a third."""
+    work, project, home = (tmp_path / name for name in ("work", "project", "home"))
+    for folder in (work, project, home):
+        folder.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr("prmd.paths.PROJECT_ROOT", project)
+    for variable in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(variable, str(home))
+    return work, project
+
+
+def test_a_relative_path_is_of_the_working_folder_else_of_the_project(places: tuple[Path, Path]) -> None:
+    work, project = places
+    (project / "x").mkdir()
+    assert resolve_user_path("x", "key", "x") == find_user_path(Path("x")) == project / "x"
+    (work / "x").mkdir()
+    assert resolve_user_path("x", "key", "x") == find_user_path("x") == work / "x"
+    assert resolve_user_path(".", "key", "a folder", "folder") == work
+    assert resolve_user_path("../project/x", "key", "x").resolve() == project / "x"
+
+
+def test_absolute_paths_and_those_from_home_mean_themselves(places: tuple[Path, Path]) -> None:
+    work, project = places
+    home = work.parent / "home"
+    for folder in (work, project, home):
+        (folder / "x").mkdir()
+    assert resolve_user_path(str(project / "x"), "key", "x") == project / "x"
+    assert resolve_user_path("~/x", "key", "x") == find_user_path(Path("~/x")) == home / "x"
+    for text in (str(work.parent / "y"), "~/y"):
+        with pytest.raises(ConfigError) as caught:
+            resolve_user_path(text, "key", "y")
+        assert str(caught.value).count("is not there") == 1  # no other place would be what was meant
+
+
+def test_nothing_there_names_key_what_was_wanted_and_both_places(places: tuple[Path, Path]) -> None:
+    work, project = places
+    with pytest.raises(ConfigError) as caught:
+        resolve_user_path("some/x", "text_judge.file", "a file of verdicts", "file")
+    tried = f"{work / 'some' / 'x'} is not there, {project / 'some' / 'x'} is not there"
+    assert (
+        str(caught.value)
+        == f"text_judge.file: got some/x, wanted a file of verdicts; {tried}; correct the path"
+    )
+    assert find_user_path("some/x") is None and places_tried("some/x") == tried
+
+
+def test_what_is_of_the_wrong_kind_is_passed_over_and_said(places: tuple[Path, Path]) -> None:
+    work, project = places
+    (work / "x").write_text("", encoding="utf-8")
+    with pytest.raises(ConfigError, match="wanted a folder of data; ") as caught:
+        resolve_user_path("x", "key", "a folder of data", "folder")
+    assert f"{work / 'x'} is a file, {project / 'x'} is not there" in str(caught.value)
+    assert find_user_path("x") == find_user_path("x", "file") == work / "x"
+    (project / "x").mkdir()
+    assert find_user_path("x", "folder") == project / "x"
+    (work / "x").unlink()
+    with pytest.raises(ConfigError) as caught:
+        resolve_user_path("x", "key", "a file", "file")
+    assert f"{work / 'x'} is not there, {project / 'x'} is a folder" in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "x" * 5000, "~nobody-of-this-name/x", "a\0b"])
+def test_text_that_can_be_no_path_is_refused_as_any_other(places: tuple[Path, Path], text: str) -> None:
+    assert find_user_path(text) is None
+    with pytest.raises(ConfigError, match=r"^key: got .*; correct the path$"):
+        resolve_user_path(text, "key", "a file")
+
+
+def test_beside_starts_at_the_folder_it_is_given(places: tuple[Path, Path]) -> None:
+    work, project = places
+    assert beside(project, "x/y.yaml") == project / "x" / "y.yaml"
+    assert beside(project, str(work / "x")) == work / "x"
+    assert beside(project, "~/x") == work.parent / "home" / "x"

@@ -65,8 +65,9 @@ def test_accuracies_are_those_of_the_exported_classifier(
     folder: Path, tmp_path: Path, config: RewardModelConfig
 ) -> None:
     row, details = evaluate_rewardbench(
-        folder, read_rewardbench(write(tmp_path / "rows.jsonl", ROWS)), config=config
+        folder, read_rewardbench(write(tmp_path / "rows.jsonl", ROWS)), name="me/rm", config=config
     )
+    assert row["model"] == details["model"] == "me/rm"
     right: dict[str, list[bool]] = {}
     for r in ROWS:
         margin = plain_reward(folder, r["prompt"], r["chosen"]) - plain_reward(
@@ -141,16 +142,20 @@ def test_missing_and_empty_data_are_one_line(tmp_path: Path) -> None:
 
 
 def test_the_script_writes_both_files(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, out = write(tmp_path / "rows.jsonl", ROWS), tmp_path / "out" / "rm.json"
-    main(
-        [
-            *("--model", str(folder), "--data", str(data), "--json", str(out)),
-            *(f"artifact_root={tmp_path}", "model.dtype=float32"),
-        ]
-    )
+    settings = ("--json", str(out), f"artifact_root={tmp_path}", "model.dtype=float32")
+    monkeypatch.chdir(folder.parent)
+    main(["--model", folder.name, "--data", str(data), *settings])
     row = json.loads(out.read_text(encoding="utf-8"))
     details = json.loads((tmp_path / "out" / "rm.details.json").read_text(encoding="utf-8"))
+    assert row["model"] == folder.name  # as it was given: the file is to be shown to others
     assert row["donotanswer"] == details["subsets"]["donotanswer"]["accuracy"]["value"]
     assert "Safety" in capsys.readouterr().out
+    for wrong, said in (
+        (("--model", "nowhere", "--data", str(data)), "--model: got nowhere, wanted the folder of a trained"),
+        (("--model", folder.name, "--data", "nowhere"), "--data: got nowhere, wanted RewardBench's rows"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            main([*wrong, *settings])

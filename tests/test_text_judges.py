@@ -253,7 +253,7 @@ def test_a_malformed_file_of_verdicts_is_one_line(tmp_path: Path, rows: list[dic
 
 
 def test_a_file_that_is_missing_or_not_utf8_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"text_judge\.file: .* is missing"):
+    with pytest.raises(ConfigError, match=r"text_judge\.file: .* is not there"):
         judge_of(tmp_path, kind="replay", file=str(tmp_path / "none.jsonl"))
     (tmp_path / "bad.jsonl").write_bytes(b'{"id": "a", "label": "\xff"}')
     with pytest.raises(DataError, match="UTF-8"):

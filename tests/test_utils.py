@@ -73,12 +73,23 @@ def test_stage_gets_its_configuration_arguments_and_flags(small: Path, tmp_path:
     assert "prmd.run: would write made" in done.stderr
 
 
-@pytest.mark.parametrize("given", ["quickstart", "quickstart/policy_config.yaml"])
-def test_config_is_a_file_or_its_folder(small: Path, tmp_path: Path, given: str) -> None:
-    done = run(small, "helpful", "--config", str(CONFIG_DIR / given), folder=tmp_path)
+@pytest.mark.parametrize(
+    "given", [CONFIG_DIR / "quickstart", CONFIG_DIR / "quickstart/policy_config.yaml", "configs/quickstart"]
+)
+def test_config_is_a_file_or_its_folder_and_the_project_s_own_from_anywhere(
+    small: Path, tmp_path: Path, given: Path | str
+) -> None:
+    done = run(small, "helpful", "--config", str(given), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[0]) == [0.1, "embedded", "helpful", False, False]
     assert "result: made" in done.stderr
+
+
+def test_a_configuration_that_is_nowhere_is_one_line_with_both_places(small: Path, tmp_path: Path) -> None:
+    done = run(small, "helpful", "--config", "configs/quikstart", folder=tmp_path)
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    for place in (tmp_path, PROJECT_ROOT):
+        assert f"{place / 'configs' / 'quikstart'} is not there" in done.stderr
 
 
 def test_help_shows_the_docstring_as_written_and_the_default_file(small: Path, tmp_path: Path) -> None:

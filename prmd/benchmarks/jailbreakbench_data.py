@@ -14,7 +14,7 @@ from prmd.benchmarks.rows import Row, csv_rows, integer_of, numbered, refuse_twi
 from prmd.config_evaluation import JailbreakBenchConfig
 from prmd.errors import ConfigError, DataError
 from prmd.local_rows import json_rows
-from prmd.paths import PROJECT_ROOT
+from prmd.paths import resolve_user_path
 from prmd.sources import benchmark_files, hub_rows
 
 KEY = "benchmarks.jailbreakbench.path"
@@ -93,9 +93,7 @@ def read_attacks(settings: JailbreakBenchConfig, behaviors: dict[str, list[Behav
     """
     if settings.attacks is None:
         return None
-    path = PROJECT_ROOT / Path(settings.attacks).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"{ATTACKS_KEY}: {path} is missing; name a file of attack prompts, or null")
+    path = resolve_user_path(settings.attacks, ATTACKS_KEY, "a file of attack prompts, or null", "file")
     known = {behavior.index for behavior in behaviors["harmful"]}
     seen: dict[Any, str] = {}
     attacks = []

@@ -5,20 +5,20 @@ The judges themselves are in `text_judges`, the rates made of their verdicts in 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from prmd.benchmarks.jailbreakbench_data import Attack, Behavior
 from prmd.errors import DataError
 from prmd.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER, agreement
-from prmd.paths import PROJECT_ROOT
+from prmd.paths import resolve_user_path
 from prmd.refusals import NON_REFUSAL
 from prmd.rubrics import JAILBREAK, REFUSAL, JudgeItem, Rubric, Verdict, with_template_of
 from prmd.statistics import wilson_interval
 from prmd.text_judges import StringJudge, TextJudge
 
 DIRECT, BENIGN, ATTACK = "harmful", "benign", "attack"
+JUDGE_PROMPT_KEY = "benchmarks.jailbreakbench.judge_prompt"
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,10 @@ class Judged:
 
 def jailbreak_rubric(file: str | None) -> Rubric:
     """The question about harm, in the project's words or in those of a file."""
-    return JAILBREAK if file is None else with_template_of(JAILBREAK, PROJECT_ROOT / Path(file).expanduser())
+    if file is None:
+        return JAILBREAK
+    wanted = "a text file with {request} and {response}, or null"
+    return with_template_of(JAILBREAK, resolve_user_path(file, JUDGE_PROMPT_KEY, wanted, "file"))
 
 
 def judge_answers(judge: TextJudge, rubric: Rubric, answered: Sequence[Answered]) -> list[Judged]:

@@ -8,7 +8,6 @@ judge's templates are read from the benchmark's own files; how the judge is aske
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,18 +16,20 @@ from prmd.benchmarks.mt_bench_answers import generate_answers
 from prmd.benchmarks.mt_bench_data import FILES, MtBenchData, MtBenchQuestion, read_mt_bench
 from prmd.benchmarks.mt_bench_judging import pair_prompt, parse_rating, parse_verdict, single_prompt
 from prmd.benchmarks.result import BenchmarkResult
+from prmd.benchmarks.rows import why_not_run
 from prmd.chats import conversation_key
 from prmd.config import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER, PairwiseResult, judge_card, pairwise_both_orders
-from prmd.paths import PROJECT_ROOT
+from prmd.paths import resolve_user_path
 from prmd.resampling import with_chance
 from prmd.rubrics import Verdict
 from prmd.statistics import bootstrap_mean, wilson_interval
 from prmd.text_judges import TextJudge, make_text_judge
 
+KEY = "benchmarks.mt_bench.path"
 TURNS = (1, 2)
 
 
@@ -49,13 +50,13 @@ Answers = Sequence[tuple[str, str]]
 
 def run_mt_bench(config: EvaluationConfig, models: ContenderModels) -> BenchmarkResult:
     """Ratings per turn and category, and the win rate against the reference."""
-    settings = config.benchmarks.mt_bench
+    settings, wanted = config.benchmarks.mt_bench, f"a folder with FastChat's {', '.join(FILES)}"
     if settings.path is None:
-        return BenchmarkResult(
-            reason="data missing at benchmarks.mt_bench.path: null; name a folder with FastChat's "
-            + ", ".join(FILES)
-        )
-    folder = _folder(settings.path)
+        return BenchmarkResult(reason=f"data missing at {KEY}: null; name {wanted}")
+    try:
+        folder = resolve_user_path(settings.path, KEY, wanted, "folder")
+    except ConfigError as error:
+        return BenchmarkResult(reason=why_not_run(settings.path, KEY, error))
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         return BenchmarkResult(reason=f"data missing at {folder / missing[0]}")
     try:
@@ -73,11 +74,6 @@ def run_mt_bench(config: EvaluationConfig, models: ContenderModels) -> Benchmark
         return _judged(config, models, data, responses, judge)
     except (ConfigError, DataError) as error:  # a judge that cannot be loaded, a file that lacks verdicts
         return BenchmarkResult(reason=f"judge missing: {error}")
-
-
-def _folder(text: str) -> Path:
-    path = Path(text).expanduser()
-    return path if path.is_absolute() else PROJECT_ROOT / path
 
 
 # ------------------------------------------------------------------ judging

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from prmd.errors import ConfigError, DataError, UserError
-from prmd.paths import PROJECT_ROOT
+from prmd.paths import find_user_path
 
 Row = Mapping[str, Any]
 
@@ -112,11 +112,9 @@ def content_key(settings: BaseModel) -> list[list[Any]]:
     """
     found = []
     for value in settings.model_dump().values():
-        if not isinstance(value, str) or not value:
+        place = find_user_path(value) if isinstance(value, str) else None
+        if place is None:
             continue
-        given = Path(value).expanduser()
-        places = (given,) if given.is_absolute() else (PROJECT_ROOT / given, Path.cwd() / given)
-        place = next((p for p in places if p.exists()), given)
         files = [place] if place.is_file() else sorted([*place.glob("*"), *place.glob("*/*")])
         for file in (f for f in files if f.is_file()):
             name = file.relative_to(place.parent).as_posix()

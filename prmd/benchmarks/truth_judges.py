@@ -8,7 +8,6 @@ the mean rewards of its correct and of its incorrect reference answers. Both com
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,7 +17,7 @@ from prmd.config import EvaluationConfig
 from prmd.judge_cards import agreement, judge_card
 from prmd.judges import Conversation, RewardModelJudge, trained_judge
 from prmd.local_rows import json_rows
-from prmd.paths import PROJECT_ROOT
+from prmd.paths import find_user_path
 from prmd.preferences import hash_share
 from prmd.provenance import read_run
 from prmd.rubrics import JudgeItem, Rubric, Verdict, item_key
@@ -215,10 +214,11 @@ def _human_labels(
     questions: Sequence[Question], config: EvaluationConfig
 ) -> list[tuple[Question, str, bool]]:
     """At most `MAX_HUMAN_LABELS` answers with a label, distinct, from the file beside TruthfulQA.csv."""
-    text = config.shared.data.truthfulqa.path
-    given = [place for place in (Path(text).expanduser(), PROJECT_ROOT / text) if place.exists()]
-    folders = [place if place.is_dir() else place.parent for place in given]
-    path = next((f / name for f in folders for name in HUMAN_LABELS if (f / name).is_file()), None)
+    given = find_user_path(config.shared.data.truthfulqa.path)
+    if given is None:
+        return []
+    folder = given if given.is_dir() else given.parent
+    path = next((folder / name for name in HUMAN_LABELS if (folder / name).is_file()), None)
     if path is None:
         return []
     asked, found = {question.text: question for question in questions}, {}
