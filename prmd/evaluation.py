@@ -27,6 +27,7 @@ from prmd.errors import DataError, UserError
 from prmd.judges import Judge, given_judge, trained_judge
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
+from prmd.paths import stage_command
 from prmd.policy_comparison import compare_methods
 from prmd.policy_evaluation import Evaluation, evaluate_methods, is_finished
 from prmd.preferences import PREPARE_COMMAND, read_pairs
@@ -48,8 +49,6 @@ from prmd.reward_modeling import train_judge
 from prmd.reward_models import RewardModel, load_reward_models
 
 logger = logging.getLogger(__name__)
-
-POLICY_COMMAND = "python 3_policy_training/baseline_dpo.py"
 
 
 # ------------------------------------------------------------------ compute_metrics
@@ -279,7 +278,8 @@ def _say_inputs(config: EvaluationConfig) -> None:
         size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
         logger.info("policy %s: %s, %.1f MB of weights", folder.name, folder, size / 1e6)
     if not folders:
-        logger.warning("%s: no finished policy; make some with: %s", config.paths.policies, POLICY_COMMAND)
+        command = stage_command("baseline_dpo")
+        logger.warning("%s: no finished policy; make some with: %s", config.paths.policies, command)
     model = config.shared.model
     logger.info(
         "reference: %s in %s; one model is in memory at a time, two for the KL of a policy with full weights",

@@ -1,4 +1,4 @@
-"""Every directory and file name of the project, spelled once, and what a path given by a user means.
+"""Every directory, file name and command of the project, spelled once, and what a path given by a user means.
 
 Artifacts live below one root (`artifact_root`, the project folder by default). `ArtifactPaths` refuses any name that would
 leave it. Whatever else a user names is read, and found by `resolve_user_path`. What a file holds is described where it is
@@ -119,6 +119,28 @@ class ArtifactPaths:
 def resolve_artifact_root(text: str) -> Path:
     """`artifact_root` of the YAML as an absolute path; relative ones start at the project folder."""
     return beside(PROJECT_ROOT, text).resolve()
+
+
+# ------------------------------------------------------------------ commands, for messages
+_FOLDERS_OF_STAGES = {
+    "download_dataset": "1_data_preparation",
+    "split_objectives": "1_data_preparation",
+    "baseline_dpo": "3_policy_training",
+    "pessimistic_dpo": "3_policy_training",
+    "hierarchical_dpo": "3_policy_training",
+    "compute_metrics": "4_evaluation",
+    "benchmark_eval": "4_evaluation",
+}
+
+
+def stage_command(stage: str) -> str:
+    """The command that runs a stage; for reward models see `reward_model_command`."""
+    return f"python {_FOLDERS_OF_STAGES[stage]}/{stage}.py"
+
+
+def reward_model_command(objective: str) -> str:
+    """The command that trains the reward model of an objective; `*` stands for any."""
+    return f"python 2_reward_modeling/train_{objective}_rm.py"
 
 
 # ------------------------------------------------------------------ what users name

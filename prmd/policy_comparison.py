@@ -13,6 +13,7 @@ import numpy as np
 from prmd.contenders import REFERENCE
 from prmd.errors import DataError
 from prmd.over_optimisation import policy_points
+from prmd.paths import stage_command
 from prmd.resampling import Resampling, with_chance
 from prmd.statistics import holm, pairwise_win_rate, sign_flip_test
 
@@ -71,7 +72,7 @@ def check_comparable(metrics: Sequence[dict[str, Any]]) -> None:
         if differing:
             raise DataError(
                 f"{first['method']} and {other['method']} were evaluated with different {' and '.join(differing)}, so their "
-                "numbers cannot be compared; evaluate both anew with one configuration (compute_metrics.py --force)"
+                f"numbers cannot be compared; evaluate both anew with one configuration ({stage_command('compute_metrics')} --force)"
             )
 
 

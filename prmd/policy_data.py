@@ -17,12 +17,13 @@ from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.errors import DataError
 from prmd.generation import GeneratedResponse, sample_rows
 from prmd.objectives import OBJECTIVES
+from prmd.paths import reward_model_command
 from prmd.pessimism import stack_objectives
 from prmd.policy_methods import reference_sample_count
 from prmd.policy_pairs import PolicyPairs
 from prmd.preferences import PreferencePair
 from prmd.reference import reference_logps, reference_samples
-from prmd.reward_models import RewardModel, reward_model_command
+from prmd.reward_models import RewardModel
 from prmd.tokenization import PrefixRow, TokenizedPairs, Tokens, tokenize_prompt, tokenize_row
 
 

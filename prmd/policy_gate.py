@@ -21,7 +21,7 @@ from prmd.gate import gate_row, usable_kl_target
 from prmd.generation import sample_rows
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths
+from prmd.paths import ArtifactPaths, reward_model_command, stage_command
 from prmd.policy_data import ScaleResponses, sampling_config, score_samples
 from prmd.policy_methods import POLICY_METHODS, reference_sample_count
 from prmd.policy_rewards import solve_reward
@@ -95,8 +95,8 @@ def cached_responses(
                 samples = reference_samples(shared, tokenizer, found)
                 return score_samples(models, found, samples, by_prompt=by_prompt, source=source)
     if by_prompt:
-        return "no scored reference samples are cached; stage 2 (python 2_reward_modeling/train_*_rm.py) makes them"
-    return "no scored reference samples are cached; python 3_policy_training/pessimistic_dpo.py makes them"
+        return f"no scored reference samples are cached; stage 2 ({reward_model_command('*')}) makes them"
+    return f"no scored reference samples are cached; {stage_command('pessimistic_dpo')} makes them"
 
 
 def _prompts(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, split: str) -> list[Tokens]:

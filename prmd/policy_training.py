@@ -26,6 +26,7 @@ from prmd.errors import DataError
 from prmd.lora import add_lora
 from prmd.models import load_causal_lm, load_tokenizer
 from prmd.objectives import OBJECTIVES
+from prmd.paths import stage_command
 from prmd.policy_gate import describe_gate, preview_gate
 from prmd.policy_inputs import MethodInputs, Prepared, method_inputs, prepare
 from prmd.policy_methods import (
@@ -58,8 +59,6 @@ from prmd.sequence_models import SequenceLogps
 from prmd.training import TrainingRun, check_training, run_training
 
 logger = logging.getLogger(__name__)
-
-POLICY_COMMAND = "python 3_policy_training/pessimistic_dpo.py"
 
 
 def train_baseline_dpo(config: PolicyConfig, *, force: bool = False, dry_run: bool = False) -> Path:
@@ -285,9 +284,8 @@ def _check_soup(
             continue
         state = "was trained with other settings or data" if read_run(source) else "is missing"
         members = ", ".join(SOUP_MEMBERS)
-        raise DataError(
-            f'soup averages {members}, and {source} {state}; train them with: {POLICY_COMMAND} "policy.methods=[{members}]"'
-        )
+        command = f'{stage_command("pessimistic_dpo")} "policy.methods=[{members}]"'
+        raise DataError(f"soup averages {members}, and {source} {state}; train them with: {command}")
 
 
 def _make_soup(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, force: bool) -> None:

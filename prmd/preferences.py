@@ -13,12 +13,12 @@ from typing import Any
 
 from prmd import io, provenance
 from prmd.errors import DataError
-from prmd.paths import ArtifactPaths
+from prmd.paths import ArtifactPaths, stage_command
 
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": text}`."""
 
-PREPARE_COMMAND = "python 1_data_preparation/split_objectives.py"
+PREPARE_COMMAND = stage_command("split_objectives")
 BENCHMARK_QUESTIONS_FILE = "truthfulqa_benchmark_questions.json"
 _FIELDS = ("id", "prompt", "chosen", "rejected", "source")
 

@@ -15,13 +15,13 @@ from prmd import io, sources
 from prmd.config import RewardModelConfig
 from prmd.config_sections import DataConfig
 from prmd.errors import DataError
-from prmd.paths import ArtifactPaths
+from prmd.paths import ArtifactPaths, stage_command
 from prmd.runtime import progress, require_disk
 from prmd.sources import Row, SourceFile
 
 logger = logging.getLogger(__name__)
 
-DOWNLOAD_COMMAND = "python 1_data_preparation/download_dataset.py"
+DOWNLOAD_COMMAND = stage_command("download_dataset")
 MANIFEST = "manifest.json"
 
 

@@ -11,14 +11,13 @@ from typing import Any
 
 from prmd.config_evaluation import BenchmarksConfig
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths
+from prmd.paths import ArtifactPaths, stage_command
 from prmd.report_comparisons import benchmark_judge_warnings, benchmark_judges_table, paired_table
 from prmd.report_headline import EVALUATE
 from prmd.report_sections import Section, benchmark_names, load, load_rows, missing
 from prmd.report_tables import NOTHING, Table, format_number, objectives_of, with_mark
 
 MAX_BROWSED_PROMPTS = 60
-_BENCHMARK = "python 4_evaluation/benchmark_eval.py"
 
 
 # ------------------------------------------------------------------ closed-form gate
@@ -150,7 +149,7 @@ def _benchmark_rows(
 ) -> Iterable[tuple[str, ...]]:
     blank = (NOTHING,) * (2 + len(methods))
     if not found:
-        yield (name, f"not there yet: run {missing(paths, _BENCHMARK)}", *blank)
+        yield (name, f"not there yet: run {missing(paths, stage_command('benchmark_eval'))}", *blank)
     done = {method: result["metrics"] for method, result in found.items() if result["status"] == "done"}
     refused = {m: r.get("reason") or "no reason given" for m, r in found.items() if r["status"] != "done"}
     for reason in dict.fromkeys(refused.values()):

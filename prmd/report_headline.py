@@ -6,7 +6,7 @@ What lives here: sections built from `outputs/metrics`, in words and tables. Wha
 
 from typing import Any
 
-from prmd.paths import ArtifactPaths
+from prmd.paths import ArtifactPaths, stage_command
 from prmd.report_comparisons import (
     BETTER,
     WORSE,
@@ -29,7 +29,7 @@ from prmd.report_measures import (
 from prmd.report_sections import Section, folders, load, missing
 from prmd.report_tables import Table, format_estimate, headline_table
 
-EVALUATE = "python 4_evaluation/compute_metrics.py"
+EVALUATE = stage_command("compute_metrics")
 
 
 # ------------------------------------------------------------------ headline

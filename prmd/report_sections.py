@@ -13,13 +13,10 @@ from prmd import io
 from prmd.config_evaluation import BenchmarksConfig
 from prmd.errors import DataError
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths
+from prmd.paths import ArtifactPaths, reward_model_command, stage_command
 from prmd.report_tables import NOTHING, Table, as_text, flat, format_number, format_seconds, with_mark
 
 Section = dict[str, Any]
-
-_PREPARE = "python 1_data_preparation/split_objectives.py"
-_POLICIES = "python 3_policy_training/pessimistic_dpo.py"
 
 
 def load(path: Path) -> Any:
@@ -137,9 +134,7 @@ def reward_models_section(paths: ArtifactPaths) -> Section:
         | (load(paths.reward_model(k) / "metrics.json") or {})
         for k in OBJECTIVES
     }
-    lacking = [
-        missing(paths, f"python 2_reward_modeling/train_{k}_rm.py") for k, m in models.items() if not m
-    ]
+    lacking = [missing(paths, reward_model_command(k)) for k, m in models.items() if not m]
     present = {
         k: m | {"calibration": load(paths.reward_model(k) / "calibration.json")}
         for k, m in models.items()
@@ -231,7 +226,7 @@ def policies_section(paths: ArtifactPaths) -> Section:
     policies = {p.name: load(p / "metrics.json") for p in folders(paths.policies)}
     policies = {name: m for name, m in policies.items() if m}
     if not policies:
-        return {"missing": missing(paths, _POLICIES), "table": None, "notes": []}
+        return {"missing": missing(paths, stage_command("pessimistic_dpo")), "table": None, "notes": []}
     rows = []
     for name, metrics in policies.items():
         targets = metrics.get("target_margins") or {}
@@ -252,7 +247,12 @@ def data_section(paths: ArtifactPaths) -> Section:
     stats = load(paths.processed / "stats.json") or {}
     sizes = stats.get("sizes") or (load(paths.visualizations / "sizes.json") or {}).get("objectives") or {}
     if not sizes:
-        return {"missing": missing(paths, _PREPARE), "table": None, "left_out": None, "examples": []}
+        return {
+            "missing": missing(paths, stage_command("split_objectives")),
+            "table": None,
+            "left_out": None,
+            "examples": [],
+        }
     splits = tuple(dict.fromkeys(split for row in sizes.values() for split in row))
     rows = tuple((k, *(f"{row.get(s, 0):,}" for s in splits)) for k, row in sizes.items())
     left_out = tuple(

@@ -31,7 +31,7 @@ from prmd.models import (
     weight_files,
 )
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths
+from prmd.paths import ArtifactPaths, reward_model_command
 from prmd.provenance import require_artifact
 from prmd.runtime import free_memory
 from prmd.scoring import lookup, score_rows
@@ -147,11 +147,6 @@ class RewardModel:
             device=model.device,
             description=description,
         )
-
-
-def reward_model_command(objective: str) -> str:
-    """The command that trains the reward model of an objective."""
-    return f"python 2_reward_modeling/train_{objective}_rm.py"
 
 
 def load_reward_model(directory: Path, *, config: RewardModelConfig) -> RewardModel:

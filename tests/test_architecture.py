@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from prmd.paths import PROJECT_ROOT
+from prmd.objectives import OBJECTIVES
+from prmd.paths import PROJECT_ROOT, reward_model_command, stage_command
 
 LAYERS = {
     "maths": """
@@ -216,6 +217,20 @@ def test_only_paths_says_what_a_path_given_by_a_user_means() -> None:
         roots = [n for n in nodes if isinstance(n, ast.Name) and n.id == "PROJECT_ROOT"]
         assert not [where(path, n) for n in roots if id(n) not in spelled | defaults], (
             "use paths.resolve_user_path"
+        )
+
+
+def test_only_paths_spells_a_command_of_a_stage() -> None:
+    commands = [stage_command(path.stem) for path in SCRIPTS if not path.stem.endswith("_rm")]
+    commands += [reward_model_command(objective) for objective in OBJECTIVES]
+    scripts = [path.relative_to(PROJECT_ROOT).as_posix() for path in SCRIPTS]
+    assert sorted(commands) == [f"python {script}" for script in scripts]
+    for path in (p for p in MODULES if name_of(p) != "paths"):
+        texts = [
+            n for n in ast.walk(tree_of(path)) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        ]
+        assert not [where(path, n) for n in texts if re.search(r"python [1-4]_", n.value)], (
+            "use stage_command"
         )
 
 

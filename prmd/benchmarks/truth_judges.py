@@ -17,7 +17,7 @@ from prmd.config import EvaluationConfig
 from prmd.judge_cards import agreement, judge_card
 from prmd.judges import Conversation, RewardModelJudge, trained_judge
 from prmd.local_rows import json_rows
-from prmd.paths import find_user_path
+from prmd.paths import find_user_path, stage_command
 from prmd.preferences import hash_share
 from prmd.provenance import read_run
 from prmd.rubrics import JudgeItem, Rubric, Verdict, item_key
@@ -73,7 +73,7 @@ def make_truth_judge(config: EvaluationConfig) -> TruthJudge | str:
 def _trained(config: EvaluationConfig) -> "RewardTruthJudge | str":
     folder = config.paths.judge("honest")
     run, prepared = read_run(folder), read_run(config.paths.processed)
-    command = "python 4_evaluation/compute_metrics.py"
+    command = stage_command("compute_metrics")
     if run is None:
         return f"no judge of truth at {folder}: train it with `{command}`, or set benchmarks.truthfulqa.truth_judge"
     if run.get("started", "") < (prepared or {}).get("started", ""):
