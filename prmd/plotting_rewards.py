@@ -30,8 +30,7 @@ def plot_reward_model(analysis_json: Path, directory: Path | None = None) -> lis
     """Every figure of one reward model that its analysis file has the data for.
 
     Returns:
-        Paths ending in `_rewards`, `_margins`, `_reliability`, `_members`, `_disagreement`, `_curve`, in this
-        order.
+        Paths ending in _rewards, _margins, _reliability, _members, _disagreement, _curve, in this order.
     """
     analysis = io.read_json(analysis_json)
     drawings = (

@@ -187,7 +187,7 @@ def _figures(draw: Callable[..., Path | list[Path]], source: Path, *directory: P
 
 
 def embed(path: Path) -> Figure:
-    """The image as a data URI with its texts; a name like `helpful_margins` is told by its last part."""
+    """The image as a data URI with its texts; a name like helpful_margins is told by its last part."""
     key = path.stem if path.stem in _FIGURE_TEXTS else path.stem.rpartition("_")[2]
     shows, reading = _FIGURE_TEXTS[key]
     owner = "" if key == path.stem else path.stem.removesuffix(f"_{key}").removeprefix("policy_") + ": "

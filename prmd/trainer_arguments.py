@@ -61,7 +61,7 @@ def training_arguments(
 def on_one_gpu(arguments: Arguments) -> Arguments:
     """The arguments of a process that trains on its own GPU, whatever else it sees.
 
-    A process without a launcher that sees several would be given `DataParallel`, which splits our batches' flat indices.
+    A process without a launcher that sees several would be given torch's DataParallel, which splits our batches' flat indices.
     """
     if arguments.n_gpu > 1:
         logger.info(

@@ -79,7 +79,7 @@ def scores_of_lm_eval(folder: Path, questions: Sequence[Question], work: Path) -
 
 
 def lm_eval_row(question: Question) -> dict[str, Any]:
-    """A row of the hub's `multiple_choice` layout."""
+    """A row of the hub's multiple_choice layout."""
     mc1 = [question.best, *question.false]
     mc2 = [*question.true, *question.false]
     return {

@@ -1,4 +1,4 @@
-"""`benchmarks.mt_bench_data` and the prompts of `mt_bench_judging`: the published files, and files with mistakes."""
+"""`benchmarks.mt_bench_data` and the prompts of `benchmarks.mt_bench_judging`: the published files, and files with mistakes."""
 
 from pathlib import Path
 from typing import Any
