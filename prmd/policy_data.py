@@ -80,28 +80,52 @@ def score_pairs(
     config: PolicyConfig,
     models: Sequence[RewardModel],
     tokenizer: PreTrainedTokenizerBase,
-    tokenized: TokenizedPairs,
-) -> PairScores:
-    """Calibrated rewards of every member of every objective, and reference log-probabilities, of all pairs."""
-    shared = config.shared
-    prompts = _prompts(config, tokenizer, tokenized)
-    samples = _samples(config, tokenizer, prompts) if _centres_by_prompt(config) else None
-    calibrated = []
+    parts: Sequence[TokenizedPairs],
+) -> list[PairScores]:
+    """Calibrated rewards of every member of every objective, and reference log-probabilities, of all pairs.
+
+    Args:
+        parts: training and held-out pairs, say; the weights of a reward model are loaded once for all of them.
+
+    Returns:
+        The scores of each part.
+    """
+    prompts = [_prompts(config, tokenizer, part) for part in parts]
+    by_prompt = _centres_by_prompt(config)
+    samples = [_samples(config, tokenizer, found) for found in prompts] if by_prompt else []
+    calibrated: list[list[Tensor]] = [[] for _ in parts]
     for objective, model in zip(OBJECTIVES, models, strict=True):
-        rows = [_reward_row(model, pair) for pair in tokenized.pairs]
-        raw = torch.stack(model.rewards(rows, description=f"rewards of the {objective} ensemble"))
-        offset = model.calibration.offset
-        if samples is not None:
-            own = sample_rows(prompts, samples, model.tokenizer, keep_suffix=True)
-            offset = _centres(model, own, objective)[:, None, :]
-        values = calibrate(raw, scale=model.calibration.scale, offset=offset)
-        _refuse_missing(values, objective, tokenized)
-        calibrated.append(values.permute(2, 0, 1))  # [n, 2, M] -> [M, n, 2]
+        for i, part in enumerate(parts):
+            own = (
+                sample_rows(prompts[i], samples[i], model.tokenizer, keep_suffix=True) if by_prompt else None
+            )
+            calibrated[i].append(_calibrated_rewards(model, objective, part, own))
         model.release()
     _release_base(models)  # before the reference model is loaded
-    logps = torch.stack(reference_logps(shared, tokenizer, tokenized.rows))
-    labelled_for = torch.tensor([OBJECTIVES.index(pair.objective) for pair in tokenized.pairs])
-    return PairScores(stack_objectives(calibrated), logps, labelled_for)
+    return [
+        PairScores(
+            stack_objectives(rewards),
+            torch.stack(reference_logps(config.shared, tokenizer, part.rows)),
+            torch.tensor([OBJECTIVES.index(pair.objective) for pair in part.pairs]),
+        )
+        for rewards, part in zip(calibrated, parts, strict=True)
+    ]
+
+
+def _calibrated_rewards(
+    model: RewardModel, objective: str, tokenized: TokenizedPairs, samples: Sequence[PrefixRow] | None
+) -> Tensor:
+    """Rewards [M, n, 2] of one objective.
+
+    Args:
+        samples: reference samples of each pair's prompt, whose mean is its offset; None: the stored global one.
+    """
+    rows = [_reward_row(model, pair) for pair in tokenized.pairs]
+    raw = torch.stack(model.rewards(rows, description=f"rewards of the {objective} ensemble"))
+    offset = model.calibration.offset if samples is None else _centres(model, samples, objective)[:, None, :]
+    values = calibrate(raw, scale=model.calibration.scale, offset=offset)
+    _refuse_missing(values, objective, tokenized)
+    return values.permute(2, 0, 1)  # [n, 2, M] -> [M, n, 2]
 
 
 def _release_base(models: Sequence[RewardModel]) -> None:

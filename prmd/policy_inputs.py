@@ -106,7 +106,7 @@ def prepare(
         sides = (pairs, held_out) if any(method != BASELINE for method in methods) else ()
         logps = [reference_logps(config.shared, tokenizer, side.tokenized.rows) for side in sides]
         return Prepared(pairs, held_out, tuple(torch.stack(values) for values in logps))
-    train, val = (score_pairs(config, models, tokenizer, side.tokenized) for side in (pairs, held_out))
+    train, val = score_pairs(config, models, tokenizer, [tokenized, held_out.tokenized])
     scale = scale_responses(config, models, tokenizer, pairs, train)
     wanted = config.pairs.reference_samples or any(uses_gamma(config, method) for method in methods)
     samples = draw_reference_samples(config, tokenizer, tokenized) if wanted else None

@@ -156,7 +156,7 @@ def test_stage_three_loads_the_base_once_for_all_pairs(
     pairs = pooled_pairs(policy, tokenizer, "train", None).tokenized
     models = load_reward_models(config)
     loads = count_loads(monkeypatch)
-    scores = score_pairs(policy, models, tokenizer, pairs)
+    [scores] = score_pairs(policy, models, tokenizer, [pairs])
     assert loads == ["LlamaForSequenceClassification", "LlamaForCausalLM"]
     assert "_model" not in vars(models[0].shared_base)  # the reference model was not loaded beside it
     for k, model in enumerate(models):

@@ -195,7 +195,7 @@ def test_policies_differ_in_their_targets_alone(pipeline: Pipeline) -> None:
     config = pipeline.policies()
     tokenizer, models = load_tokenizer(config.shared.model, config.paths), load_reward_models(config.shared)
     pairs = pooled_pairs(config, tokenizer, "train", None)
-    scores = score_pairs(config, models, tokenizer, pairs.tokenized)
+    [scores] = score_pairs(config, models, tokenizer, [pairs.tokenized])
     scale = scale_responses(config, models, tokenizer, pairs, scores)
     ids = None
     for method in POLICIES[1:]:

@@ -95,7 +95,7 @@ def with_source(config: PolicyConfig, source: str) -> PolicyConfig:
 def scored(config: PolicyConfig, models: list[StandIn]) -> tuple[PairScores, ScaleResponses]:
     tokenizer = tokenizer_of(config)
     pairs = pooled_pairs(config, tokenizer, "train", None)
-    scores = score_pairs(config, models, tokenizer, pairs.tokenized)  # type: ignore[arg-type]
+    [scores] = score_pairs(config, models, tokenizer, [pairs.tokenized])  # type: ignore[arg-type]
     return scores, scale_responses(config, models, tokenizer, pairs, scores)  # type: ignore[arg-type]
 
 

@@ -1,0 +1,163 @@
+"""What a stage reads: every weight file hashed once and every reward model loaded once, however many methods there are."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_models import tiny_causal_lm
+from tiny_workspace import reward_model_config, write_prepared, write_reward_models, write_workspace
+
+from prmd import io, judges, plotting, plotting_rewards, reward_modeling, reward_models
+from prmd.config import EvaluationConfig, PairsConfig, PolicyConfig, PolicySection, RewardModelConfig
+from prmd.config_sections import CalibrationConfig, EnsembleConfig, LoraConfig, TrainingConfig, TuningConfig
+from prmd.evaluation import compute_metrics
+from prmd.objectives import OBJECTIVES
+from prmd.policy_gate import gate_file
+from prmd.policy_training import train_pessimistic
+from prmd.reward_modeling import train_reward_model
+
+pytestmark = pytest.mark.slow
+
+TUNING = TuningConfig(method="lora", lora=LoraConfig(r=4, alpha=8, learning_rate=1e-2))
+TRAINING = TrainingConfig(max_length=200, max_pairs=8, pairs_per_device=2, gradient_accumulation_steps=2)
+SAMPLED = CalibrationConfig(source="reference_samples", samples_per_prompt=2, max_new_tokens=4, prompts=6)
+ENSEMBLES = {f"{k}_rm/{name}.safetensors" for k in OBJECTIVES for name in ("ensemble", "model")}
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than these trainings and reads no model."""
+    monkeypatch.setattr(plotting, "plot_policy_training", lambda *arguments: [])
+    monkeypatch.setattr(plotting_rewards, "plot_reward_model", lambda *arguments: [])
+    monkeypatch.setattr("prmd.evaluation.build_report", lambda paths: paths.report)
+
+
+@dataclass
+class Reads:
+    """What a stage has read so far.
+
+    Attributes:
+        hashed: how often each file was read for its sha256.
+        size: bytes of all these readings together.
+        opened: how often each reward model was loaded, which leaves its weights on the disk.
+        loaded: how often its weights were loaded.
+    """
+
+    hashed: Counter[Path] = field(default_factory=Counter)
+    size: int = 0
+    opened: Counter[Path] = field(default_factory=Counter)
+    loaded: Counter[Path] = field(default_factory=Counter)
+
+    def weights(self) -> set[str]:
+        """Folder and name of every weight file that was hashed."""
+        return {"/".join(path.parts[-2:]) for path in self.hashed if path.suffix == ".safetensors"}
+
+
+def count_reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """Count from now on, in a process that knows no file yet."""
+    reads, blocks = Reads(), io._blocks
+
+    def counted_blocks(path: Path) -> Iterator[bytes]:
+        reads.hashed[place(path)] += 1
+        for block in blocks(path):
+            reads.size += len(block)
+            yield block
+
+    monkeypatch.setattr(io, "_blocks", counted_blocks)
+    monkeypatch.setattr(io, "_digests", {})
+    load = counted(reward_models.load_reward_model, reads.opened)
+    for module in (reward_models, judges, reward_modeling):
+        monkeypatch.setattr(module, "load_reward_model", load)
+    monkeypatch.setattr(
+        reward_models, "load_classifier", counted(reward_models.load_classifier, reads.loaded)
+    )
+    return reads
+
+
+def counted(load: Any, counter: Counter[Path]) -> Any:
+    def load_and_count(directory: Path, *arguments: Any, **keywords: Any) -> Any:
+        counter[place(directory)] += 1
+        return load(directory, *arguments, **keywords)
+
+    return load_and_count
+
+
+def place(path: Path) -> Path:
+    """Where a file lies, or will lie when the folder it is built in is published."""
+    return Path(*(part.removeprefix(".").removesuffix(".partial") for part in path.resolve().parts))
+
+
+def sampled(config: RewardModelConfig) -> RewardModelConfig:
+    return config.model_copy(update={"calibration": SAMPLED, "report_to": ()})
+
+
+# ------------------------------------------------------------------ the stages
+def test_methods_share_one_loading_and_one_hashing_of_the_reward_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = sampled(reward_model_config(tmp_path / "root", tiny_causal_lm(tmp_path / "base")))
+    policy, pairs = PolicySection(methods=("hard_min", "cvar")), PairsConfig(reference_samples=3)
+    config = PolicyConfig(
+        reward_model_config=shared, policy=policy, pairs=pairs, tuning=TUNING, training=TRAINING
+    )
+    write_prepared(config.paths)
+    write_reward_models(config)
+    reads = count_reads(monkeypatch)
+    train_pessimistic(config)
+    folders = {place(config.paths.reward_model(objective)): 1 for objective in OBJECTIVES}
+    assert reads.opened == folders and reads.loaded == folders
+    assert reads.weights() == ENSEMBLES | {"base/model.safetensors"}
+    splits = {place(config.paths.split(objective, s)) for objective in OBJECTIVES for s in ("train", "val")}
+    assert splits < set(reads.hashed) and set(reads.hashed.values()) == {1}
+    assert reads.size == sum(path.stat().st_size for path in reads.hashed)
+    assert gate_file(config.paths).is_file()  # of the same models
+
+
+def test_an_evaluation_hashes_policies_reward_models_and_judges_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _evaluation(tmp_path)
+    reads = count_reads(monkeypatch)
+    compute_metrics(config)
+    policies = {
+        "baseline_dpo/model.safetensors",
+        "hard_min/adapter_model.safetensors",
+        "base/model.safetensors",
+    }
+    judged = {f"{objective}/model.safetensors" for objective in OBJECTIVES}
+    assert reads.weights() == ENSEMBLES | policies | judged and set(reads.hashed.values()) == {1}
+    trained = place(config.paths.judge("honest"))
+    assert reads.opened.pop(trained) == 2  # to be measured where it was built, and to judge
+    assert len(reads.opened) == 5 and set(reads.opened.values()) == {1}
+
+
+@pytest.mark.parametrize("kind", ["heads", "adapters"])
+def test_a_training_hashes_what_it_wrote_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    ensemble = EnsembleConfig(kind=kind, members=2, fit_fraction=0.4)
+    settings = {"training": TRAINING, "tuning": TUNING, "ensemble": ensemble}
+    config = sampled(reward_model_config(tmp_path / "root", tiny_causal_lm(tmp_path / "base"), **settings))
+    write_prepared(config.paths, pairs=12)
+    reads = count_reads(monkeypatch)
+    folder = train_reward_model(config, objective="helpful")
+    kept = folder.glob("ensemble.safetensors" if kind == "heads" else "members/*/adapter/adapter_*")
+    written = {place(path) for path in (folder / "model.safetensors", *kept)}
+    assert len(written) == (2 if kind == "heads" else 5)
+    assert {path for path in reads.hashed if path.is_relative_to(place(folder))} == written
+    assert set(reads.hashed.values()) == {1}
+
+
+def _evaluation(root: Path) -> EvaluationConfig:
+    """Two given judges and one to be trained, two policies, three reward models."""
+    config = write_workspace(root)
+    paths = {k: path for k, path in config.judges.paths.items() if k != "honest"}
+    judging = config.judges.model_copy(update={"paths": paths, "tuning": TUNING, "training": TRAINING})
+    config = config.model_copy(
+        update={"judges": judging, "reward_model_config": sampled(config.reward_model_config)}
+    )
+    write_reward_models(config)
+    return config
