@@ -2,7 +2,7 @@
 
 For each share of the pairs kept from the backbone and each anchor: how well the mean member orders held-out samples, how
 alike the members are, whether their disagreement predicts errors, and what the closed-form gate reaches in TRUE rewards
-when the held-out samples of pi_ref are reweighted by a method's robust reward (`gate.gate_row`). Training the reward models
+when the held-out samples of pi_ref are reweighted by a method's robust reward (`pessimism.kl_budget.gate_row`). Training the reward models
 themselves is in `gold_ensembles`, policies are in `gold_policies`.
 """
 
@@ -28,9 +28,9 @@ from benchmarks.gold_targets import calibrated_like
 from prmd import io
 from prmd.config import PolicySection
 from prmd.config_sections import EnsembleConfig
-from prmd.gate import gate_row, usable_kl_target
 from prmd.objectives import OBJECTIVES
-from prmd.pessimism import robust_rewards
+from prmd.pessimism.aggregation import robust_rewards
+from prmd.pessimism.kl_budget import gate_row, usable_kl_target
 from prmd.policy_methods import aggregation
 from prmd.policy_rewards import objective_weights
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.gold_ensembles import load_scores, objective_pairs, pair_rows
 from benchmarks.gold_reference import World
-from prmd.calibration import calibrate, fit_calibration, prompt_means
 from prmd.config import PolicySection
 from prmd.objectives import OBJECTIVES
+from prmd.pessimism.calibration import calibrate, fit_calibration, prompt_means
 from prmd.policy_data import PairScores, ScaleResponses
 from prmd.policy_pairs import pool_order
 from prmd.policy_rewards import RobustReward, solve_reward

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from prmd.comparisons import holm, mcnemar_exact, sign_flip_test
 from prmd.contenders import REFERENCE
 from prmd.policy_comparison import BASELINES
 from prmd.resampling import Resampling
-from prmd.statistics import holm, mcnemar_exact, sign_flip_test
 
 Items = Sequence[Mapping[str, Any]]
 

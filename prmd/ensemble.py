@@ -4,7 +4,7 @@
 
 Every head is fit on its own Poisson bootstrap and pulled towards its own random initialisation: members agree where the
 data speaks and keep disagreeing where it does not. Features come from `reward_models`; pessimism over the members is in
-`pessimism`.
+`pessimism.aggregation`.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from prmd import io
 from prmd.config_sections import EnsembleConfig
-from prmd.losses import bradley_terry_loss
+from prmd.pessimism.losses import bradley_terry_loss
 
 HIDDEN = 128
 FIT_STEPS = 400

@@ -1,7 +1,7 @@
 """Outcome measures: numbers that say how good sampled responses are, one per prompt or per point.
 
 Here: win rates, violations, lower tails, order statistics over several samples of a prompt, Pareto dominance,
-hypervolume. Not here: intervals and tests for these numbers (`intervals.py`, to be read next), the lower tail inside the training target (`pessimism.py`).
+hypervolume. Not here: intervals and tests for these numbers (`intervals.py`, to be read next), the lower tail inside the training target (`pessimism/aggregation.py`).
 """
 
 import math

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from prmd.comparisons import holm, sign_flip_test
 from prmd.contenders import REFERENCE
 from prmd.errors import DataError
+from prmd.outcomes import pairwise_win_rate
 from prmd.over_optimisation import policy_points
 from prmd.paths import stage_command
 from prmd.resampling import Resampling, with_chance
-from prmd.statistics import holm, pairwise_win_rate, sign_flip_test
 
 BASELINES = ("baseline_dpo", "dpo", REFERENCE)
 """What methods are compared with: the first of these that was evaluated."""

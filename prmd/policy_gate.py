@@ -3,7 +3,7 @@
     pi*(y_i | x) = softmax_i( reward_scale R(x, y_i) / beta )   on the n samples of a prompt, at one KL for all methods
 
 Reads what stage 2 or an earlier stage 3 left in `data/cache` and loads no model. The gains are those of the training
-ensemble's mean members, a proxy: they say what the operator trades, not what a judge would see. The maths is in `gate`.
+ensemble's mean members, a proxy: they say what the operator trades, not what a judge would see. The maths is in `pessimism.kl_budget`.
 """
 
 import logging
@@ -17,11 +17,11 @@ from prmd import io
 from prmd.cache import ScoreTable
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.errors import UserError
-from prmd.gate import gate_row, usable_kl_target
 from prmd.generation import sample_rows
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths, reward_model_command, stage_command
+from prmd.pessimism.kl_budget import gate_row, usable_kl_target
 from prmd.policy_data import ScaleResponses, sampling_config, score_samples
 from prmd.policy_methods import POLICY_METHODS, reference_sample_count
 from prmd.policy_rewards import solve_reward

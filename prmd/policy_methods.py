@@ -12,7 +12,7 @@ from typing import Any
 from prmd.config import PolicyConfig, PolicySection
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
-from prmd.pessimism import METHODS, Aggregation, method_aggregation
+from prmd.pessimism.aggregation import METHODS, Aggregation, method_aggregation
 
 BASELINE = "baseline_dpo"
 SOUP = "soup"

@@ -1,7 +1,7 @@
 """What has to be said of a method on the configured ensemble: with which others it coincides, and why.
 
 A method that coincides with another is no second result, so it says so when it starts and in its `metrics.json`. Which
-coincide is found by trying them on random rewards (`pessimism.coinciding_methods`).
+coincide is found by trying them on random rewards (`pessimism.aggregation.coinciding_methods`).
 """
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from prmd.config import PolicySection
 from prmd.objectives import OBJECTIVES
-from prmd.paper_margins import PAPER_METHODS, negative_target_share, paper_margins
-from prmd.pessimism import METHODS, coincidence_notes, effective_atoms, robust_rewards
+from prmd.pessimism.aggregation import METHODS, coincidence_notes, effective_atoms, robust_rewards
+from prmd.pessimism.draft_equations import PAPER_METHODS, negative_target_share, paper_margins
 from prmd.policy_data import PairScores
 from prmd.policy_methods import POLICY_METHODS, aggregation, unread_settings
 from prmd.policy_rewards import objective_weights
@@ -43,7 +43,7 @@ def method_notes(policy: PolicySection, method: str, train: PairScores, targets:
 
 
 def cvar_atoms(policy: PolicySection, method: str, n_members: int) -> float | None:
-    """Rewards that the method's CVaR averages (`pessimism.effective_atoms`); None for a method without CVaR."""
+    """Rewards that the method's CVaR averages (`pessimism.aggregation.effective_atoms`); None for a method without CVaR."""
     if POLICY_METHODS[method].reward is None:
         return None
     chosen = aggregation(policy, method)

@@ -3,7 +3,7 @@
     m*_k = argmin_m  mean_i (Delta*_{k,m,i} - Delta_theta,i)^2 ,   i over all pairs of the optimiser step
 
 A micro-batch knows its pairs alone, so at the first one of a step the pairs of all of them, of every process, are passed
-through the policy without gradient. The loss with the chosen members is in `losses` and `policy_targets`.
+through the policy without gradient. The loss with the chosen members is in `pessimism.losses` and `policy_targets`.
 """
 
 import os
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from prmd.config import PolicyConfig, PolicySection
 from prmd.errors import ConfigError
-from prmd.losses import edpo_member_losses, edpo_select, implicit_margins
 from prmd.pair_batches import MicroBatch, collate_rows, plan_batches
+from prmd.pessimism.losses import edpo_member_losses, edpo_select, implicit_margins
 from prmd.policy_inputs import HELD_OUT, MethodInputs
 from prmd.policy_methods import POLICY_METHODS
 from prmd.policy_targets import policy_loss

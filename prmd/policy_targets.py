@@ -2,7 +2,7 @@
 
     Delta* = clip(reward_scale [R(x, y_w) - R(x, y_l)], +-margin_clip)
 
-Aggregates, scale and losses are the maths of `pessimism`, `calibration` and `losses`; here they meet the configuration.
+Aggregates, scale and losses are the maths of `pessimism.aggregation`, `calibration` and `pessimism.losses`; here they meet the configuration.
 What the methods are is in `policy_methods`, R with what is solved for in `policy_rewards`, the frozen rewards come from
 `policy_data`, the trainings are in `policy_training`.
 """
@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from prmd.config import PolicySection
-from prmd.losses import (
+from prmd.pessimism.draft_equations import paper_loss, paper_margins
+from prmd.pessimism.losses import (
     distillation_loss,
     dpo_loss,
     edpo_loss,
@@ -27,7 +28,6 @@ from prmd.losses import (
     modpo_loss,
     target_margins,
 )
-from prmd.paper_margins import paper_loss, paper_margins
 from prmd.policy_data import PairScores, ScaleResponses
 from prmd.policy_methods import POLICY_METHODS, aggregation
 from prmd.policy_notes import cvar_atoms, method_notes

@@ -3,7 +3,7 @@
     Delta* = clip(reward_scale [R(x, y_w) - R(x, y_l)], +-margin_clip),   L = (Delta* - Delta_theta)^2
     Delta_theta = beta [log pi_theta/pi_ref (x, y_w) - log pi_theta/pi_ref (x, y_l)]
 
-R is a method's aggregate of the calibrated rewards of all K x M members (`pessimism`). What the methods are is in
+R is a method's aggregate of the calibrated rewards of all K x M members (`pessimism.aggregation`). What the methods are is in
 `policy_methods`, what each training is fed in `policy_inputs`, targets and losses in `policy_targets`; every method sees
 the same labelled pairs in the same order. The TRL baseline is in `dpo_baseline`, the closed-form gate in `policy_gate`.
 """

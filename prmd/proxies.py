@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from prmd.intervals import minimum_band
+from prmd.outcomes import violation_rate
 from prmd.reference_scores import ReferenceScores
 from prmd.resampling import Resampling, with_chance
-from prmd.statistics import minimum_band, violation_rate
 
 VIOLATION_QUANTILE = 0.1
 """The threshold tau_k is this quantile of the reference's own min_m r~_km."""

@@ -15,9 +15,10 @@ from prmd import io, sources
 from prmd.config import RewardModelConfig
 from prmd.config_sections import DataConfig
 from prmd.errors import DataError
+from prmd.local_rows import Row
 from prmd.paths import ArtifactPaths, stage_command
 from prmd.runtime import progress, require_disk
-from prmd.sources import Row, SourceFile
+from prmd.sources import SourceFile
 
 logger = logging.getLogger(__name__)
 

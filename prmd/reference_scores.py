@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from prmd.calibration import calibrate, fit_calibration, prompt_means
+from prmd.pessimism.calibration import calibrate, fit_calibration, prompt_means
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Here: log-odds slope, expected calibration error and its bins, correlation between members, disagreement against
 mistakes; all from margins r(chosen) - r(rejected) of held-out pairs. Not here: accuracy and intervals
-(`intervals.py`), the units of rewards (`calibration.py`, to be read next).
+(`intervals.py`), the units of rewards (`pessimism/calibration.py`, to be read next).
 """
 
 import math

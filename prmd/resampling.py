@@ -8,17 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from prmd.statistics import (
+from prmd.comparisons import LengthControlled, length_controlled_win_rate
+from prmd.intervals import (
     Estimate,
-    LengthControlled,
     bootstrap_mean,
     bootstrap_statistic,
-    hypervolume,
-    length_controlled_win_rate,
     lower_tail_interval,
     paired_bootstrap,
     wilson_interval,
 )
+from prmd.outcomes import hypervolume
 
 WORST_SHARE = 0.1
 """Share of prompts in the lower tail that is reported."""

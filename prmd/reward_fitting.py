@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from prmd import io, plotting_rewards
-from prmd.calibration import fit_calibration, prompt_means
 from prmd.config import RewardModelConfig
 from prmd.ensemble import fit_ensemble
 from prmd.generation import sample_rows
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
+from prmd.pessimism.calibration import fit_calibration, prompt_means
 from prmd.preferences import PreferencePair, hash_share, read_pairs
 from prmd.reference import reference_samples
 from prmd.reliability import mean_pairwise_correlation

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prmd.intervals import accuracy_with_ties
 from prmd.preferences import PreferencePair
 from prmd.reliability import (
     disagreement_measures,
@@ -21,7 +22,6 @@ from prmd.reliability import (
     mean_pairwise_correlation,
     reliability_bins,
 )
-from prmd.statistics import accuracy_with_ties
 from prmd.tokenization import PrefixRow
 
 EXAMPLES = 10

@@ -18,20 +18,14 @@ from prmd import io
 from prmd.adapter_members import AdapterMembers, find_members
 from prmd.adapters import SharedBase, shared_base
 from prmd.cache import ScoreTable
-from prmd.calibration import Calibration
 from prmd.config import RewardModelConfig
 from prmd.config_sections import ModelConfig
 from prmd.ensemble import Ensemble
 from prmd.errors import DataError
-from prmd.models import (
-    base_model_key,
-    load_classifier,
-    load_folder_config,
-    load_tokenizer_from,
-    weight_files,
-)
+from prmd.models import base_model_key, load_classifier, load_folder_config, load_tokenizer_from, weight_files
 from prmd.objectives import OBJECTIVES
 from prmd.paths import ArtifactPaths, reward_model_command
+from prmd.pessimism.calibration import Calibration
 from prmd.provenance import require_artifact
 from prmd.runtime import free_memory
 from prmd.scoring import lookup, score_rows

@@ -4,13 +4,7 @@ Here: names only. What is measured is in `outcomes.py`, how sure it is in `inter
 in `comparisons.py`; read them in this order.
 """
 
-from prmd.comparisons import (
-    LengthControlled,
-    holm,
-    length_controlled_win_rate,
-    mcnemar_exact,
-    sign_flip_test,
-)
+from prmd.comparisons import LengthControlled, holm, length_controlled_win_rate, mcnemar_exact, sign_flip_test
 from prmd.intervals import (
     Estimate,
     accuracy_with_ties,

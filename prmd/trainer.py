@@ -2,7 +2,7 @@
 
 `PairTrainer` is a `transformers.Trainer` over planned micro-batches (`pair_batches.plan_batches`). What differs between
 trainings is data: the wrapped model's output (rewards or log-probabilities), columns per pair, and a loss function.
-Checkpoint names are in `checkpoints`; the losses themselves in `losses`.
+Checkpoint names are in `checkpoints`; the losses themselves in `pessimism.losses`.
 """
 
 import time

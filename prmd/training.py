@@ -28,11 +28,7 @@ from prmd.reporting import reporting_callbacks
 from prmd.runtime import free_memory, get_runtime, is_main_process, require_disk, wait_for_everyone
 from prmd.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
 from prmd.sharding import requested_sharding
-from prmd.trainer import (
-    LossFunction,
-    PairData,
-    PairTrainer,
-)
+from prmd.trainer import LossFunction, PairData, PairTrainer
 from prmd.trainer_arguments import training_arguments
 
 logger = logging.getLogger(__name__)

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prmd import io
 from prmd.adapters import shared_base
-from prmd.calibration import Calibration
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.config_sections import CalibrationConfig, DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from prmd.lora import add_lora, save_merged
 from prmd.models import load_base_classifier, load_tokenizer
 from prmd.objectives import OBJECTIVES
+from prmd.pessimism.calibration import Calibration
 from prmd.policy_data import score_pairs
 from prmd.policy_pairs import pooled_pairs
 from prmd.reward_models import RewardModel, load_reward_model, load_reward_models, write_calibration

@@ -168,7 +168,7 @@ def test_ensembles_of_different_size(copied: Pipeline, refused: Refused) -> None
     fewer = {k: v if k in ("mean", "std") else v[:2].clone() for k, v in heads.items()}
     io.write_tensors(folder / "ensemble.safetensors", fewer)
     (folder / "calibration.json").unlink()
-    from prmd.calibration import Calibration
+    from prmd.pessimism.calibration import Calibration
     from prmd.reward_models import load_reward_model, write_calibration
 
     model = load_reward_model(folder, config=copied.reward_models())

@@ -19,8 +19,8 @@ from prmd.checkpoints import (
 from prmd.config import RewardModelConfig
 from prmd.config_sections import LoraConfig, ModelConfig, TrainingConfig, TuningConfig
 from prmd.lora import add_lora
-from prmd.losses import bradley_terry_loss
 from prmd.models import load_base_classifier, load_causal_lm, load_tokenizer
+from prmd.pessimism.losses import bradley_terry_loss
 from prmd.runtime import set_seed
 from prmd.sequence_models import SequenceLogps, SequenceRewards
 from prmd.tokenization import PrefixRow

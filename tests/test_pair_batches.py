@@ -13,14 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_families import rows_of
 
-from prmd.pair_batches import (
-    PADDING,
-    attention_mask,
-    collate_rows,
-    padding_share,
-    plan_batches,
-    plan_scoring,
-)
+from prmd.pair_batches import PADDING, attention_mask, collate_rows, padding_share, plan_batches, plan_scoring
 from prmd.tokenization import PrefixRow
 
 HH = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh-rlhf"

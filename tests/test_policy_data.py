@@ -11,12 +11,12 @@ from tiny_workspace import policy_config
 from torch import Tensor
 
 from prmd import policy_data
-from prmd.calibration import Calibration, fit_calibration
 from prmd.config import PairsConfig, PolicyConfig
 from prmd.errors import DataError
 from prmd.generation import GeneratedResponse
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
+from prmd.pessimism.calibration import Calibration, fit_calibration
 from prmd.policy_data import PairScores, ScaleResponses, draw_reference_samples, scale_responses, score_pairs
 from prmd.policy_pairs import pooled_pairs
 from prmd.policy_targets import method_targets

@@ -13,7 +13,7 @@ from torch import Tensor
 from prmd.config import PolicyConfig, PolicySection
 from prmd.errors import ConfigError, DataError
 from prmd.pair_batches import collate_rows
-from prmd.pessimism import METHODS
+from prmd.pessimism.aggregation import METHODS
 from prmd.policy_data import PairScores
 from prmd.policy_targets import Targets, method_targets, policy_loss
 from prmd.policy_training import train_hierarchical

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from prmd import intervals
+from prmd.intervals import Estimate, minimum_band
 from prmd.resampling import Resampling, by_definition, with_chance
-from prmd.statistics import Estimate, minimum_band
 
 SIMULATIONS = 1000
 

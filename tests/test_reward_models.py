@@ -9,11 +9,11 @@ from tiny_models import tiny_classifier
 from transformers import AutoModelForSequenceClassification
 
 from prmd import io, reward_models
-from prmd.calibration import fit_calibration
 from prmd.config import RewardModelConfig
 from prmd.config_sections import EnsembleConfig, ModelConfig
 from prmd.ensemble import fit_ensemble
 from prmd.errors import DataError
+from prmd.pessimism.calibration import fit_calibration
 from prmd.reward_models import ENSEMBLE_FILE, load_reward_model, write_calibration
 from prmd.tokenization import PrefixRow, tokenize_row
 

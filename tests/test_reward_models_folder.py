@@ -10,11 +10,11 @@ from tiny_pipeline import count_loads, no_model_loads, shards
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prmd import io
-from prmd.calibration import Calibration
 from prmd.config import RewardModelConfig
 from prmd.config_sections import DataConfig, ModelConfig
 from prmd.ensemble import Ensemble, initial_heads
 from prmd.errors import DataError
+from prmd.pessimism.calibration import Calibration
 from prmd.reward_models import (
     CALIBRATION_FILE,
     ENSEMBLE_FILE,

@@ -16,9 +16,9 @@ from transformers.training_args import OptimizerNames
 
 from prmd.config_sections import LoraConfig, TrainingConfig
 from prmd.lora import add_lora
-from prmd.losses import bradley_terry_loss, distillation_loss, dpo_loss, implicit_margins
 from prmd.models import load_tokenizer_from
 from prmd.pair_batches import collate_rows, plan_batches, total_steps
+from prmd.pessimism.losses import bradley_terry_loss, distillation_loss, dpo_loss, implicit_margins
 from prmd.sequence_models import SequenceLogps, SequenceRewards
 from prmd.tokenization import PrefixRow
 from prmd.trainer import PairData, PairLoss, PairTrainer

@@ -21,8 +21,8 @@ from prmd.config import RewardModelConfig
 from prmd.config_sections import DataConfig, LoraConfig, ModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
 from prmd.lora import add_lora
-from prmd.losses import dpo_loss
 from prmd.models import load_causal_lm, load_tokenizer
+from prmd.pessimism.losses import dpo_loss
 from prmd.provenance import partial_path
 from prmd.runtime import set_seed
 from prmd.sequence_models import SequenceLogps

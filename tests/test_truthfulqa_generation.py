@@ -24,11 +24,7 @@ from prmd.benchmarks.truth_judges import (
     make_truth_judge,
 )
 from prmd.benchmarks.truthfulqa import PRIMER, Question, read_questions
-from prmd.benchmarks.truthfulqa_generation import (
-    DECLINING_ANSWER,
-    answer_text,
-    run_truthfulqa_generation,
-)
+from prmd.benchmarks.truthfulqa_generation import DECLINING_ANSWER, answer_text, run_truthfulqa_generation
 from prmd.config import EvaluationConfig
 from prmd.config_evaluation import BenchmarksConfig, TextJudgeConfig, TruthfulQaBenchmarkConfig
 from prmd.generation import GeneratedResponse

@@ -20,9 +20,9 @@ from prmd import scoring
 from prmd.cache import ScoreTable
 from prmd.checkpoints import ShareCheckpoints, newest_complete
 from prmd.config_sections import TrainingConfig
-from prmd.losses import dpo_loss
 from prmd.models import load_tokenizer_from
 from prmd.pair_batches import plan_batches, total_steps
+from prmd.pessimism.losses import dpo_loss
 from prmd.scoring import score_logps
 from prmd.sequence_models import SequenceLogps
 from prmd.tokenization import PrefixRow

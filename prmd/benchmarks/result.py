@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prmd.statistics import accuracy_with_ties
+from prmd.intervals import accuracy_with_ties
 
 
 @dataclass(frozen=True)

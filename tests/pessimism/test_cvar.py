@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 from scipy.stats import norm
 
-from prmd.lower_tail import cvar, cvar_effective_atoms
+from prmd.pessimism.cvar import cvar, cvar_effective_atoms
 
 
 def rockafellar_uryasev(values: np.ndarray, weights: np.ndarray, alpha: float) -> float:

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prmd import losses, pessimism
-from prmd.pessimism import METHODS, Aggregation, method_aggregation, robust_rewards
+from prmd.pessimism import aggregation as pessimism_aggregation
+from prmd.pessimism import losses
+from prmd.pessimism.aggregation import METHODS, Aggregation, method_aggregation, robust_rewards
 
 UNEVEN = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 RESPONSE_LEVEL = [name for name in METHODS if name != "maxmin"]
@@ -56,12 +57,12 @@ def test_response_level_margins_are_antisymmetric(method):
     assert (forward[0] - forward[1]).item() == -(backward[0] - backward[1]).item()
 
 
-@pytest.mark.parametrize("across", pessimism.ACROSS)
+@pytest.mark.parametrize("across", pessimism_aggregation.ACROSS)
 def test_one_member_makes_all_within_operators_equal(across):
     values = rewards_of(2, n_members=1)
     results = [
         robust(values, Aggregation(within=within, across=across, cvar_estimator=estimator))
-        for within in pessimism.WITHIN
+        for within in pessimism_aggregation.WITHIN
         for estimator in ("empirical", "gaussian")
         if across != "cvar" or estimator == "empirical"
     ]
@@ -72,7 +73,9 @@ def test_one_member_makes_all_within_operators_equal(across):
 def test_one_objective_makes_hierarchical_cvar_and_all_across_equal():
     values, alone = rewards_of(3, n_objectives=1), torch.ones(1)
     torch.testing.assert_close(robust(values, "hierarchical", alone), robust(values, "cvar", alone))
-    across = [robust(values, Aggregation(within="lcb", across=name), alone) for name in pessimism.ACROSS]
+    across = [
+        robust(values, Aggregation(within="lcb", across=name), alone) for name in pessimism_aggregation.ACROSS
+    ]
     for result in across[1:]:
         torch.testing.assert_close(result, across[0])
 
@@ -140,7 +143,10 @@ def test_methods_differ_on_the_shipped_ensemble_size():
     for first, second in itertools.combinations(targets, 2):
         assert (targets[first] - targets[second]).abs().max() > 1e-3, (first, second)
     shipped = {name: METHODS[name] for name in METHODS}
-    assert pessimism.coinciding_methods(3, 20, aggregations=shipped, weights=torch.full((3,), 1 / 3)) == {}
+    assert (
+        pessimism_aggregation.coinciding_methods(3, 20, aggregations=shipped, weights=torch.full((3,), 1 / 3))
+        == {}
+    )
 
 
 @pytest.mark.parametrize("method", RESPONSE_LEVEL)
@@ -169,24 +175,28 @@ def test_one_members_score_changes_the_policy_gradient(method):
 
 
 def test_one_member_is_reported_as_coinciding():
-    same = pessimism.coinciding_methods(3, 1, aggregations=METHODS, weights=UNEVEN)
+    same = pessimism_aggregation.coinciding_methods(3, 1, aggregations=METHODS, weights=UNEVEN)
     assert set(same["hierarchical"]) == {"hard_min", "cvar"}
     assert set(same["lcb"]) == {"mean"}
     assert "maxmin" not in same
-    notes = pessimism.coincidence_notes(3, 1, aggregations=METHODS, weights=UNEVEN)
+    notes = pessimism_aggregation.coincidence_notes(3, 1, aggregations=METHODS, weights=UNEVEN)
     assert "hierarchical = hard_min, cvar: one member per objective" in notes
 
 
 def test_too_few_members_for_alpha_is_reported_with_the_reason():
     methods = {name: METHODS[name] for name in ("mean", "hard_min", "hierarchical", "cvar")}
-    same = pessimism.coinciding_methods(3, 5, aggregations=methods, weights=torch.full((3,), 1 / 3))
+    same = pessimism_aggregation.coinciding_methods(
+        3, 5, aggregations=methods, weights=torch.full((3,), 1 / 3)
+    )
     assert same == {"hard_min": ["hierarchical"], "hierarchical": ["hard_min"]}
-    notes = pessimism.coincidence_notes(3, 5, aggregations=methods, weights=torch.full((3,), 1 / 3))
+    notes = pessimism_aggregation.coincidence_notes(
+        3, 5, aggregations=methods, weights=torch.full((3,), 1 / 3)
+    )
     assert "hierarchical = hard_min: its CVaR averages 0.5 <= 1 members" in notes
 
 
 def test_one_objective_is_reported():
-    notes = pessimism.coincidence_notes(1, 20, aggregations=METHODS, weights=torch.ones(1))
+    notes = pessimism_aggregation.coincidence_notes(1, 20, aggregations=METHODS, weights=torch.ones(1))
     assert "hierarchical = cvar: one objective" in notes
     assert "maxmin = mean: one objective" in notes
 
@@ -212,8 +222,8 @@ def test_missing_scores_are_refused_by_place():
 
 def test_ragged_ensembles_are_refused():
     with pytest.raises(ValueError, match=r"same members.*\[20, 4\], \[19, 4\]"):
-        pessimism.stack_objectives([torch.zeros(20, 4), torch.zeros(19, 4)])
-    stacked = pessimism.stack_objectives([torch.zeros(20, 4), torch.ones(20, 4)])
+        pessimism_aggregation.stack_objectives([torch.zeros(20, 4), torch.zeros(19, 4)])
+    stacked = pessimism_aggregation.stack_objectives([torch.zeros(20, 4), torch.ones(20, 4)])
     assert stacked.shape == (2, 20, 4)
 
 

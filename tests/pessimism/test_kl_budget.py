@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from prmd import gate, losses
-from prmd.maxmin import solve_maxmin
-from prmd.pessimism import METHODS, robust_rewards
+from prmd.pessimism import kl_budget, losses
+from prmd.pessimism.aggregation import METHODS, robust_rewards
+from prmd.pessimism.maxmin import solve_maxmin
 
 BETA = 0.1
 
@@ -31,7 +31,7 @@ def robust_of(members: torch.Tensor, method: str) -> torch.Tensor:
 
 def test_reweight_is_the_softmax():
     rewards = torch.tensor([[0.0, 0.1], [5.0, 5.0]])
-    weights = gate.reweight(rewards, reward_scale=2.0, beta=0.1).numpy()
+    weights = kl_budget.reweight(rewards, reward_scale=2.0, beta=0.1).numpy()
     np.testing.assert_allclose(weights[0], [1 / (1 + math.e**2), math.e**2 / (1 + math.e**2)], rtol=1e-6)
     np.testing.assert_allclose(weights[1], 0.5)
 
@@ -39,7 +39,7 @@ def test_reweight_is_the_softmax():
 @pytest.mark.parametrize("kl_target", [0.01, 0.5, 2.0, 3.0])
 def test_matched_scale_meets_the_kl(kl_target):
     robust = robust_of(world(0, 10, 64)[1], "cvar")
-    scale = gate.matched_kl_scale(robust, beta=BETA, kl_target=kl_target)
+    scale = kl_budget.matched_kl_scale(robust, beta=BETA, kl_target=kl_target)
     p = np.exp(scale / BETA * (robust.numpy() - robust.numpy().max(axis=1, keepdims=True)))
     p /= p.sum(axis=1, keepdims=True)
     assert (p * np.log(np.maximum(p, 1e-300) * 64)).sum(axis=1).mean() == pytest.approx(kl_target, abs=1e-7)
@@ -48,15 +48,15 @@ def test_matched_scale_meets_the_kl(kl_target):
 def test_small_kl_agrees_with_the_gaussian_formula():
     """For a small tilt KL = (scale * sd / beta)**2 / 2, sd with divisor n within prompts."""
     rewards = torch.from_numpy(np.random.default_rng(0).normal(size=(200, 64)))
-    scale = gate.matched_kl_scale(rewards, beta=BETA, kl_target=0.01)
+    scale = kl_budget.matched_kl_scale(rewards, beta=BETA, kl_target=0.01)
     variance = rewards.numpy().var(axis=1).mean()
     assert scale == pytest.approx(BETA * math.sqrt(0.02 / variance), rel=0.01)
 
 
 def test_gate_row_by_hand():
     rewards = torch.tensor([[[1.0, 0.0]], [[0.0, 0.5]]], dtype=torch.float64)
-    row = gate.gate_row(robust=rewards[0], rewards=rewards, beta=BETA, kl_target=0.2)
-    p = gate.reweight(rewards[0], reward_scale=row.reward_scale, beta=BETA)[0, 0].item()
+    row = kl_budget.gate_row(robust=rewards[0], rewards=rewards, beta=BETA, kl_target=0.2)
+    p = kl_budget.reweight(rewards[0], reward_scale=row.reward_scale, beta=BETA)[0, 0].item()
     assert p > 0.5
     assert p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p)) == pytest.approx(0.2)
     assert row.gains == pytest.approx((p - 0.5, 0.5 * (1 - p) - 0.25))
@@ -72,7 +72,7 @@ def test_gate_from_samples_agrees_with_the_exact_tabular_optimum():
     ref, table = rng.dirichlet(np.ones(12)), rng.normal(size=(2, 12))
     robust = table.min(axis=0)
     draws = rng.choice(12, size=(40, 4000), p=ref)
-    row = gate.gate_row(
+    row = kl_budget.gate_row(
         robust=torch.from_numpy(robust[draws]),
         rewards=torch.from_numpy(table[:, draws]),
         beta=BETA,
@@ -90,7 +90,7 @@ def test_gate_agrees_with_a_policy_trained_by_distillation(method):
     """Train tabular logits on the same targets; true gains have the sign, and size, the gate predicts."""
     true, members = world(2, 6, 24)
     robust = robust_of(members, method)
-    row = gate.gate_row(robust=robust, rewards=true, beta=BETA, kl_target=0.8)
+    row = kl_budget.gate_row(robust=robust, rewards=true, beta=BETA, kl_target=0.8)
     left, right = torch.triu_indices(24, 24, offset=1)
     targets = losses.target_margins(
         chosen_rewards=robust[:, left],
@@ -120,7 +120,7 @@ def test_pessimism_raises_the_worst_objective_of_each_response():
     """The mechanism the methods exist for: at equal KL, more E min_k than averaging, in a known world."""
     true, members = world(3, 30, 40)
     rows = {
-        method: gate.gate_row(robust=robust_of(members, method), rewards=true, beta=BETA, kl_target=1.0)
+        method: kl_budget.gate_row(robust=robust_of(members, method), rewards=true, beta=BETA, kl_target=1.0)
         for method in ("mean", "hard_min", "cvar", "hierarchical")
     }
     for method in ("hard_min", "cvar", "hierarchical"):
@@ -129,27 +129,27 @@ def test_pessimism_raises_the_worst_objective_of_each_response():
 
 
 def test_usable_kl_target():
-    assert gate.usable_kl_target(4.0, 256) == pytest.approx(4.0)
-    assert gate.usable_kl_target(4.0, 16) == pytest.approx(math.log(4))
-    assert gate.usable_kl_target(4.0, 4) == pytest.approx(math.log(4) / 4)
-    assert gate.usable_kl_target(0.1, 16) == 0.1
+    assert kl_budget.usable_kl_target(4.0, 256) == pytest.approx(4.0)
+    assert kl_budget.usable_kl_target(4.0, 16) == pytest.approx(math.log(4))
+    assert kl_budget.usable_kl_target(4.0, 4) == pytest.approx(math.log(4) / 4)
+    assert kl_budget.usable_kl_target(0.1, 16) == 0.1
     for n in range(2, 40):
         robust = torch.from_numpy(np.random.default_rng(n).normal(size=(5, n)))
-        gate.matched_kl_scale(robust, beta=BETA, kl_target=gate.usable_kl_target(9.0, n))
+        kl_budget.matched_kl_scale(robust, beta=BETA, kl_target=kl_budget.usable_kl_target(9.0, n))
     with pytest.raises(ValueError, match="at least two samples"):
-        gate.usable_kl_target(1.0, 1)
+        kl_budget.usable_kl_target(1.0, 1)
 
 
 def test_budgets_and_rewards_that_cannot_be_met_are_refused():
     rewards = torch.from_numpy(np.random.default_rng(0).normal(size=(5, 16)))
     with pytest.raises(ValueError, match=r"out of reach of 16 samples.*draw 60"):
-        gate.matched_kl_scale(rewards, beta=BETA, kl_target=2.7)
+        kl_budget.matched_kl_scale(rewards, beta=BETA, kl_target=2.7)
     with pytest.raises(ValueError, match="equal rewards cap the KL at"):
-        gate.matched_kl_scale((rewards > 0).double(), beta=BETA, kl_target=2.0)
+        kl_budget.matched_kl_scale((rewards > 0).double(), beta=BETA, kl_target=2.0)
     with pytest.raises(ValueError, match="equal rewards cap the KL at"):
-        gate.matched_kl_scale(torch.ones(5, 16), beta=BETA, kl_target=1.0)
+        kl_budget.matched_kl_scale(torch.ones(5, 16), beta=BETA, kl_target=1.0)
     with pytest.raises(ValueError, match="do not match"):
-        gate.gate_row(robust=rewards, rewards=torch.zeros(3, 5, 15), beta=BETA, kl_target=1.0)
+        kl_budget.gate_row(robust=rewards, rewards=torch.zeros(3, 5, 15), beta=BETA, kl_target=1.0)
     rewards[0, 0] = math.inf
     with pytest.raises(ValueError, match="finite rewards"):
-        gate.matched_kl_scale(rewards, beta=BETA, kl_target=1.0)
+        kl_budget.matched_kl_scale(rewards, beta=BETA, kl_target=1.0)

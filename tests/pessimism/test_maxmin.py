@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.optimize import minimize
 
-from prmd.maxmin import solve_constraints, solve_maxmin
+from prmd.pessimism.maxmin import solve_constraints, solve_maxmin
 
 
 def conflicting_rewards(seed: int, n_objectives: int = 3, n_prompts: int = 10, n: int = 32) -> torch.Tensor:

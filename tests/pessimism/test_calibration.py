@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prmd import calibration
-from prmd.pessimism import METHODS, robust_rewards
+from prmd.pessimism import calibration
+from prmd.pessimism.aggregation import METHODS, robust_rewards
 
 
 def ragged_rewards(seed: int = 0, n_members: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

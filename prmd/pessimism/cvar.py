@@ -1,6 +1,6 @@
 """Lower tail: CVaR of weighted atoms, and the checks of its inputs.
 
-Here: one operator over the first axis of a tensor. Not here: which atoms go into it (`pessimism.py`, to be read
+Here: one operator over the first axis of a tensor. Not here: which atoms go into it (`aggregation.py`, to be read
 next), the lower tail over prompts in an evaluation (`outcomes.py`).
 """
 

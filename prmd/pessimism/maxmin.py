@@ -1,8 +1,8 @@
 """Weights that are solved for, from cached scores of reference samples.
 
 Here: the objective weights that maximise the worst gain at a KL budget, and the multipliers that hold thresholds.
-Not here: how rewards become robust (`pessimism.py`), the tilt of reference samples and what a given reward reaches
-(`gate.py`), sampling and scoring (`generation.py`, `scoring.py`).
+Not here: how rewards become robust (`aggregation.py`), the tilt of reference samples and what a given reward reaches
+(`kl_budget.py`), sampling and scoring (`generation.py`, `scoring.py`).
 """
 
 from collections.abc import Callable, Mapping
@@ -13,7 +13,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from prmd.gate import as_scores, check_budget, matched_temperature, mean_kl, tilt
+from prmd.pessimism.kl_budget import as_scores, check_budget, matched_temperature, mean_kl, tilt
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def solve_maxmin(reference_rewards: Tensor, *, beta: float, kl_target: float) ->
         reference_rewards: calibrated rewards of n reference samples per prompt, mean member or aggregated within
             objectives, [K, X, n].
         beta: > 0.
-        kl_target: nats, > 0 and well below log n; see `gate.usable_kl_target`.
+        kl_target: nats, > 0 and well below log n; see `kl_budget.usable_kl_target`.
 
     Returns:
         A `MaxminSolution`.

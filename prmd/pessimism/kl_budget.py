@@ -1,7 +1,7 @@
 """The closed-form gate: what a robust reward can reach on reference samples, before any training.
 
 Here: the exponential tilt of reference samples at a KL budget and its evaluation. Not here: how rewards become
-robust (`pessimism.py`), weights that are solved for (`maxmin.py`, to be read next), sampling and scoring
+robust (`aggregation.py`), weights that are solved for (`maxmin.py`, to be read next), sampling and scoring
 (`generation.py`, `scoring.py`).
 
 Everything rests on one fact: the policy that maximises ``E[R] - tau * KL`` is ``pi_ref * exp(R / tau) / Z``, which on n

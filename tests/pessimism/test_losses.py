@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prmd import losses
+from prmd.pessimism import losses
 
 MARGINS = st.floats(-8, 8)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from prmd.paper_margins import PAPER_METHODS, negative_target_share, paper_loss, paper_margins
+from prmd.pessimism.draft_equations import PAPER_METHODS, negative_target_share, paper_loss, paper_margins
 
 UNEVEN = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 

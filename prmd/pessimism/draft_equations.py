@@ -1,7 +1,7 @@
 """The margin-level objectives of the AT-PRMD draft, kept for fidelity.
 
 Here: Eqs. (P5), (P6), (P7) and (P9) as they stand, on calibrated rewards. Not here: the response-level methods that
-are the default (`pessimism.py`, to be read next). The difference: these take the worst case of a reward DIFFERENCE
+are the default (`aggregation.py`, to be read next). The difference: these take the worst case of a reward DIFFERENCE
 after the label has chosen its sign, so for P6, P7 and P9 swapping chosen and rejected does not change the sign of
 the target; no reward function, and no policy, has such margins. Of two conflicting models both orders of a pair get
 a negative target.
@@ -10,7 +10,7 @@ a negative target.
 import torch
 from torch import Tensor
 
-from prmd.lower_tail import check_weights, cvar
+from prmd.pessimism.cvar import check_weights, cvar
 
 PAPER_METHODS = ("paper_eq5", "paper_eq6", "paper_eq7", "paper_eq9")
 
@@ -62,7 +62,7 @@ def paper_loss(*, implicit_margins: Tensor, objective_targets: Tensor, weights: 
 
     Args:
         implicit_margins: [B].
-        objective_targets: scaled and clipped `paper_margins`, [K, B] or, for paper_eq9, [1, B].
+        objective_targets: scaled and clipped `draft_equations`, [K, B] or, for paper_eq9, [1, B].
         weights: objective weights lambda, [K]; not read where there is one row.
 
     Returns:

@@ -2,7 +2,7 @@
 
 Here: the operators that combine members of one objective (`within`) and objectives (`across`), the named methods
 as data, and which of them coincide. Not here: calibration of the rewards (`calibration.py`; every function below
-expects calibrated units), CVaR itself (`lower_tail.py`), margin-level forms (`paper_margins.py`), objective weights
+expects calibrated units), CVaR itself (`cvar.py`), margin-level forms (`draft_equations.py`), objective weights
 that are solved for (`maxmin.py`, to be read next), clipping and the loss (`losses.py`).
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prmd.lower_tail import (
+from prmd.pessimism.cvar import (
     CVAR_ESTIMATORS,
     check_alpha,
     check_weights,
