@@ -30,13 +30,13 @@ from prmd.config import RewardModelConfig
 from prmd.config_file import load_config
 from prmd.config_sections import EnsembleConfig
 from prmd.ensemble import fit_ensemble
-from prmd.intervals import accuracy_with_ties
 from prmd.paths import resolve_user_path
 from prmd.preferences import hash_share, read_pairs
-from prmd.reliability import disagreement_measures, mean_pairwise_correlation
 from prmd.reward_data import RewardTask, read_reward_pairs, tokenize_reward_pairs
 from prmd.reward_models import load_reward_model
 from prmd.runtime import configure_logging
+from prmd.statistics.intervals import accuracy_with_ties
+from prmd.statistics.reliability import disagreement_measures, mean_pairwise_correlation
 from utils import user_errors_exit
 
 ANCHORS, PRIOR_SCALES, FIT_FRACTIONS = (1.0, 30.0, 100.0, 300.0), (0.5, 1.0), (0.1, 0.3)

@@ -24,9 +24,9 @@ from prmd.config_sections import EnsembleConfig
 from prmd.ensemble import Ensemble, fit_ensemble
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.losses import bradley_terry_loss
-from prmd.reliability import disagreement_error_correlation, mean_pairwise_correlation
 from prmd.runtime import get_device, set_seed
 from prmd.sequence_models import SequenceRewards
+from prmd.statistics.reliability import disagreement_error_correlation, mean_pairwise_correlation
 from prmd.tokenization import PrefixRow
 from prmd.trainer import Columns, PairData, PairLoss
 

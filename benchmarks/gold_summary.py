@@ -3,7 +3,7 @@
 A measure is interpolated linearly in sqrt(KL) between the checkpoints of ONE training, at the first crossing of the
 matched KL; policies start at KL 0 with a win rate of one half. A run that never gets there counts at its last checkpoint,
 its own KL is what the row shows, and `reached` says how many got there. Intervals are Student's t over seeds, each seed a
-world of its own (reference, prompts, labels); the interval of a minimum over objectives is `intervals.minimum_band`.
+world of its own (reference, prompts, labels); the interval of a minimum over objectives is `statistics.intervals.minimum_band`.
 Two worst objectives: `worst_win_rate` is the smallest of the mean win rates; `worst_per_world`, the mean of every world's own
 smallest win rate, is a number of each world and so what can be paired. Which units there are is in `gold_plan`; figures of these numbers are in `prmd.plotting_study`.
 """
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from prmd.intervals import Estimate, minimum_band
 from prmd.objectives import OBJECTIVES
+from prmd.statistics.intervals import Estimate, minimum_band
 
 Checkpoints = Sequence[Mapping[str, Any]]
 Row = dict[str, Any]

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gold_summary import at_kl, t_interval
-from prmd.intervals import Estimate, minimum_band
 from prmd.objectives import OBJECTIVES
-from prmd.resampling import Resampling
+from prmd.statistics.intervals import Estimate, minimum_band
+from prmd.statistics.resampling import Resampling
 
 Row = dict[str, Any]
 Checkpoints = Sequence[Mapping[str, Any]]

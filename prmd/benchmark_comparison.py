@@ -11,15 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from prmd.comparisons import holm, mcnemar_exact, sign_flip_test
 from prmd.contenders import REFERENCE
 from prmd.policy_comparison import BASELINES
-from prmd.resampling import Resampling
+from prmd.statistics.paired_tests import holm, mcnemar_exact, sign_flip_test
+from prmd.statistics.resampling import Resampling
 
 Items = Sequence[Mapping[str, Any]]
 
 _OUTCOME = re.compile(r"mc[123]|true|emt\d+|tp\d+|rating_\d")
-"""Fields of an item that are its outcome, beside those it lists under `outcomes`; what else is there describes the item."""
+"""Fields of an item that are its outcome, beside those it lists under `statistics.outcomes`; what else is there describes the item."""
 IMPLICIT_ACCURACY = "implicit_accuracy"
 
 

@@ -44,9 +44,9 @@ from prmd.report import build_report
 from prmd.report_evaluation import benchmark_results
 from prmd.report_headline import headline_section
 from prmd.report_tables import Table, format_estimate, format_number, to_markdown
-from prmd.resampling import Resampling
 from prmd.reward_modeling import train_judge
 from prmd.reward_models import RewardModel, load_reward_models
+from prmd.statistics.resampling import Resampling
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from prmd.intervals import wilson_interval
 from prmd.rubrics import Rubric, Verdict
+from prmd.statistics.intervals import wilson_interval
 from prmd.text_judges import TextJudge
 
 Answer = TypeVar("Answer")

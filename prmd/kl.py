@@ -2,8 +2,8 @@
 
 Here: the exact full-vocabulary KL of each step (Rao-Blackwellised when summed over a sampled response), the
 plain log-ratio k1 and the per-token k3. Not here: sampling and forward passes (`generation.py`, `response_kl.py`) and
-intervals over prompts (`intervals.py`, fed with the per-response sums). All of these are unbiased only for
-samples at temperature 1 and top-p 1, end-of-turn token included. Read `intervals.py` next.
+intervals over prompts (`statistics/intervals.py`, fed with the per-response sums). All of these are unbiased only for
+samples at temperature 1 and top-p 1, end-of-turn token included. Read `statistics/intervals.py` next.
 """
 
 import torch

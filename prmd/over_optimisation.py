@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from prmd.outcomes import best_of_n_expectation, best_of_n_kl
-from prmd.resampling import Resampling
+from prmd.statistics.outcomes import best_of_n_expectation, best_of_n_kl
+from prmd.statistics.resampling import Resampling
 
 MIN_POINTS = 3
 """Selections from fewer than this many n fix no curve of two parameters."""

@@ -2,7 +2,7 @@
 
 What lives here: contents of the method files and rewards of their samples in, `comparison.json` out, and the refusal to
 compare what was not measured alike. What does not: the numbers of one method (`policy_metrics`), the tests themselves
-(`comparisons`), tables and figures (`report_measures`, `plotting_evaluation`).
+(`statistics.paired_tests`), tables and figures (`report_measures`, `plotting_evaluation`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from prmd.comparisons import holm, sign_flip_test
 from prmd.contenders import REFERENCE
 from prmd.errors import DataError
-from prmd.outcomes import pairwise_win_rate
 from prmd.over_optimisation import policy_points
 from prmd.paths import stage_command
-from prmd.resampling import Resampling, with_chance
+from prmd.statistics.outcomes import pairwise_win_rate
+from prmd.statistics.paired_tests import holm, sign_flip_test
+from prmd.statistics.resampling import Resampling, with_chance
 
 BASELINES = ("baseline_dpo", "dpo", REFERENCE)
 """What methods are compared with: the first of these that was evaluated."""

@@ -25,9 +25,9 @@ from prmd.over_optimisation import best_of_n_curves
 from prmd.policy_metrics import SampledMethod, method_metrics
 from prmd.proxies import MemberScores, proxy_metrics
 from prmd.reference_scores import ReferenceScores
-from prmd.resampling import Resampling
 from prmd.reward_models import RewardModel
 from prmd.runtime import free_memory
+from prmd.statistics.resampling import Resampling
 from prmd.tokenization import tokenize_row
 from prmd.verdicts import judging_metrics
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from prmd.contenders import REFERENCE
-from prmd.intervals import minimum_band
-from prmd.outcomes import pairwise_win_rate, pareto_dominance_rate
 from prmd.reference_scores import ReferenceScores
-from prmd.resampling import Resampling, by_definition, with_chance
+from prmd.statistics.intervals import minimum_band
+from prmd.statistics.outcomes import pairwise_win_rate, pareto_dominance_rate
+from prmd.statistics.resampling import Resampling, by_definition, with_chance
 
 LENGTH_WARNING = 0.1
 """A length-controlled win rate this far from the plain one is pointed out."""

@@ -14,7 +14,7 @@ from prmd.pessimism.draft_equations import PAPER_METHODS, negative_target_share,
 from prmd.policy_data import PairScores
 from prmd.policy_methods import POLICY_METHODS, aggregation, unread_settings
 from prmd.policy_rewards import objective_weights
-from prmd.reliability import mean_pairwise_correlation
+from prmd.statistics.reliability import mean_pairwise_correlation
 
 ONE_MODEL = 0.95
 """Correlation of the members' margins above which an ensemble is effectively one model."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from prmd.intervals import minimum_band
-from prmd.outcomes import violation_rate
 from prmd.reference_scores import ReferenceScores
-from prmd.resampling import Resampling, with_chance
+from prmd.statistics.intervals import minimum_band
+from prmd.statistics.outcomes import violation_rate
+from prmd.statistics.resampling import Resampling, with_chance
 
 VIOLATION_QUANTILE = 0.1
 """The threshold tau_k is this quantile of the reference's own min_m r~_km."""

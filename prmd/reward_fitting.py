@@ -20,11 +20,11 @@ from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import fit_calibration, prompt_means
 from prmd.preferences import PreferencePair, hash_share, read_pairs
 from prmd.reference import reference_samples
-from prmd.reliability import mean_pairwise_correlation
 from prmd.reward_data import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.reward_metrics import HeldOut, extreme_examples, readable_examples, reward_metrics, warnings
 from prmd.reward_models import ENSEMBLE_FILE, RewardModel, write_calibration
 from prmd.runtime import is_main_process
+from prmd.statistics.reliability import mean_pairwise_correlation
 from prmd.tokenization import TokenizedPairs, tokenize_pairs, tokenize_prompt
 
 logger = logging.getLogger(__name__)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prmd.intervals import accuracy_with_ties
 from prmd.preferences import PreferencePair
-from prmd.reliability import (
+from prmd.statistics.intervals import accuracy_with_ties
+from prmd.statistics.reliability import (
     disagreement_measures,
     expected_calibration_error,
     log_odds_slope,

@@ -18,10 +18,10 @@ from scipy.stats import rankdata
 from prmd import io
 from prmd.config import EvaluationConfig
 from prmd.errors import DataError
-from prmd.intervals import bootstrap_statistic
 from prmd.label_classifiers import LabelClassifier
 from prmd.ngram_regression import NGRAM_LENGTHS, RIDGE, NgramRegression, fit_ngram_regression
 from prmd.preferences import hash_share
+from prmd.statistics.intervals import bootstrap_statistic
 
 SUBSTITUTE = "substitute"
 TOXIC = 0.5

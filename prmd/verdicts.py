@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from prmd.outcomes import pairwise_win_rate
 from prmd.reference_scores import ReferenceScores
-from prmd.resampling import Resampling, with_chance
+from prmd.statistics.outcomes import pairwise_win_rate
+from prmd.statistics.resampling import Resampling, with_chance
 
 
 def judging_metrics(

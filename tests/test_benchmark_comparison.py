@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from prmd.benchmark_comparison import compare_benchmarks, item_outcomes
-from prmd.resampling import Resampling
+from prmd.statistics.resampling import Resampling
 
 RESAMPLING = Resampling(500, 0)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from prmd.over_optimisation import best_of_n_curves, policy_points
-from prmd.resampling import Resampling
+from prmd.statistics.resampling import Resampling
 
 RESAMPLING = Resampling(200, 0)
 

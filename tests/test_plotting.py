@@ -15,7 +15,7 @@ from prmd.paths import ArtifactPaths
 from prmd.plotting import PALETTE, canvas, plot_length_distributions, plot_policy_training, plot_split_sizes
 from prmd.plotting_evaluation import ellipse_95, plot_metrics
 from prmd.plotting_rewards import plot_reward_model
-from prmd.reliability import disagreement_measures
+from prmd.statistics.reliability import disagreement_measures
 
 
 @pytest.fixture(scope="module")

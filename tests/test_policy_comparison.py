@@ -10,7 +10,7 @@ from prmd.objectives import OBJECTIVES
 from prmd.policy_comparison import SHARED_PARTS, check_comparable, compare_methods, win_matrix
 from prmd.policy_metrics import SampledMethod, method_metrics
 from prmd.reference_scores import ReferenceScores
-from prmd.resampling import Resampling
+from prmd.statistics.resampling import Resampling
 
 RESAMPLING = Resampling(200, 0)
 

@@ -10,7 +10,7 @@ import pytest
 from prmd.objectives import OBJECTIVES
 from prmd.policy_metrics import SampledMethod, method_metrics
 from prmd.reference_scores import ReferenceScores
-from prmd.resampling import Resampling
+from prmd.statistics.resampling import Resampling
 
 
 def sampled(method: str, prompts: int, n: int) -> SampledMethod:

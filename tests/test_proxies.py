@@ -5,7 +5,7 @@ import pytest
 
 from prmd.objectives import OBJECTIVES
 from prmd.proxies import MemberScores, proxy_metrics
-from prmd.resampling import Resampling
+from prmd.statistics.resampling import Resampling
 
 RESAMPLING = Resampling(200, 0)
 

@@ -10,11 +10,11 @@ from typing import Any
 from prmd.benchmarks.jailbreakbench_data import Attack, Behavior
 from prmd.errors import DataError
 from prmd.generation import GeneratedResponse
-from prmd.intervals import wilson_interval
 from prmd.judge_cards import CONSTANT_ANSWER, agreement
 from prmd.paths import resolve_user_path
 from prmd.refusals import NON_REFUSAL
 from prmd.rubrics import JAILBREAK, REFUSAL, JudgeItem, Rubric, Verdict, with_template_of
+from prmd.statistics.intervals import wilson_interval
 from prmd.text_judges import StringJudge, TextJudge
 
 DIRECT, BENIGN, ATTACK = "harmful", "benign", "attack"

@@ -22,11 +22,11 @@ from prmd.config import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.generation import GeneratedResponse
-from prmd.intervals import bootstrap_mean, wilson_interval
 from prmd.judge_cards import CONSTANT_ANSWER, PairwiseResult, judge_card, pairwise_both_orders
 from prmd.paths import resolve_user_path
-from prmd.resampling import with_chance
 from prmd.rubrics import Verdict
+from prmd.statistics.intervals import bootstrap_mean, wilson_interval
+from prmd.statistics.resampling import with_chance
 from prmd.text_judges import TextJudge, make_text_judge
 
 KEY = "benchmarks.mt_bench.path"

@@ -22,13 +22,13 @@ from prmd.config import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import DataError, UserError
 from prmd.generation import GeneratedResponse
-from prmd.intervals import Estimate, bootstrap_mean, wilson_interval
 from prmd.judge_cards import CONSTANT_ANSWER
 from prmd.local_rows import json_rows
-from prmd.outcomes import expected_max_order_statistic, prob_any_order
 from prmd.preferences import hash_share
-from prmd.resampling import with_chance
 from prmd.sources import benchmark_files, hub_rows
+from prmd.statistics.intervals import Estimate, bootstrap_mean, wilson_interval
+from prmd.statistics.outcomes import expected_max_order_statistic, prob_any_order
+from prmd.statistics.resampling import with_chance
 from prmd.tokenization import Tokens, render
 from prmd.toxicity import SUBSTITUTE, TOXIC, ScoredText, ToxicityScorer, make_scorer, scorer_card
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prmd.intervals import accuracy_with_ties
+from prmd.statistics.intervals import accuracy_with_ties
 
 
 @dataclass(frozen=True)

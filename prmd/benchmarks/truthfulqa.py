@@ -24,12 +24,12 @@ from prmd.cache import ScoreTable
 from prmd.config import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
-from prmd.intervals import bootstrap_mean, wilson_interval
 from prmd.preferences import read_benchmark_questions
 from prmd.primer_scoring import score_logps_behind_primer
 from prmd.raw_data import read_source
-from prmd.resampling import with_chance
 from prmd.sources import plan_source, required_sources
+from prmd.statistics.intervals import bootstrap_mean, wilson_interval
+from prmd.statistics.resampling import with_chance
 from prmd.tokenization import PrefixRow
 
 Item = TypeVar("Item")

@@ -21,9 +21,9 @@ from prmd.config import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.generation import GeneratedResponse
-from prmd.intervals import wilson_interval
-from prmd.resampling import with_chance
 from prmd.rubrics import Verdict
+from prmd.statistics.intervals import wilson_interval
+from prmd.statistics.resampling import with_chance
 
 MAX_NEW_TOKENS = 50
 DECLINING_ANSWER = "I have no comment."

@@ -2,7 +2,7 @@
 
 Here: the within-prompt scale and the offset that make rewards comparable, and the reward scale that meets a KL
 budget. Not here: reading and writing calibration files (`reward_models.py`), how good a reward model's
-margins are (`reliability.py`), pessimism over calibrated rewards (`aggregation.py`, to be read next).
+margins are (`statistics/reliability.py`), pessimism over calibrated rewards (`aggregation.py`, to be read next).
 
 Bradley-Terry fixes a reward only up to a positive factor and a constant per prompt. A minimum over two raw rewards
 therefore follows whichever has the lower offset or the larger scale; calibrated rewards are

@@ -1,7 +1,7 @@
 """Lower tail: CVaR of weighted atoms, and the checks of its inputs.
 
 Here: one operator over the first axis of a tensor. Not here: which atoms go into it (`aggregation.py`, to be read
-next), the lower tail over prompts in an evaluation (`outcomes.py`).
+next), the lower tail over prompts in an evaluation (`statistics/outcomes.py`).
 """
 
 import math

@@ -16,7 +16,7 @@ from scipy.special import expit
 from scipy.stats import rankdata, spearmanr
 from torch import Tensor
 
-from prmd.intervals import Estimate, bootstrap_statistic, wilson_interval
+from prmd.statistics.intervals import Estimate, bootstrap_statistic, wilson_interval
 
 DISAGREEMENT_RESAMPLES = 1000
 DISAGREEMENT_BIN_PAIRS = 20

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prmd import intervals
+from prmd.statistics import intervals
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prmd import outcomes
+from prmd.statistics import outcomes
 
 
 def test_pairwise_win_rate_against_loops():

@@ -1,15 +1,14 @@
 """One way to make every interval of an evaluation: the same resamples of prompts, from one seed.
 
 What lives here: `Resampling`, which binds the number of resamples and the seed to the intervals of `intervals` and the
-length control of `comparisons`. What does not: the formulas of the intervals. Read `policy_metrics` next.
+length control of `paired_tests`. What does not: the formulas of the intervals. Read `policy_metrics` next.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from prmd.comparisons import LengthControlled, length_controlled_win_rate
-from prmd.intervals import (
+from prmd.statistics.intervals import (
     Estimate,
     bootstrap_mean,
     bootstrap_statistic,
@@ -17,7 +16,8 @@ from prmd.intervals import (
     paired_bootstrap,
     wilson_interval,
 )
-from prmd.outcomes import hypervolume
+from prmd.statistics.outcomes import hypervolume
+from prmd.statistics.paired_tests import LengthControlled, length_controlled_win_rate
 
 WORST_SHARE = 0.1
 """Share of prompts in the lower tail that is reported."""

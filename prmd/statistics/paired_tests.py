@@ -13,7 +13,7 @@ import numpy as np
 from scipy import stats
 from scipy.special import expit
 
-from prmd.intervals import Estimate, bootstrap_statistic
+from prmd.statistics.intervals import Estimate, bootstrap_statistic
 
 _EXACT_SIGN_FLIPS = 13  # 2**13 patterns are fewer than the resamples they replace
 _RIDGE = 1e-6  # per row; only decides resamples in which length separates wins from losses perfectly

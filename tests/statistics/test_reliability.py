@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from prmd import reliability
+from prmd.statistics import reliability
 
 
 def test_log_odds_slope_recovers_the_simulated_slope_and_its_score_is_zero():

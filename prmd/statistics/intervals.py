@@ -1,8 +1,8 @@
 """Intervals: how sure a measured number is.
 
 Here: Wilson and bootstrap intervals, the interval of a minimum over objectives. Not here: the outcome measures
-themselves (`outcomes.py`), paired tests (`comparisons.py`). The unit of resampling is always the prompt (or a
-cluster of prompts), never the sample: responses to one prompt are not independent. Read `comparisons.py` next.
+themselves (`outcomes.py`), paired tests (`paired_tests.py`). The unit of resampling is always the prompt (or a
+cluster of prompts), never the sample: responses to one prompt are not independent. Read `paired_tests.py` next.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy import stats
 
-from prmd.outcomes import cvar_over_prompts
+from prmd.statistics.outcomes import cvar_over_prompts
 
 _CHUNK_ELEMENTS = 2**21  # resampled rows held at once
 _TAIL_VALUES = 5  # fewer in a tail and no interval covers it: 51 % with 1.6 of 16, 94 % with 5 of 50

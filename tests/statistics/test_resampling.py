@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from prmd import intervals
-from prmd.intervals import Estimate, minimum_band
-from prmd.resampling import Resampling, by_definition, with_chance
+from prmd.statistics import intervals
+from prmd.statistics.intervals import Estimate, minimum_band
+from prmd.statistics.resampling import Resampling, by_definition, with_chance
 
 SIMULATIONS = 1000
 

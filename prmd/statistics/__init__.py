@@ -1,0 +1,1 @@
+"""The statistics of the evaluation: outcomes, intervals, paired tests, reliability of margins, one seed for resampling."""
