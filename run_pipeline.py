@@ -14,15 +14,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from prmd.artifacts.io import read_json
+from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths
+from prmd.artifacts.runs import write_step_result
 from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
 from prmd.config_file import load_pipeline
 from prmd.data_preparation import download_dataset, split_objectives
 from prmd.evaluation import benchmark_eval, compute_metrics
-from prmd.io import read_json
 from prmd.objectives import OBJECTIVES
-from prmd.paths import CONFIG_DIR, ArtifactPaths
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
-from prmd.provenance import write_step_result
 from prmd.reward_modeling import train_reward_model
 from prmd.runtime import configure_logging, is_main_process, start_processes
 from utils import stage_parser, user_errors_exit

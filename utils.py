@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from prmd.artifacts.paths import CONFIG_DIR
 from prmd.errors import UserError
-from prmd.paths import CONFIG_DIR
 
 # prmd.config and what needs installed packages is imported in the functions, so that `python utils.py` can say what
 # is missing.

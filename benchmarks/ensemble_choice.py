@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import resolve_user_path
 from prmd.config import RewardModelConfig
 from prmd.config_file import load_config
 from prmd.config_sections import EnsembleConfig
 from prmd.ensemble import fit_ensemble
-from prmd.paths import resolve_user_path
 from prmd.preferences import hash_share, read_pairs
 from prmd.reward_data import RewardTask, read_reward_pairs, tokenize_reward_pairs
 from prmd.reward_models import load_reward_model

@@ -18,7 +18,7 @@ from transformers import LlamaForSequenceClassification
 from benchmarks.gold_labels import BIAS_SHARE, LabelledPairs, label_pairs, longer_share
 from benchmarks.gold_models import fit, model_config, score
 from benchmarks.gold_reference import World
-from prmd import io
+from prmd.artifacts import io
 from prmd.config import RewardModelConfig
 from prmd.config_sections import EnsembleConfig
 from prmd.ensemble import Ensemble, fit_ensemble

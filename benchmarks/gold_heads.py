@@ -25,7 +25,7 @@ from benchmarks.gold_ensembles import (
 )
 from benchmarks.gold_reference import World
 from benchmarks.gold_targets import calibrated_like
-from prmd import io
+from prmd.artifacts import io
 from prmd.config import PolicySection
 from prmd.config_sections import EnsembleConfig
 from prmd.objectives import OBJECTIVES

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerBase, TrainerCallback
 
 from benchmarks.gold_world import END, PAD, VOCABULARY, prompt_tokens
-from prmd import io
+from prmd.artifacts import io
 from prmd.cache import ScoreTable
 from prmd.config_sections import EnsembleConfig, TrainingConfig
 from prmd.generation import GeneratedResponse, generate

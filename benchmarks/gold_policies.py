@@ -28,7 +28,7 @@ from benchmarks.gold_targets import (
     training_data,
 )
 from benchmarks.gold_world import prompt_tokens
-from prmd import io
+from prmd.artifacts import io
 from prmd.config import PolicyConfig, PolicySection
 from prmd.generation import sample_rows
 from prmd.objectives import OBJECTIVES

@@ -25,7 +25,7 @@ from benchmarks.gold_world import (
     make_tokenizer,
     prompt_tokens,
 )
-from prmd import io
+from prmd.artifacts import io
 from prmd.generation import GeneratedResponse, sample_rows
 from prmd.objectives import OBJECTIVES
 from prmd.reference_scores import ReferenceScores

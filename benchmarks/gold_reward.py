@@ -39,8 +39,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs uninstalled
 from benchmarks.gold_page import page
 from benchmarks.gold_plan import FULL, QUICK
 from benchmarks.gold_run import run_study
-from prmd import io
-from prmd.paths import PROJECT_ROOT
+from prmd.artifacts import io
+from prmd.artifacts.paths import PROJECT_ROOT
 from prmd.plotting_study import plot_gold_reward
 from prmd.runtime import configure_logging, hardware
 from utils import user_errors_exit

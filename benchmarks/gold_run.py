@@ -32,7 +32,7 @@ from benchmarks.gold_summary import (
     reward_model_rows,
     summary_row,
 )
-from prmd import io
+from prmd.artifacts import io
 from prmd.objectives import OBJECTIVES
 from prmd.runtime import configure_logging
 

@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs uninstalled
 from benchmarks.speed_limit import DenseBatch
 from benchmarks.speed_setup import model_config
 from benchmarks.speed_shape import qwen_3b_shape, training_flops
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import CONFIG_DIR, find_user_path, places_tried
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.config_file import load_config
 from prmd.errors import DataError
 from prmd.models import load_model_config
 from prmd.objectives import OBJECTIVES
-from prmd.paths import CONFIG_DIR, find_user_path, places_tried
 from utils import user_errors_exit
 
 HH_TRAIN_PAIRS = {"helpful": 43_835 + 22_007 + 52_421, "harmless": 42_537}

@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.speed_memory import dpo_peaks
 from benchmarks.speed_setup import Workload, command_line, model_config, publish
+from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config import RewardModelConfig
 from prmd.config_file import load_config
 from prmd.models import load_tokenizer
 from prmd.pair_batches import MicroBatch
-from prmd.paths import CONFIG_DIR
 from prmd.preferences import make_pair
 from prmd.runtime import configure_logging
 from prmd.tokenization import tokenize_pairs

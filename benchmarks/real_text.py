@@ -36,10 +36,10 @@ from benchmarks.real_text_plan import FULL, LONGER_SHARE, MATCHED_KL, QUICK, Stu
 from benchmarks.real_text_run import run_seeds
 from benchmarks.real_text_summary import study_results
 from benchmarks.real_text_tables import markdown
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import PROJECT_ROOT
+from prmd.artifacts.runs import git_state, versions
 from prmd.errors import ConfigError
-from prmd.paths import PROJECT_ROOT
-from prmd.provenance import git_state, versions
 from prmd.runtime import configure_logging, hardware
 from utils import user_errors_exit
 

@@ -11,12 +11,19 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.runs import (
+    finish_run,
+    is_current,
+    partial_directory,
+    publish,
+    require_artifact,
+    start_run,
+)
 from prmd.config import RewardModelConfig
 from prmd.errors import DataError
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.preferences import BENCHMARK_QUESTIONS_FILE, PREPARE_COMMAND, PreferencePair, hash_share, read_pairs
-from prmd.provenance import finish_run, is_current, partial_directory, publish, require_artifact, start_run
 
 logger = logging.getLogger("prmd.real_text")
 TRAIN = "train"

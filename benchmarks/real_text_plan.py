@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
 from prmd.config_file import load_config
-from prmd.paths import CONFIG_DIR
 
 METHODS = ("dpo", "mean", "hard_min", "hierarchical", "maxmin")
 LONGER_SHARE = 0.8

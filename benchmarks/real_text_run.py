@@ -16,7 +16,9 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.real_text_data import longer_is_chosen, longer_share, prepare_biased
 from benchmarks.real_text_plan import LONGER_SHARE, METHODS, Study
 from benchmarks.real_text_summary import checkpoint_row
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
+from prmd.artifacts.runs import read_run
 from prmd.checkpoint_frontier import checkpoint_contenders
 from prmd.config import EvaluationConfig, RewardModelConfig
 from prmd.contenders import REFERENCE, Contender, EvaluationPrompt, evaluation_prompts, find_contenders
@@ -25,12 +27,10 @@ from prmd.errors import DataError
 from prmd.judges import RewardModelJudge, trained_judge
 from prmd.models import load_tokenizer, model_source
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths
 from prmd.policy_evaluation import Evaluation, judge_runs, measure, sample
 from prmd.policy_methods import BASELINE
 from prmd.policy_training import train_baseline_dpo, train_pessimistic
 from prmd.preferences import read_pairs
-from prmd.provenance import read_run
 from prmd.reward_modeling import train_judge, train_reward_model
 
 logger = logging.getLogger("prmd.real_text")

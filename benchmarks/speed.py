@@ -40,9 +40,9 @@ from benchmarks.speed_setup import (
     saved_models,
 )
 from benchmarks.speed_shape import cap_memory, qwen_3b_shape, shape_rows
+from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config import RewardModelConfig
 from prmd.config_file import load_config
-from prmd.paths import CONFIG_DIR
 from prmd.runtime import configure_logging, get_device, hardware, set_seed
 from utils import user_errors_exit
 

@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths, find_user_path
 from prmd.config import RewardModelConfig
 from prmd.config_file import load_config
 from prmd.config_sections import DataConfig, HhRlhfConfig, ModelConfig
@@ -28,7 +29,6 @@ from prmd.errors import DataError
 from prmd.models import load_base_classifier, load_causal_lm, load_tokenizer
 from prmd.pair_batches import MicroBatch, collate_rows, padding_share, plan_batches
 from prmd.pair_builders import embedded_pairs, hh_rlhf_pairs
-from prmd.paths import CONFIG_DIR, ArtifactPaths, find_user_path
 from prmd.preferences import PreferencePair
 from prmd.raw_data import RawFile
 from prmd.runtime import get_device

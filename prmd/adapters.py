@@ -26,6 +26,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.func import functional_call
 
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.config import RewardModelConfig
 from prmd.config_sections import ModelConfig
 from prmd.models import (
@@ -35,7 +36,6 @@ from prmd.models import (
     load_model_config,
     load_tokenizer,
 )
-from prmd.paths import ArtifactPaths
 from prmd.runtime import free_memory
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.errors import DataError
 from prmd.tokenization import PrefixRow
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.cache import JsonTable
 from prmd.config import EvaluationConfig
 from prmd.config_evaluation import TextJudgeConfig

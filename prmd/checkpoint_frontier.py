@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.contenders import REFERENCE, Contender
 from prmd.models import weights_fingerprint
 from prmd.policy_evaluation import Evaluation, judge_runs, measure, sample

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prmd import io
+from prmd.artifacts import io
 
 MARKER = "COMPLETE"
 START_FILE, STEPS_FILE = "start.json", "steps.json"

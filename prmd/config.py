@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from prmd.artifacts.paths import ArtifactPaths, resolve_artifact_root
 from prmd.config_evaluation import BenchmarksConfig, GenerationConfig, JudgeConfig, TextJudgeConfig
 from prmd.config_sections import (
     CalibrationConfig,
@@ -27,7 +28,6 @@ from prmd.config_sections import (
     check_objectives,
 )
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths, resolve_artifact_root
 
 
 # ------------------------------------------------------------------ reward models

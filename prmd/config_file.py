@@ -16,10 +16,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from prmd.artifacts.paths import beside, resolve_user_path
 from prmd.config import CONFIG_FILES, AnyConfig, RewardModelConfig, config_directory
 from prmd.config_mistakes import COMMAND_LINE, REFERENCE, Node, did_you_mean, dotted_keys, explain, quote
 from prmd.errors import ConfigError
-from prmd.paths import beside, resolve_user_path
 
 Config = TypeVar("Config", bound=BaseModel)
 

@@ -16,16 +16,16 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
+from prmd.artifacts.runs import read_run
 from prmd.cache import JsonTable, ScoreTable
 from prmd.config import EvaluationConfig
 from prmd.errors import DataError
 from prmd.generation import Engine, GeneratedResponse, generate, sample_rows
 from prmd.models import load_causal_lm, load_policy, weights_fingerprint
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths
 from prmd.preferences import Message, PreferencePair, hash_share, read_pairs
-from prmd.provenance import read_run
 from prmd.reference import reference_key, reference_logps
 from prmd.response_kl import response_kls
 from prmd.runtime import free_memory, get_device

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from prmd import io, provenance
+from prmd.artifacts import io, runs
 from prmd.config import RewardModelConfig
 from prmd.config_sections import DataConfig
 from prmd.data_summary import sizes_of, write_summary
@@ -50,9 +50,9 @@ def download_dataset(config: RewardModelConfig, *, force: bool = False, dry_run:
         for name in names:
             _say_what_would_be_fetched(name, config)
         return raw
-    clock = provenance.start_run()
+    clock = runs.start_run()
     manifests = {name: fetch_source(name, config, force=force) for name in names}
-    provenance.write_step_result(
+    runs.write_step_result(
         config.paths,
         "download_dataset",
         {"approach": config.data.approach, "seconds": clock.seconds(), "sources": manifests},
@@ -82,14 +82,14 @@ def split_objectives(config: RewardModelConfig, *, force: bool = False, dry_run:
     if dry_run:
         _say_what_would_be_split(config)
         return target
-    clock = provenance.start_run()
+    clock = runs.start_run()
     names = required_sources(config.data)
     manifests = {name: read_manifest(name, config.data, config.paths) for name in names}
     inputs = _input_hashes(manifests)
     fingerprint = io.fingerprint(
         {"data": config.data.model_dump(mode="json"), "inputs": inputs, "splitter": SPLITTER_VERSION}
     )
-    if not force and provenance.is_current(target, fingerprint):
+    if not force and runs.is_current(target, fingerprint):
         logger.info(
             "%s is current (same data settings and raw files); reused, --force makes it again", target
         )
@@ -102,7 +102,7 @@ def _build(
     config: RewardModelConfig,
     inputs: dict[str, str],
     fingerprint: str,
-    clock: provenance.RunClock,
+    clock: runs.RunClock,
     force: bool,
 ) -> None:
     """Splits, statistics and figures, published when everything is there."""
@@ -110,16 +110,14 @@ def _build(
     result = _split(collection, config.data)
     stats = _stats(collection, result, config.data.approach)
     target = config.paths.processed
-    partial = provenance.partial_directory(target, fingerprint, force)
+    partial = runs.partial_directory(target, fingerprint, force)
     _write(partial, result.pairs, collection, stats)
     written = write_summary(config, result.pairs)
     extra = {"sizes": stats["sizes"]}
-    provenance.finish_run(
-        partial, config=config, inputs=inputs, fingerprint=fingerprint, clock=clock, extra=extra
-    )
+    runs.finish_run(partial, config=config, inputs=inputs, fingerprint=fingerprint, clock=clock, extra=extra)
     io.publish_directory(partial, target)
     summary = {**stats, "seconds": clock.seconds(), "visualizations": [p.name for p in written]}
-    provenance.write_step_result(config.paths, "split_objectives", summary)
+    runs.write_step_result(config.paths, "split_objectives", summary)
 
 
 def _input_hashes(manifests: dict[str, dict[str, Any]]) -> dict[str, str]:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prmd import io, plotting
+from prmd import plotting
+from prmd.artifacts import io
 from prmd.config import RewardModelConfig
 from prmd.errors import UserError
 from prmd.preferences import Message, PreferencePair

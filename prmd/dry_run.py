@@ -9,16 +9,16 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths, reward_model_command
+from prmd.artifacts.runs import read_run
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.config_sections import TrainingConfig, TuningConfig
 from prmd.memory_report import UNSAMPLED, Sampled, memory_lines
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths, reward_model_command
 from prmd.policy_methods import BASELINE, POLICY_METHODS, SOUP, SOUP_MEMBERS, uses_gamma
 from prmd.policy_samples import GAMMA_SAMPLES
 from prmd.preferences import PREPARE_COMMAND
-from prmd.provenance import read_run
 from prmd.rehearsal import Task
 from prmd.runtime import GIB, free_disk_bytes
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.config_sections import EnsembleConfig
 from prmd.pessimism.losses import bradley_terry_loss
 

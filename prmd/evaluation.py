@@ -14,7 +14,17 @@ from typing import Any
 
 import numpy as np
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import stage_command
+from prmd.artifacts.runs import (
+    RUN_FILE,
+    RunClock,
+    finish_run,
+    read_run,
+    require_artifact,
+    start_run,
+    write_step_result,
+)
 from prmd.benchmark_comparison import compare_benchmarks
 from prmd.benchmarks import benchmark_names
 from prmd.benchmarks.rows import why_not_run
@@ -27,19 +37,9 @@ from prmd.errors import DataError, UserError
 from prmd.judges import Judge, given_judge, trained_judge
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.paths import stage_command
 from prmd.policy_comparison import compare_methods
 from prmd.policy_evaluation import Evaluation, evaluate_methods, is_finished
 from prmd.preferences import PREPARE_COMMAND, read_pairs
-from prmd.provenance import (
-    RUN_FILE,
-    RunClock,
-    finish_run,
-    read_run,
-    require_artifact,
-    start_run,
-    write_step_result,
-)
 from prmd.report import build_report
 from prmd.report_evaluation import benchmark_results
 from prmd.report_headline import headline_section

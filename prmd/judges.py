@@ -14,10 +14,10 @@ from typing import Any, Protocol
 import numpy as np
 from huggingface_hub import snapshot_download
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import find_user_path, places_tried
 from prmd.config import EvaluationConfig
 from prmd.errors import ConfigError, DataError
-from prmd.paths import find_user_path, places_tried
 from prmd.preferences import Message, PreferencePair, hash_share, read_pairs
 from prmd.reward_models import RewardModel, load_reward_model, weights_keys
 from prmd.statistics.intervals import accuracy_with_ties

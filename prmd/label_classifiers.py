@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import find_user_path, places_tried
 from prmd.cache import KEY_BYTES, ScoreTable
 from prmd.chats import short_name
 from prmd.config import EvaluationConfig
 from prmd.errors import ConfigError
 from prmd.models import load_labelled_classifier
-from prmd.paths import find_user_path, places_tried
 from prmd.runtime import free_memory, progress
 
 POSITIVE_LABELS = (

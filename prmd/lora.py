@@ -11,7 +11,7 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.config_sections import LoraConfig
 
 

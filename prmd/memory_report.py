@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.config import RewardModelConfig
 from prmd.config_sections import ModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import UserError

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 from matplotlib.ticker import MaxNLocator
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.objectives import OBJECTIVES
 
 BLUE, VERMILION, GREEN = "#0072B2", "#D55E00", "#009E73"

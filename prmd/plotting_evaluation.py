@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.plotting import GREY, canvas, legend_below, objective_colour
 from prmd.plotting_frontier import (
     Row,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.plotting import (
     BLUE,
     CHOSEN,

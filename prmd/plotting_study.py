@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.plotting import GREY, MARKERS, PALETTE, Axes, canvas, legend_below, objective_colour
 
 Row = Mapping[str, Any]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from prmd.artifacts.paths import reward_model_command
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.errors import DataError
 from prmd.generation import GeneratedResponse, sample_rows
 from prmd.objectives import OBJECTIVES
-from prmd.paths import reward_model_command
 from prmd.pessimism.aggregation import stack_objectives
 from prmd.pessimism.calibration import calibrate, prompt_means
 from prmd.policy_methods import reference_sample_count

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.config import EvaluationConfig
 from prmd.contenders import REFERENCE, Contender, ContenderModels, EvaluationPrompt
 from prmd.generation import GeneratedResponse

@@ -13,14 +13,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths, reward_model_command, stage_command
 from prmd.cache import ScoreTable
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.errors import UserError
 from prmd.generation import sample_rows
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths, reward_model_command, stage_command
 from prmd.pessimism.kl_budget import gate_row, usable_kl_target
 from prmd.policy_data import ScaleResponses, sampling_config, score_samples
 from prmd.policy_methods import POLICY_METHODS, reference_sample_count

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.errors import DataError
 
 RECORDS = ("run.json", "config.yaml", "metrics.json", "fingerprint.json")

@@ -16,7 +16,19 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prmd import io, plotting
+from prmd import plotting
+from prmd.artifacts import io
+from prmd.artifacts.paths import stage_command
+from prmd.artifacts.runs import (
+    finish_run,
+    is_current,
+    partial_directory,
+    publish,
+    read_run,
+    refuse_replacing,
+    start_run,
+    write_step_result,
+)
 from prmd.checkpoints import copy_model, name_checkpoints
 from prmd.config import PolicyConfig
 from prmd.config_file import as_dict
@@ -26,7 +38,6 @@ from prmd.errors import DataError
 from prmd.lora import add_lora
 from prmd.models import load_causal_lm, load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.paths import stage_command
 from prmd.policy_gate import describe_gate, preview_gate
 from prmd.policy_inputs import MethodInputs, Prepared, method_inputs, prepare
 from prmd.policy_methods import (
@@ -42,16 +53,6 @@ from prmd.policy_selection import loss_function
 from prmd.policy_soup import average_policies
 from prmd.policy_targets import describe_targets
 from prmd.preferences import read_pairs
-from prmd.provenance import (
-    finish_run,
-    is_current,
-    partial_directory,
-    publish,
-    read_run,
-    refuse_replacing,
-    start_run,
-    write_step_result,
-)
 from prmd.reference import check_engine, reference_key
 from prmd.reward_models import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone

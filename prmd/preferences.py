@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prmd import io, provenance
+from prmd.artifacts import io, runs
+from prmd.artifacts.paths import ArtifactPaths, stage_command
 from prmd.errors import DataError
-from prmd.paths import ArtifactPaths, stage_command
 
 Message = dict[str, str]
 """`{"role": "system" | "user" | "assistant", "content": text}`."""
@@ -115,7 +115,7 @@ def read_pairs(paths: ArtifactPaths, objective: str, split: str) -> list[Prefere
     Raises:
         DataError: the approach was not prepared, or the split is missing, empty or malformed; names the remedy.
     """
-    provenance.require_artifact(
+    runs.require_artifact(
         paths.processed, what=f"the prepared data of approach {paths.approach!r}", command=PREPARE_COMMAND
     )
     path = paths.split(objective, split)
@@ -143,7 +143,7 @@ def read_benchmark_questions(paths: ArtifactPaths) -> frozenset[str] | None:
     Raises:
         DataError: the approach was not prepared.
     """
-    provenance.require_artifact(
+    runs.require_artifact(
         paths.processed, what=f"the prepared data of approach {paths.approach!r}", command=PREPARE_COMMAND
     )
     questions = io.read_json(paths.processed / BENCHMARK_QUESTIONS_FILE)

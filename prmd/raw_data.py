@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prmd import io, sources
+from prmd import sources
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths, stage_command
 from prmd.config import RewardModelConfig
 from prmd.config_sections import DataConfig
 from prmd.errors import DataError
 from prmd.local_rows import Row
-from prmd.paths import ArtifactPaths, stage_command
 from prmd.runtime import progress, require_disk
 from prmd.sources import SourceFile
 

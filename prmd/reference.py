@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.cache import JsonTable, ScoreTable
 from prmd.config import RewardModelConfig
 from prmd.generation import Engine, GeneratedResponse, generate

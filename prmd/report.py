@@ -16,9 +16,9 @@ from typing import Any
 
 import jinja2
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths
 from prmd.plotting import plot_length_distributions, plot_policy_training, plot_split_sizes
 from prmd.plotting_evaluation import plot_metrics
 from prmd.plotting_rewards import plot_reward_model

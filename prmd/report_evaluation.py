@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from prmd.artifacts.paths import ArtifactPaths, stage_command
 from prmd.config_evaluation import BenchmarksConfig
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths, stage_command
 from prmd.report_comparisons import benchmark_judge_warnings, benchmark_judges_table, paired_table
 from prmd.report_headline import EVALUATE
 from prmd.report_sections import Section, benchmark_names, load, load_rows, missing

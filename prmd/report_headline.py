@@ -6,7 +6,7 @@ What lives here: sections built from `outputs/metrics`, in words and tables. Wha
 
 from typing import Any
 
-from prmd.paths import ArtifactPaths, stage_command
+from prmd.artifacts.paths import ArtifactPaths, stage_command
 from prmd.report_comparisons import (
     BETTER,
     WORSE,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from prmd import io
 from prmd.adapter_members import resampled
+from prmd.artifacts import io
 from prmd.config import RewardModelConfig
 from prmd.config_file import as_dict
 from prmd.errors import ConfigError

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prmd import io, plotting_rewards
+from prmd import plotting_rewards
+from prmd.artifacts import io
 from prmd.config import RewardModelConfig
 from prmd.ensemble import fit_ensemble
 from prmd.generation import sample_rows

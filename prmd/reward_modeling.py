@@ -12,11 +12,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from prmd import io
-from prmd.config import EvaluationConfig, RewardModelConfig
-from prmd.dry_run import describe_training
-from prmd.models import load_tokenizer
-from prmd.provenance import (
+from prmd.artifacts import io
+from prmd.artifacts.runs import (
     finish_run,
     is_current,
     partial_directory,
@@ -25,6 +22,9 @@ from prmd.provenance import (
     start_run,
     write_step_result,
 )
+from prmd.config import EvaluationConfig, RewardModelConfig
+from prmd.dry_run import describe_training
+from prmd.models import load_tokenizer
 from prmd.reference import check_engine
 from prmd.reward_data import RewardPairs, RewardTask, read_reward_pairs
 from prmd.reward_fitting import calibrate_reward_model, fit_heads, measure

@@ -14,9 +14,11 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prmd import io
 from prmd.adapter_members import AdapterMembers, find_members
 from prmd.adapters import SharedBase, shared_base
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths, reward_model_command
+from prmd.artifacts.runs import require_artifact
 from prmd.cache import ScoreTable
 from prmd.config import RewardModelConfig
 from prmd.config_sections import ModelConfig
@@ -24,9 +26,7 @@ from prmd.ensemble import Ensemble
 from prmd.errors import DataError
 from prmd.models import base_model_key, load_classifier, load_folder_config, load_tokenizer_from, weight_files
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths, reward_model_command
 from prmd.pessimism.calibration import Calibration
-from prmd.provenance import require_artifact
 from prmd.runtime import free_memory
 from prmd.scoring import lookup, score_rows
 from prmd.sequence_models import SequenceRewards, supports_shared_prompts

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prmd import io
 from prmd.adapter_members import (
     drop_checkpoints,
     is_trained,
@@ -26,6 +25,7 @@ from prmd.adapter_members import (
     member_seed,
     resampled,
 )
+from prmd.artifacts import io
 from prmd.checkpoints import best_step, copy_model, name_checkpoints
 from prmd.lora import add_lora, save_merged
 from prmd.models import load_adapted, load_base_classifier

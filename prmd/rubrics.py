@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.errors import ConfigError
 from prmd.preferences import Message
 

@@ -1,6 +1,6 @@
 """The machine a run has: device, processes, seed, memory, disk, log lines and progress bars.
 
-Nothing here knows models or data. What a run did with the machine is recorded by `provenance`; whether a machine is fit
+Nothing here knows models or data. What a run did with the machine is recorded by `artifacts.runs`; whether a machine is fit
 for the project is checked by `setup_check`.
 """
 

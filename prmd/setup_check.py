@@ -1,7 +1,7 @@
 """Is this machine fit for the project: Python, packages, GPU, memory, disk, hub, and the directories of artifacts.
 
 Installed packages are imported inside the functions, because telling that one is missing is what this module is for.
-`python utils.py` prints the result; what a run records about its machine is in `provenance`.
+`python utils.py` prints the result; what a run records about its machine is in `artifacts.runs`.
 """
 
 import os
@@ -16,7 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from prmd.paths import PROJECT_ROOT, ArtifactPaths
+from prmd.artifacts.paths import PROJECT_ROOT, ArtifactPaths
 
 INSTALL_PINNED = "pip install -r requirements.txt -c constraints.txt"
 INSTALL_BESIDE_CUDA = "pip install -r requirements.txt"

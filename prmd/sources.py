@@ -12,12 +12,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import EMBEDDED_DIR, find_user_path, places_tried, safe_name
 from prmd.config_sections import DataConfig, HhRlhfConfig, PkuSafeRlhfConfig, TruthfulQaConfig
 from prmd.errors import ConfigError
 from prmd.local_rows import Row, csv_rows, json_rows, parquet_rows, truthfulqa_row
 from prmd.objectives import OBJECTIVES
-from prmd.paths import EMBEDDED_DIR, find_user_path, places_tried, safe_name
 
 HubSource = HhRlhfConfig | TruthfulQaConfig | PkuSafeRlhfConfig
 

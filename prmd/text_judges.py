@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import resolve_user_path
 from prmd.chats import Chat, EndpointChat, ReplayChat, local_chat
 from prmd.config import EvaluationConfig
 from prmd.endpoint import make_endpoint
 from prmd.errors import ConfigError
 from prmd.label_classifiers import LabelClassifier
-from prmd.paths import resolve_user_path
 from prmd.preferences import Message
 from prmd.refusals import refuses
 from prmd.rubrics import JAILBREAK, REFUSAL, JudgeItem, Rubric, Verdict, item_key

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 from scipy.stats import rankdata
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.config import EvaluationConfig
 from prmd.errors import DataError
 from prmd.label_classifiers import LabelClassifier

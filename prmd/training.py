@@ -11,7 +11,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.runs import partial_path
 from prmd.attention import attention_implementation
 from prmd.checkpoints import START_FILE, STEPS_FILE, ShareCheckpoints, checkpoint_steps, newest_complete
 from prmd.config import RewardModelConfig
@@ -22,7 +23,6 @@ from prmd.memory_plan import device_memory
 from prmd.models import load_model_config
 from prmd.pair_batches import MicroBatch, plan_batches, total_steps
 from prmd.precision import Precision, refuse_if_stuck, resolve_precision
-from prmd.provenance import partial_path
 from prmd.rehearsal import enable_gradient_checkpointing, meta_model
 from prmd.reporting import reporting_callbacks
 from prmd.runtime import free_memory, get_runtime, is_main_process, require_disk, wait_for_everyone

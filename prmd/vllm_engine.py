@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.config import RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.generation import Decoding

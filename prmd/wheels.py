@@ -9,7 +9,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.errors import ConfigError
 
 WHEEL_MODELS = {

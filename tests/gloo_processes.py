@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a program of the
 
 from transformers import PreTrainedModel
 
-from prmd import io
+from prmd.artifacts import io
 
 
 def run_processes(
@@ -47,7 +47,7 @@ def world_size() -> int:
 
 
 def record_rank(directory: Path, record: dict[str, Any]) -> None:
-    """Leave what this process saw for the test; not through `prmd.io`, which only the main process may use."""
+    """Leave what this process saw for the test; not through `artifacts.io`, which only the main process may use."""
     with (directory / f"rank-{own_rank()}.json").open("w", encoding="utf-8", newline="\n") as stream:
         json.dump(record, stream)
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths
 
 METHODS = ("dpo", "hard_min", "hierarchical")
 PROMPTS = 24

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from synthetic_evaluation import HOSTILE, METHODS, estimate, write_benchmarks, write_evaluation
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths
 
 
 def write_outputs(root: Path, approach: str = "embedded") -> ArtifactPaths:

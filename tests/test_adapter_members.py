@@ -18,8 +18,10 @@ from tiny_pipeline import no_model_loads
 from tiny_workspace import write_prepared
 from transformers import AutoModelForSequenceClassification
 
-from prmd import io, plotting_rewards, reward_training
+from prmd import plotting_rewards, reward_training
 from prmd.adapter_members import member_seed, resampled
+from prmd.artifacts import io
+from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config import EvaluationConfig, RewardModelConfig
 from prmd.config_file import load_config
 from prmd.config_sections import (
@@ -32,7 +34,6 @@ from prmd.config_sections import (
     TuningConfig,
 )
 from prmd.errors import ConfigError, DataError
-from prmd.paths import CONFIG_DIR
 from prmd.preferences import read_pairs
 from prmd.reward_data import RewardTask, read_reward_pairs
 from prmd.reward_modeling import train_judge, train_reward_model

@@ -13,8 +13,8 @@ from tiny_pipeline import count_loads
 from tiny_workspace import write_prepared
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prmd import io
 from prmd.adapters import shared_base
+from prmd.artifacts import io
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.config_sections import CalibrationConfig, DataConfig, LoraConfig, ModelConfig, TrainingConfig
 from prmd.lora import add_lora, save_merged

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from prmd.artifacts.paths import PROJECT_ROOT, reward_model_command, stage_command
 from prmd.objectives import OBJECTIVES
-from prmd.paths import PROJECT_ROOT, reward_model_command, stage_command
 
 LEVELS = (
     "errors objectives",
@@ -56,7 +56,6 @@ NOT_YET_MOVED = [
     "ensemble",
     "evaluation",
     "generation",
-    "io",
     "judge_cards",
     "judges",
     "kl",
@@ -73,7 +72,6 @@ NOT_YET_MOVED = [
     "pair_batches",
     "pair_builders",
     "pairs_pku",
-    "paths",
     "plotting",
     "plotting_evaluation",
     "plotting_frontier",
@@ -97,7 +95,6 @@ NOT_YET_MOVED = [
     "precision",
     "preferences",
     "primer_scoring",
-    "provenance",
     "proxies",
     "raw_data",
     "reference",
@@ -326,14 +323,17 @@ def test_nothing_shadows_utils() -> None:
 # ------------------------------------------------------------------ one owner each
 def test_one_owner_each() -> None:
     assert importers("matplotlib") <= {"prmd/plotting.py"}
-    assert importers("yaml") <= {"prmd/config_file.py", "prmd/provenance.py"}  # runs.py writes config.yaml
+    assert importers("yaml") <= {
+        "prmd/config_file.py",
+        "prmd/artifacts/runs.py",
+    }  # runs.py writes config.yaml
     assert callers("from_pretrained") <= {"prmd/models.py"}
     assert callers("load_dataset") <= {"prmd/sources.py"}
-    assert callers("save_file") | callers("load_file") <= {"prmd/io.py"}
+    assert callers("save_file") | callers("load_file") <= {"prmd/artifacts/io.py"}
 
 
 def test_runs_writes_yaml_and_only_loading_reads_it() -> None:
-    path = PROJECT_ROOT / "prmd/provenance.py"
+    path = PROJECT_ROOT / "prmd/artifacts/runs.py"
     names = (n for n in ast.walk(tree_of(path)) if isinstance(n, ast.Attribute))
     assert {n.attr for n in names if ast.unparse(n.value) == "yaml"} == {"safe_dump"}
 
@@ -350,7 +350,7 @@ def docstrings_of(path: Path) -> dict[int, ast.Constant]:
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in MODULES if shown(p) != "prmd/paths.py"], ids=shown)
+@pytest.mark.parametrize("path", [p for p in MODULES if shown(p) != "prmd/artifacts/paths.py"], ids=shown)
 def test_only_paths_spells_a_directory(path: Path) -> None:
     texts = [n for n in ast.walk(tree_of(path)) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     directory = re.compile(r"(data|models|outputs|logs)/[\w./-]*")
@@ -360,8 +360,8 @@ def test_only_paths_spells_a_directory(path: Path) -> None:
 
 
 def test_only_paths_says_what_a_path_given_by_a_user_means() -> None:
-    assert callers("expanduser") == {"prmd/paths.py"}
-    for path in (p for p in SOURCES if shown(p) != "prmd/paths.py"):
+    assert callers("expanduser") == {"prmd/artifacts/paths.py"}
+    for path in (p for p in SOURCES if shown(p) != "prmd/artifacts/paths.py"):
         nodes = list(ast.walk(tree_of(path)))
         spelled = {
             id(n.left)
@@ -379,7 +379,7 @@ def test_only_paths_spells_a_command_of_a_stage() -> None:
     commands = [stage_command(path.stem) for path in SCRIPTS if not path.stem.endswith("_rm")]
     commands += [reward_model_command(objective) for objective in OBJECTIVES]
     assert sorted(commands) == [f"python {shown(path)}" for path in SCRIPTS]
-    for path in (p for p in MODULES if shown(p) != "prmd/paths.py"):
+    for path in (p for p in MODULES if shown(p) != "prmd/artifacts/paths.py"):
         texts = [
             n for n in ast.walk(tree_of(path)) if isinstance(n, ast.Constant) and isinstance(n.value, str)
         ]

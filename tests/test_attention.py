@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.integrations import flex_attention as transformers_flex
 
 from prmd import attention
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.attention import (
     SDPA_OR_FASTER_FLEX,
     SDPA_OR_FLEX,
@@ -38,7 +39,6 @@ from prmd.config_sections import ModelConfig
 from prmd.errors import ConfigError
 from prmd.models import load_causal_lm, load_classifier, load_policy
 from prmd.pair_batches import PADDING, attention_mask, collate_rows
-from prmd.paths import ArtifactPaths
 from prmd.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
 from prmd.tokenization import PrefixRow
 

@@ -12,9 +12,10 @@ import pytest
 from tiny_models import TEMPLATE, tiny_causal_lm, tiny_tokenizer
 from tiny_pipeline import Pipeline, no_model_loads
 
-from prmd import io, runtime
+from prmd import runtime
+from prmd.artifacts import io
+from prmd.artifacts.paths import PROJECT_ROOT
 from prmd.objectives import OBJECTIVES
-from prmd.paths import PROJECT_ROOT
 
 REWARD_MODELS = {objective: f"2_reward_modeling/train_{objective}_rm.py" for objective in OBJECTIVES}
 POLICIES = tuple(

@@ -18,7 +18,7 @@ from tiny_workspace import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.benchmarks import BENCHMARKS, benchmark_names
 from prmd.benchmarks.hh_holdout import held_out_pairs, run_heldout_pairs, run_hh_holdout
 from prmd.benchmarks.rows import content_key

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from tiny_workspace import write_lora_policy, write_reward_models, write_workspace
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.checkpoint_frontier import checkpoint_contenders
 from prmd.config import EvaluationConfig
 from prmd.contenders import Contender, find_contenders
@@ -16,7 +17,6 @@ from prmd.evaluation import compute_metrics
 from prmd.judge_cards import CONSTANT_ANSWER
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths
 from prmd.policy_evaluation import Evaluation
 from prmd.report import build_report
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from prmd.artifacts.paths import PROJECT_ROOT
+from prmd.artifacts.runs import dump_yaml
 from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
 from prmd.config_file import as_dict, load_config, load_pipeline
 from prmd.errors import ConfigError
-from prmd.paths import PROJECT_ROOT
-from prmd.provenance import dump_yaml
 
 
 @pytest.fixture

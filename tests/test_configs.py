@@ -7,10 +7,10 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
+from prmd.artifacts.paths import CONFIG_DIR, PROJECT_ROOT
 from prmd.config import CONFIG_FILES, EvaluationConfig, PolicyConfig, RewardModelConfig
 from prmd.config_file import load_config, load_pipeline
 from prmd.config_mistakes import REFERENCE, dotted_keys
-from prmd.paths import CONFIG_DIR, PROJECT_ROOT
 
 QUICKSTART = CONFIG_DIR / "quickstart"
 HH_SMALL = CONFIG_DIR / "hh_small"

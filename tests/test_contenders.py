@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_workspace import evaluation_config, write_lora_policy, write_prepared, write_workspace
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.config import EvaluationConfig
 from prmd.config_evaluation import GenerationConfig
 from prmd.contenders import ContenderModels, evaluation_prompts, find_contenders

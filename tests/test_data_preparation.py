@@ -9,11 +9,11 @@ from statistics import mean
 import pytest
 
 from prmd import data_preparation, models
+from prmd.artifacts.paths import EMBEDDED_DIR
 from prmd.config import RewardModelConfig
 from prmd.data_preparation import download_dataset, split_objectives
 from prmd.errors import ConfigError, DataError
 from prmd.objectives import OBJECTIVES, SPLITS
-from prmd.paths import EMBEDDED_DIR
 from prmd.preferences import prompt_key, read_benchmark_questions, read_pairs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -10,11 +10,11 @@ from tiny_models import tiny_causal_lm, tiny_classifier
 from tiny_workspace import write_prepared
 
 from benchmarks import ensemble_choice
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.runs import dump_yaml
 from prmd.config import RewardModelConfig
 from prmd.config_sections import DataConfig, EnsembleConfig, ModelConfig, TrainingConfig
 from prmd.preferences import read_pairs
-from prmd.provenance import dump_yaml
 
 
 def made_up_pairs(n: int = 60, width: int = 5, trained: int = 60) -> ensemble_choice.UnseenPairs:

@@ -11,7 +11,7 @@ from tiny_models import direct_kl
 from tiny_workspace import evaluation_config, write_lora_policy, write_prepared, write_workspace
 from transformers import AutoModelForCausalLM
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.config import EvaluationConfig
 from prmd.contenders import ContenderModels, evaluation_prompts, find_contenders
 from prmd.errors import DataError

@@ -14,13 +14,13 @@ import pytest
 import torch
 from tiny_pipeline import count_loads, no_model_loads
 
+from prmd.artifacts.io import file_sha256, read_json
+from prmd.artifacts.paths import PROJECT_ROOT
 from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
 from prmd.config_file import load_config
 from prmd.data_preparation import download_dataset, split_objectives
 from prmd.errors import ConfigError
 from prmd.evaluation import benchmark_eval, compute_metrics
-from prmd.io import file_sha256, read_json
-from prmd.paths import PROJECT_ROOT
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
 from prmd.preferences import read_pairs
 from prmd.reward_modeling import train_reward_model

@@ -12,7 +12,7 @@ from tiny_models import tiny_causal_lm
 from tiny_workspace import contender, evaluation_config
 
 from prmd import endpoint as endpoint_module
-from prmd import io
+from prmd.artifacts import io
 from prmd.benchmarks import jailbreakbench
 from prmd.benchmarks.jailbreakbench import run_jailbreakbench
 from prmd.benchmarks.jailbreakbench_data import read_behaviors

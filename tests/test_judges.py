@@ -11,7 +11,7 @@ from tiny_models import tiny_causal_lm, tiny_classifier
 from tiny_workspace import PAIRS, evaluation_config, write_prepared
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.config import EvaluationConfig
 from prmd.config_evaluation import JudgeConfig
 from prmd.errors import ConfigError, DataError

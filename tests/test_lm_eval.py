@@ -22,7 +22,7 @@ from tiny_workspace import evaluation_config
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.benchmarks.truthfulqa import Question, question_row, read_questions, score_question, strided
 from prmd.cache import ScoreTable
 from prmd.primer_scoring import score_logps_behind_primer

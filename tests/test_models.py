@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from prmd import wheels
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.config_sections import LoraConfig, ModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.lora import add_lora, save_merged
@@ -33,7 +34,6 @@ from prmd.models import (
     model_source,
 )
 from prmd.pair_batches import collate_rows
-from prmd.paths import ArtifactPaths
 from prmd.sequence_models import SequenceLogps, SequenceRewards
 from prmd.tokenization import tokenize_row
 

@@ -9,7 +9,7 @@ import pytest
 from tiny_mt_bench import CATEGORIES, ScriptedJudge, changed, write_files, write_rows
 from tiny_workspace import contender, evaluation_config, write_workspace
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.benchmarks import mt_bench_answers
 from prmd.benchmarks.mt_bench import run_mt_bench
 from prmd.benchmarks.result import BenchmarkResult

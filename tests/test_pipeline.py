@@ -11,7 +11,7 @@ from tiny_pipeline import MEMBERS, POLICIES, Pipeline, artifacts, events
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.models import load_policy, load_tokenizer
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pair_batches import collate_rows

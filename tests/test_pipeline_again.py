@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from tiny_pipeline import POLICIES, Pipeline, artifacts, count_loads, events, no_model_loads, run_all, shards
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prmd import io, plotting, plotting_rewards
+from prmd import plotting, plotting_rewards
+from prmd.artifacts import io
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES

@@ -10,8 +10,8 @@ import pytest
 from synthetic_evaluation import METHODS, estimate
 from synthetic_outputs import write_outputs
 
-from prmd import io
-from prmd.paths import ArtifactPaths
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.plotting import PALETTE, canvas, plot_length_distributions, plot_policy_training, plot_split_sizes
 from prmd.plotting_evaluation import ellipse_95, plot_metrics
 from prmd.plotting_rewards import plot_reward_model

@@ -9,7 +9,8 @@ from tiny_pipeline import no_model_loads
 from tiny_tables import SAMPLES, M, Table, table_config, with_calibration
 from tiny_workspace import write_prepared
 
-from prmd import io, policy_gate
+from prmd import policy_gate
+from prmd.artifacts import io
 from prmd.cache import tokens_key
 from prmd.config import PolicyConfig, PolicySection
 from prmd.generation import sample_rows

@@ -14,7 +14,8 @@ from tiny_tables import Table, table_config, use_tables
 from tiny_workspace import write_prepared
 from torch import Tensor
 
-from prmd import io, policy_gate
+from prmd import policy_gate
+from prmd.artifacts import io
 from prmd.config import PairsConfig, PolicyConfig, PolicySection
 from prmd.errors import ConfigError, DataError
 from prmd.objectives import OBJECTIVES

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.errors import DataError
-from prmd.paths import ArtifactPaths
 from prmd.preferences import (
     PreferencePair,
     hash_share,

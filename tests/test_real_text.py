@@ -20,7 +20,7 @@ from benchmarks.real_text_summary import (
     summary_row,
 )
 from benchmarks.real_text_tables import markdown
-from prmd import io
+from prmd.artifacts import io
 from prmd.config import RewardModelConfig
 from prmd.errors import DataError
 from prmd.objectives import OBJECTIVES, SPLITS

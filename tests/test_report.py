@@ -15,9 +15,9 @@ import pytest
 from synthetic_evaluation import HOSTILE, METHODS
 from synthetic_outputs import write_outputs
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths
 from prmd.report import build_report
 from prmd.report_headline import approaches_section, headline_section
 from prmd.report_tables import Table, format_estimate, format_number, to_latex, to_markdown, with_mark

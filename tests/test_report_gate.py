@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths
 from prmd.report import build_report
 from prmd.report_evaluation import gate_section
 

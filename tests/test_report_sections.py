@@ -4,8 +4,8 @@ from pathlib import Path
 
 from synthetic_outputs import run_record
 
-from prmd import io
-from prmd.paths import ArtifactPaths
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.report_sections import reward_models_section, runs_section
 
 

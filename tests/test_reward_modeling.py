@@ -9,7 +9,8 @@ from tiny_models import tiny_causal_lm
 from tiny_pipeline import no_model_loads
 from tiny_workspace import reward_model_config, write_prepared
 
-from prmd import io, reward_fitting
+from prmd import reward_fitting
+from prmd.artifacts import io
 from prmd.config import EvaluationConfig, RewardModelConfig
 from prmd.config_sections import EnsembleConfig, TrainingConfig
 from prmd.errors import ConfigError, DataError

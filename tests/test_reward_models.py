@@ -8,7 +8,8 @@ from model_families import separate_rewards
 from tiny_models import tiny_classifier
 from transformers import AutoModelForSequenceClassification
 
-from prmd import io, reward_models
+from prmd import reward_models
+from prmd.artifacts import io
 from prmd.config import RewardModelConfig
 from prmd.config_sections import EnsembleConfig, ModelConfig
 from prmd.ensemble import fit_ensemble

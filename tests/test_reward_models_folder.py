@@ -9,7 +9,7 @@ from tiny_models import tiny_causal_lm, tiny_classifier
 from tiny_pipeline import count_loads, no_model_loads, shards
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.config import RewardModelConfig
 from prmd.config_sections import DataConfig, ModelConfig
 from prmd.ensemble import Ensemble, initial_heads

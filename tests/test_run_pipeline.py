@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 import run_pipeline
+from prmd.artifacts.io import read_json, write_json
+from prmd.artifacts.paths import CONFIG_DIR, PROJECT_ROOT, ArtifactPaths
 from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
 from prmd.errors import DataError
-from prmd.io import read_json, write_json
-from prmd.paths import CONFIG_DIR, PROJECT_ROOT, ArtifactPaths
 
 QUICKSTART = str(CONFIG_DIR / "quickstart")
 

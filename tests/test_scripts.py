@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prmd.paths import CONFIG_DIR, PROJECT_ROOT
+from prmd.artifacts.paths import CONFIG_DIR, PROJECT_ROOT
 
 DOWNLOAD = "1_data_preparation/download_dataset.py"
 SPLIT = "1_data_preparation/split_objectives.py"

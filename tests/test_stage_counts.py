@@ -10,7 +10,8 @@ import pytest
 from tiny_models import tiny_causal_lm
 from tiny_workspace import reward_model_config, write_prepared, write_reward_models, write_workspace
 
-from prmd import io, judges, plotting, plotting_rewards, reward_modeling, reward_models
+from prmd import judges, plotting, plotting_rewards, reward_modeling, reward_models
+from prmd.artifacts import io
 from prmd.config import EvaluationConfig, PairsConfig, PolicyConfig, PolicySection, RewardModelConfig
 from prmd.config_sections import CalibrationConfig, EnsembleConfig, LoraConfig, TrainingConfig, TuningConfig
 from prmd.evaluation import compute_metrics

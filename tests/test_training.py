@@ -15,7 +15,9 @@ from tiny_pipeline import no_model_loads
 from torch import Tensor
 from transformers import LlamaForCausalLM, MistralForCausalLM
 
-from prmd import io, runtime
+from prmd import runtime
+from prmd.artifacts import io
+from prmd.artifacts.runs import partial_path
 from prmd.checkpoints import checkpoint_steps, name_checkpoints
 from prmd.config import RewardModelConfig
 from prmd.config_sections import DataConfig, LoraConfig, ModelConfig, TrainingConfig, TuningConfig
@@ -23,7 +25,6 @@ from prmd.errors import ConfigError
 from prmd.lora import add_lora
 from prmd.models import load_causal_lm, load_tokenizer
 from prmd.pessimism.losses import dpo_loss
-from prmd.provenance import partial_path
 from prmd.runtime import set_seed
 from prmd.sequence_models import SequenceLogps
 from prmd.tokenization import PrefixRow

@@ -10,7 +10,7 @@ from tiny_models import plain_logp, tiny_tokenizer
 from tiny_workspace import contender, evaluation_config, write_truthfulqa_csv, write_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.benchmarks.truthfulqa import (
     PRIMER,
     Question,

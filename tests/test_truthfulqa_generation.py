@@ -13,7 +13,7 @@ from tiny_models import tiny_classifier
 from tiny_workspace import contender, evaluation_config, write_truthfulqa_csv, write_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.benchmarks import truth_judges
 from prmd.benchmarks.truth_judges import (
     MAX_HUMAN_LABELS,

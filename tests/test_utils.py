@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from prmd.paths import CONFIG_DIR, PROJECT_ROOT
+from prmd.artifacts.paths import CONFIG_DIR, PROJECT_ROOT
 
 SCRIPT = f'''"""A small stage.
 

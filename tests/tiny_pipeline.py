@@ -16,10 +16,10 @@ from tiny_models import tiny_causal_lm
 from transformers import PreTrainedModel
 
 import run_pipeline
+from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths
 from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
 from prmd.config_file import load_pipeline
 from prmd.objectives import OBJECTIVES
-from prmd.paths import CONFIG_DIR, ArtifactPaths
 
 MEMBERS = 3
 METHODS = ("hard_min", "cvar", "mean")

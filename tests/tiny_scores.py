@@ -6,9 +6,9 @@ import torch
 from tiny_models import tiny_causal_lm
 from torch import Tensor
 
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.config_sections import ModelConfig
 from prmd.models import load_causal_lm
-from prmd.paths import ArtifactPaths
 from prmd.policy_data import PairScores, ScaleResponses
 from prmd.sequence_models import SequenceLogps
 from prmd.tokenization import PrefixRow

@@ -10,12 +10,12 @@ from tiny_workspace import reward_model_config
 from torch import Tensor
 
 from prmd import plotting, policy_gate, policy_training
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.cache import ScoreTable, tokens_key
 from prmd.config import PairsConfig, PolicyConfig, RewardModelConfig
 from prmd.config_sections import CalibrationConfig, LoraConfig, TrainingConfig, TuningConfig
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.paths import ArtifactPaths
 from prmd.pessimism.calibration import Calibration, fit_calibration
 from prmd.tokenization import PrefixRow, Tokens
 

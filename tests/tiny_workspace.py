@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_causal_lm, tiny_classifier, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
 from prmd.config_evaluation import BenchmarksConfig, GenerationConfig, JudgeConfig
 from prmd.config_sections import CalibrationConfig, DataConfig, ModelConfig, TrainingConfig, TruthfulQaConfig
@@ -17,7 +18,6 @@ from prmd.contenders import ContenderModels, find_contenders
 from prmd.ensemble import Ensemble, initial_heads
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES, SPLITS
-from prmd.paths import ArtifactPaths
 from prmd.pessimism.calibration import Calibration
 from prmd.preferences import BENCHMARK_QUESTIONS_FILE, make_pair
 from prmd.reward_models import ENSEMBLE_FILE, load_reward_model, write_calibration

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.benchmarks.result import BenchmarkResult, accuracy
 from prmd.config import EvaluationConfig
 from prmd.contenders import ContenderModels

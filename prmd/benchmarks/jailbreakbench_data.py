@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.paths import resolve_user_path
 from prmd.benchmarks.rows import Row, csv_rows, integer_of, numbered, refuse_twice, text_of
 from prmd.config_evaluation import JailbreakBenchConfig
 from prmd.errors import ConfigError, DataError
 from prmd.local_rows import json_rows
-from prmd.paths import resolve_user_path
 from prmd.sources import benchmark_files, hub_rows
 
 KEY = "benchmarks.jailbreakbench.path"

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prmd.artifacts.paths import resolve_user_path
 from prmd.benchmarks.jailbreakbench_data import Attack, Behavior
 from prmd.errors import DataError
 from prmd.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER, agreement
-from prmd.paths import resolve_user_path
 from prmd.refusals import NON_REFUSAL
 from prmd.rubrics import JAILBREAK, REFUSAL, JudgeItem, Rubric, Verdict, with_template_of
 from prmd.statistics.intervals import wilson_interval

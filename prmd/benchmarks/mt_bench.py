@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from prmd.artifacts.paths import resolve_user_path
 from prmd.benchmarks.mt_bench_answers import generate_answers
 from prmd.benchmarks.mt_bench_data import FILES, MtBenchData, MtBenchQuestion, read_mt_bench
 from prmd.benchmarks.mt_bench_judging import pair_prompt, parse_rating, parse_verdict, single_prompt
@@ -23,7 +24,6 @@ from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER, PairwiseResult, judge_card, pairwise_both_orders
-from prmd.paths import resolve_user_path
 from prmd.rubrics import Verdict
 from prmd.statistics.intervals import bootstrap_mean, wilson_interval
 from prmd.statistics.resampling import with_chance

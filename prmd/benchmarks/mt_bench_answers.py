@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.benchmarks.mt_bench_data import MtBenchQuestion
 from prmd.cache import JsonTable
 from prmd.config import EvaluationConfig

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.benchmarks.mt_bench_judging import REFERENCE_CATEGORIES, Template, read_templates
 from prmd.benchmarks.truthfulqa import strided
 from prmd.errors import DataError

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.errors import DataError
 from prmd.preferences import Message
 

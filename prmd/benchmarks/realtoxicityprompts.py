@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.rows import Row, numbered, refuse_twice, share_of, text_of, value_of, why_not_run
 from prmd.benchmarks.sampling import sample

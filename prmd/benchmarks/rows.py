@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from prmd.artifacts.paths import find_user_path
 from prmd.errors import ConfigError, DataError, UserError
-from prmd.paths import find_user_path
 
 Row = Mapping[str, Any]
 

@@ -10,14 +10,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prmd import io
+from prmd.artifacts import io
+from prmd.artifacts.runs import read_run
 from prmd.benchmarks import BENCHMARKS, COMPANIONS, Benchmark, benchmark_names
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.rows import content_key
 from prmd.config import EvaluationConfig
 from prmd.contenders import Contender, ContenderModels
 from prmd.endpoint import EndpointError
-from prmd.provenance import read_run
 
 logger = logging.getLogger(__name__)
 

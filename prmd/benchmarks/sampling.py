@@ -6,7 +6,7 @@ after an interruption only what is missing is sampled.
 
 from collections.abc import Sequence
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.cache import JsonTable
 from prmd.contenders import ContenderModels
 from prmd.generation import GeneratedResponse, generate

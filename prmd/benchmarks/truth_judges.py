@@ -12,14 +12,14 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from prmd.artifacts.paths import find_user_path, stage_command
+from prmd.artifacts.runs import read_run
 from prmd.benchmarks.truthfulqa import Question
 from prmd.config import EvaluationConfig
 from prmd.judge_cards import agreement, judge_card
 from prmd.judges import Conversation, RewardModelJudge, trained_judge
 from prmd.local_rows import json_rows
-from prmd.paths import find_user_path, stage_command
 from prmd.preferences import hash_share
-from prmd.provenance import read_run
 from prmd.rubrics import JudgeItem, Rubric, Verdict, item_key
 from prmd.text_judges import TextJudge, make_text_judge
 

@@ -18,7 +18,7 @@ from scipy.special import logsumexp
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.cache import ScoreTable
 from prmd.config import EvaluationConfig

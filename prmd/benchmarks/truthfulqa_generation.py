@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.sampling import sample
 from prmd.benchmarks.truth_judges import TruthJudge, make_truth_judge

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prmd import io
+from prmd.artifacts import io
 from prmd.errors import DataError
 
 json_values = st.recursive(

@@ -18,9 +18,9 @@ import torch
 import yaml
 from pydantic import BaseModel
 
+from prmd.artifacts.io import publish_directory, read_json, write_json, write_text
+from prmd.artifacts.paths import PROJECT_ROOT, ArtifactPaths
 from prmd.errors import ConfigError, DataError
-from prmd.io import publish_directory, read_json, write_json, write_text
-from prmd.paths import PROJECT_ROOT, ArtifactPaths
 from prmd.runtime import get_runtime, hardware, is_main_process, peak_memory_bytes, wait_for_everyone
 
 RUN_FILE = "run.json"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prmd import paths
+from prmd.artifacts import paths
 from prmd.benchmarks.jailbreakbench_data import Behavior, read_attacks
 from prmd.benchmarks.jailbreakbench_judging import jailbreak_rubric
 from prmd.benchmarks.mt_bench import run_mt_bench

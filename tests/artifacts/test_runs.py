@@ -8,30 +8,30 @@ from pathlib import Path
 
 import pytest
 
-from prmd import provenance
+from prmd.artifacts import runs
+from prmd.artifacts.io import publish_directory, read_json, write_text
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.config import PolicyConfig, RewardModelConfig
 from prmd.config_file import load_config
 from prmd.errors import DataError
-from prmd.io import publish_directory, read_json, write_text
-from prmd.paths import ArtifactPaths
 
 COMMAND = "python 2_reward_modeling/train_helpful_rm.py"
 
 
 def finish(directory: Path, fingerprint: str = "abc", **extra) -> None:
-    provenance.finish_run(
+    runs.finish_run(
         directory,
         config=RewardModelConfig(seed=5),
         inputs={"train": "f00"},
         fingerprint=fingerprint,
-        clock=provenance.start_run(),
+        clock=runs.start_run(),
         extra=extra or None,
     )
 
 
 def test_record_says_what_made_the_artifact(tmp_path: Path) -> None:
     finish(tmp_path, pairs=12)
-    record = provenance.read_run(tmp_path)
+    record = runs.read_run(tmp_path)
     assert record is not None
     assert record["fingerprint"] == "abc" and record["inputs"] == {"train": "f00"} and record["pairs"] == 12
     assert record["seed"] == 5 and record["processes"] == 1 and record["device"]
@@ -45,15 +45,15 @@ def test_record_says_what_made_the_artifact(tmp_path: Path) -> None:
 
 def test_seed_of_a_policy_is_the_shared_one(tmp_path: Path) -> None:
     config = PolicyConfig(reward_model_config=RewardModelConfig(seed=11))
-    provenance.finish_run(tmp_path, config=config, inputs={}, fingerprint="x", clock=provenance.start_run())
-    assert provenance.read_run(tmp_path)["seed"] == 11
+    runs.finish_run(tmp_path, config=config, inputs={}, fingerprint="x", clock=runs.start_run())
+    assert runs.read_run(tmp_path)["seed"] == 11
 
 
 def test_run_json_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    real = provenance.write_json
+    real = runs.write_json
     monkeypatch.setattr(
-        provenance, "write_json", lambda *a: (seen.append({p.name for p in tmp_path.iterdir()}), real(*a))
+        runs, "write_json", lambda *a: (seen.append({p.name for p in tmp_path.iterdir()}), real(*a))
     )
     finish(tmp_path)
     assert seen == [{"config.yaml"}]
@@ -62,14 +62,14 @@ def test_run_json_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_only_process_zero_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     finish(tmp_path)
-    provenance.partial_directory(tmp_path / "final", "abc", force=True)
+    runs.partial_directory(tmp_path / "final", "abc", force=True)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_current_only_with_the_same_fingerprint(tmp_path: Path) -> None:
-    assert not provenance.is_current(tmp_path / "none", "abc")
+    assert not runs.is_current(tmp_path / "none", "abc")
     finish(tmp_path)
-    assert provenance.is_current(tmp_path, "abc") and not provenance.is_current(tmp_path, "abd")
+    assert runs.is_current(tmp_path, "abc") and not runs.is_current(tmp_path, "abd")
 
 
 def test_missing_half_written_and_interrupted_artifacts_name_the_command(tmp_path: Path) -> None:
@@ -77,52 +77,52 @@ def test_missing_half_written_and_interrupted_artifacts_name_the_command(tmp_pat
 
     def complaint() -> str:
         with pytest.raises(DataError) as caught:
-            provenance.require_artifact(final, what="the helpful reward model", command=COMMAND)
+            runs.require_artifact(final, what="the helpful reward model", command=COMMAND)
         assert str(caught.value).startswith("the helpful reward model is ")
         assert str(caught.value).endswith(COMMAND) and "\n" not in str(caught.value)
         return str(caught.value)
 
     assert "is missing" in complaint()
-    partial = provenance.partial_directory(final, "abc", force=False)
+    partial = runs.partial_directory(final, "abc", force=False)
     assert "is unfinished" in complaint() and str(partial) in complaint()
     write_text(final / "model.safetensors", "half")
     assert "is half-written" in complaint()
     finish(final)
-    assert provenance.require_artifact(final, what="it", command=COMMAND)["fingerprint"] == "abc"
+    assert runs.require_artifact(final, what="it", command=COMMAND)["fingerprint"] == "abc"
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"fingerprint": '])
 def test_unreadable_record_is_a_data_error(tmp_path: Path, text: str) -> None:
     write_text(tmp_path / "run.json", text)
     with pytest.raises(DataError, match=r"run\.json"):
-        provenance.is_current(tmp_path, "abc")
+        runs.is_current(tmp_path, "abc")
 
 
 def test_partial_directory_is_kept_for_the_same_work_only(tmp_path: Path) -> None:
     final = tmp_path / "cvar"
-    partial = provenance.partial_directory(final, "abc", force=False)
+    partial = runs.partial_directory(final, "abc", force=False)
     assert partial == tmp_path / ".cvar.partial"
     write_text(partial / "step-10" / "state", "x")
-    assert (provenance.partial_directory(final, "abc", force=False) / "step-10" / "state").exists()
-    assert not (provenance.partial_directory(final, "other", force=False) / "step-10").exists()
+    assert (runs.partial_directory(final, "abc", force=False) / "step-10" / "state").exists()
+    assert not (runs.partial_directory(final, "other", force=False) / "step-10").exists()
     write_text(partial / "kept", "x")
-    assert not (provenance.partial_directory(final, "other", force=True) / "kept").exists()
+    assert not (runs.partial_directory(final, "other", force=True) / "kept").exists()
     (partial / "fingerprint.json").unlink()
     write_text(partial / "of unknown origin", "x")
-    assert not (provenance.partial_directory(final, "other", force=False) / "of unknown origin").exists()
+    assert not (runs.partial_directory(final, "other", force=False) / "of unknown origin").exists()
 
 
 def test_published_partial_directory_is_the_finished_artifact(tmp_path: Path) -> None:
     final = tmp_path / "cvar"
-    partial = provenance.partial_directory(final, "abc", force=False)
+    partial = runs.partial_directory(final, "abc", force=False)
     finish(partial)
     publish_directory(partial, final)
-    assert provenance.is_current(final, "abc") and not partial.exists()
+    assert runs.is_current(final, "abc") and not partial.exists()
 
 
 def test_step_results_never_overwrite(tmp_path: Path) -> None:
     paths = ArtifactPaths(tmp_path, "embedded")
-    written = [provenance.write_step_result(paths, "split_objectives", {"rows": i}) for i in range(3)]
+    written = [runs.write_step_result(paths, "split_objectives", {"rows": i}) for i in range(3)]
     assert len(set(written)) == 3
     assert [read_json(path)["rows"] for path in written] == [0, 1, 2]
     assert all(re.match(r"split_objectives_\d{8}-\d{6}", path.name) for path in written)
@@ -138,24 +138,24 @@ def git(folder: Path, *arguments: str) -> None:
 @pytest.mark.skipif(shutil.which("git") is None, reason="git is not installed")
 def test_commit_and_dirty_of_a_checkout(tmp_path: Path) -> None:
     git(tmp_path, "init")
-    assert provenance.git_state(tmp_path) == {"commit": None, "dirty": None}  # no commit yet
+    assert runs.git_state(tmp_path) == {"commit": None, "dirty": None}  # no commit yet
     write_text(tmp_path / "a", "1")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "first", "--no-verify")
-    state = provenance.git_state(tmp_path)
+    state = runs.git_state(tmp_path)
     assert re.fullmatch(r"[0-9a-f]{40}", state["commit"]) and state["dirty"] is False
     write_text(tmp_path / "a", "2")
-    assert provenance.git_state(tmp_path) == {"commit": state["commit"], "dirty": True}
+    assert runs.git_state(tmp_path) == {"commit": state["commit"], "dirty": True}
     (tmp_path / "inner").mkdir()  # a copy of the project inside somebody else's checkout
-    assert provenance.git_state(tmp_path / "inner") == {"commit": None, "dirty": None}
+    assert runs.git_state(tmp_path / "inner") == {"commit": None, "dirty": None}
 
 
 def test_outside_a_checkout_and_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert provenance.git_state(tmp_path) == {"commit": None, "dirty": None}
+    assert runs.git_state(tmp_path) == {"commit": None, "dirty": None}
     monkeypatch.setenv("PATH", "")
-    assert provenance.git_state() == {"commit": None, "dirty": None}
+    assert runs.git_state() == {"commit": None, "dirty": None}
 
 
 def test_versions_of_what_is_not_installed_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provenance, "_PACKAGES", ("torch", "surely-not-installed"))
-    assert provenance.versions()["surely-not-installed"] is None
+    monkeypatch.setattr(runs, "_PACKAGES", ("torch", "surely-not-installed"))
+    assert runs.versions()["surely-not-installed"] is None

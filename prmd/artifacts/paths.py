@@ -12,7 +12,7 @@ from typing import Literal
 
 from prmd.errors import ConfigError
 
-PROJECT_ROOT = Path(__file__).resolve().parents[1]
+PROJECT_ROOT = Path(__file__).resolve().parents[2]
 CONFIG_DIR = PROJECT_ROOT / "configs"
 EMBEDDED_DIR = PROJECT_ROOT / "1_data_preparation" / "embedded"
 

@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prmd.errors import ConfigError
-from prmd.paths import (
+from prmd.artifacts.paths import (
     PROJECT_ROOT,
     ArtifactPaths,
     beside,
@@ -17,6 +16,7 @@ from prmd.paths import (
     resolve_user_path,
     safe_name,
 )
+from prmd.errors import ConfigError
 
 PATHS = ArtifactPaths(Path("root"), "embedded")
 BAD_NAMES = ["", ".", "..", "../x", "a/b", "a\\b", "/abs", "C:x", "a..b", ".hidden", "a b", "a\n"]
@@ -90,7 +90,7 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
     for folder in (work, project, home):
         folder.mkdir()
     monkeypatch.chdir(work)
-    monkeypatch.setattr("prmd.paths.PROJECT_ROOT", project)
+    monkeypatch.setattr("prmd.artifacts.paths.PROJECT_ROOT", project)
     for variable in ("HOME", "USERPROFILE"):
         monkeypatch.setenv(variable, str(home))
     return work, project

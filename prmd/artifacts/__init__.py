@@ -1,0 +1,1 @@
+"""Where artifacts lie, how their bytes reach the disk, and when one counts as finished."""
