@@ -17,8 +17,10 @@ from typing import Any
 from prmd.artifacts.io import read_json
 from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths
 from prmd.artifacts.runs import write_step_result
-from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
-from prmd.config_file import load_pipeline
+from prmd.config.evaluation import EvaluationConfig
+from prmd.config.loading import load_pipeline
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.data_preparation import download_dataset, split_objectives
 from prmd.evaluation import benchmark_eval, compute_metrics
 from prmd.objectives import OBJECTIVES

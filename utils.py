@@ -35,8 +35,7 @@ def run_stage(stage: Callable[..., Path], *, description: str, **stage_arguments
     Raises:
         SystemExit: with status 2, after a line on stderr, for what the user can mend; other errors keep their traceback.
     """
-    from prmd.config import CONFIG_FILES
-    from prmd.config_file import load_config
+    from prmd.config.loading import CONFIG_FILES, load_config
     from prmd.runtime import configure_logging, start_processes
 
     kind = get_type_hints(stage)["config"]
@@ -115,8 +114,8 @@ def check_setup(arguments: Sequence[str] | None = None) -> int:
 
 
 def _artifact_root(options: argparse.Namespace) -> Path:
-    from prmd.config import RewardModelConfig
-    from prmd.config_file import load_config
+    from prmd.config.loading import load_config
+    from prmd.config.shared import RewardModelConfig
 
     return load_config(options.config, RewardModelConfig, options.overrides).paths.root
 

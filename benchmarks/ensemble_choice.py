@@ -27,9 +27,8 @@ from torch import Tensor
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import resolve_user_path
-from prmd.config import RewardModelConfig
-from prmd.config_file import load_config
-from prmd.config_sections import EnsembleConfig
+from prmd.config.loading import load_config
+from prmd.config.shared import EnsembleConfig, RewardModelConfig
 from prmd.ensemble import fit_ensemble
 from prmd.preferences import hash_share, read_pairs
 from prmd.reward_data import RewardTask, read_reward_pairs, tokenize_reward_pairs

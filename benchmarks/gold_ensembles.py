@@ -19,8 +19,7 @@ from benchmarks.gold_labels import BIAS_SHARE, LabelledPairs, label_pairs, longe
 from benchmarks.gold_models import fit, model_config, score
 from benchmarks.gold_reference import World
 from prmd.artifacts import io
-from prmd.config import RewardModelConfig
-from prmd.config_sections import EnsembleConfig
+from prmd.config.shared import EnsembleConfig, RewardModelConfig
 from prmd.ensemble import Ensemble, fit_ensemble
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.losses import bradley_terry_loss

@@ -26,8 +26,8 @@ from benchmarks.gold_ensembles import (
 from benchmarks.gold_reference import World
 from benchmarks.gold_targets import calibrated_like
 from prmd.artifacts import io
-from prmd.config import PolicySection
-from prmd.config_sections import EnsembleConfig
+from prmd.config.policy import PolicySection
+from prmd.config.shared import EnsembleConfig
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.aggregation import robust_rewards
 from prmd.pessimism.kl_budget import gate_row, usable_kl_target

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase, TrainerCallback
 from benchmarks.gold_world import END, PAD, VOCABULARY, prompt_tokens
 from prmd.artifacts import io
 from prmd.cache import ScoreTable
-from prmd.config_sections import EnsembleConfig, TrainingConfig
+from prmd.config.shared import EnsembleConfig, TrainingConfig
 from prmd.generation import GeneratedResponse, generate
 from prmd.pair_batches import plan_batches, total_steps
 from prmd.runtime import get_device

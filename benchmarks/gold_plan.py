@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.gold_models import Sizes
 from benchmarks.gold_policies import Unit
-from prmd.config import PolicySection
+from prmd.config.policy import PolicySection
 
 Setting = tuple[tuple[str, float], ...]
 METHODS = ("dpo", "ipo", "mean", "hard_min", "cvar", "hierarchical", "maxmin")

@@ -29,7 +29,7 @@ from benchmarks.gold_targets import (
 )
 from benchmarks.gold_world import prompt_tokens
 from prmd.artifacts import io
-from prmd.config import PolicyConfig, PolicySection
+from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.generation import sample_rows
 from prmd.objectives import OBJECTIVES
 from prmd.policy_methods import POLICY_METHODS, settings_read

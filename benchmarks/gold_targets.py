@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.gold_ensembles import load_scores, objective_pairs, pair_rows
 from benchmarks.gold_reference import World
-from prmd.config import PolicySection
+from prmd.config.policy import PolicySection
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import calibrate, fit_calibration, prompt_means
 from prmd.policy_data import PairScores, ScaleResponses

@@ -22,8 +22,9 @@ from benchmarks.speed_setup import model_config
 from benchmarks.speed_shape import qwen_3b_shape, training_flops
 from prmd.artifacts import io
 from prmd.artifacts.paths import CONFIG_DIR, find_user_path, places_tried
-from prmd.config import PolicyConfig, RewardModelConfig
-from prmd.config_file import load_config
+from prmd.config.loading import load_config
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
 from prmd.models import load_model_config
 from prmd.objectives import OBJECTIVES

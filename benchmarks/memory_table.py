@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.speed_memory import dpo_peaks
 from benchmarks.speed_setup import Workload, command_line, model_config, publish
 from prmd.artifacts.paths import CONFIG_DIR
-from prmd.config import RewardModelConfig
-from prmd.config_file import load_config
+from prmd.config.loading import load_config
+from prmd.config.shared import RewardModelConfig
 from prmd.models import load_tokenizer
 from prmd.pair_batches import MicroBatch
 from prmd.preferences import make_pair

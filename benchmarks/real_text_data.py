@@ -20,7 +20,7 @@ from prmd.artifacts.runs import (
     require_artifact,
     start_run,
 )
-from prmd.config import RewardModelConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.preferences import BENCHMARK_QUESTIONS_FILE, PREPARE_COMMAND, PreferencePair, hash_share, read_pairs

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import CONFIG_DIR
-from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
-from prmd.config_file import load_config
+from prmd.config.evaluation import EvaluationConfig
+from prmd.config.loading import load_config
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig
 
 METHODS = ("dpo", "mean", "hard_min", "hierarchical", "maxmin")
 LONGER_SHARE = 0.8

@@ -20,7 +20,8 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.artifacts.runs import read_run
 from prmd.checkpoint_frontier import checkpoint_contenders
-from prmd.config import EvaluationConfig, RewardModelConfig
+from prmd.config.evaluation import EvaluationConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.contenders import REFERENCE, Contender, EvaluationPrompt, evaluation_prompts, find_contenders
 from prmd.data_preparation import download_dataset, split_objectives
 from prmd.errors import DataError

@@ -16,8 +16,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs uninstalled
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import CONFIG_DIR, resolve_user_path
-from prmd.config import RewardModelConfig
-from prmd.config_file import load_config
+from prmd.config.loading import load_config
+from prmd.config.shared import RewardModelConfig
 from prmd.rewardbench import evaluate_rewardbench, read_rewardbench
 from prmd.runtime import configure_logging
 from utils import user_errors_exit

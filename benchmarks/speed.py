@@ -41,8 +41,8 @@ from benchmarks.speed_setup import (
 )
 from benchmarks.speed_shape import cap_memory, qwen_3b_shape, shape_rows
 from prmd.artifacts.paths import CONFIG_DIR
-from prmd.config import RewardModelConfig
-from prmd.config_file import load_config
+from prmd.config.loading import load_config
+from prmd.config.shared import RewardModelConfig
 from prmd.runtime import configure_logging, get_device, hardware, set_seed
 from utils import user_errors_exit
 

@@ -34,7 +34,7 @@ from benchmarks.speed_trainings import (
     trl_reward,
     trl_scoring,
 )
-from prmd.config import PolicySection
+from prmd.config.policy import PolicySection
 from prmd.pair_batches import plan_scoring
 from prmd.policy_targets import policy_loss
 from prmd.sequence_models import SequenceLogps, SequenceRewards

@@ -22,9 +22,8 @@ from transformers import (
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths, find_user_path
-from prmd.config import RewardModelConfig
-from prmd.config_file import load_config
-from prmd.config_sections import DataConfig, HhRlhfConfig, ModelConfig
+from prmd.config.loading import load_config
+from prmd.config.shared import DataConfig, HhRlhfConfig, ModelConfig, RewardModelConfig
 from prmd.errors import DataError
 from prmd.models import load_base_classifier, load_causal_lm, load_tokenizer
 from prmd.pair_batches import MicroBatch, collate_rows, padding_share, plan_batches

@@ -22,7 +22,7 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from benchmarks.speed_setup import MAX_LENGTH, PAIRS_PER_BATCH, SEED, Workload, shares_prompts
 from prmd.cache import ScoreTable
-from prmd.config_sections import TrainingConfig
+from prmd.config.shared import TrainingConfig
 from prmd.dpo_baseline import TEMPLATE_TAIL, baseline_rows
 from prmd.reward_training import reward_loss
 from prmd.runtime import get_device

@@ -20,7 +20,7 @@ from prmd.adapters import ADAPTER_FOLDER, load_adapters
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.checkpoints import PREFIX, copy_model, drop_notes
-from prmd.config_sections import ModelConfig
+from prmd.config.shared import ModelConfig
 from prmd.ensemble import bootstrap_weights
 from prmd.preferences import PreferencePair, hash_share
 from prmd.sequence_models import SequenceRewards

@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.config import RewardModelConfig
-from prmd.config_sections import ModelConfig
+from prmd.config.shared import ModelConfig, RewardModelConfig
 from prmd.models import (
     load_adapted,
     load_base_classifier,

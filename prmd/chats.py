@@ -13,9 +13,8 @@ from typing import Any, Protocol
 
 from prmd.artifacts import io
 from prmd.cache import JsonTable
-from prmd.config import EvaluationConfig
-from prmd.config_evaluation import TextJudgeConfig
-from prmd.config_sections import ModelConfig
+from prmd.config.evaluation import EvaluationConfig, TextJudgeConfig
+from prmd.config.shared import ModelConfig
 from prmd.endpoint import Endpoint, EndpointError
 from prmd.errors import ConfigError, DataError
 from prmd.generation import generate

@@ -20,7 +20,7 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.artifacts.runs import read_run
 from prmd.cache import JsonTable, ScoreTable
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import DataError
 from prmd.generation import Engine, GeneratedResponse, generate, sample_rows
 from prmd.models import load_causal_lm, load_policy, weights_fingerprint

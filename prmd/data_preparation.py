@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prmd.artifacts import io, runs
-from prmd.config import RewardModelConfig
-from prmd.config_sections import DataConfig
+from prmd.config.shared import DataConfig, RewardModelConfig
 from prmd.data_summary import sizes_of, write_summary
 from prmd.errors import DataError, UserError
 from prmd.objectives import OBJECTIVES, SPLITS

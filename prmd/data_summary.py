@@ -11,7 +11,7 @@ from typing import Any
 
 from prmd import plotting
 from prmd.artifacts import io
-from prmd.config import RewardModelConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import UserError
 from prmd.preferences import Message, PreferencePair
 from prmd.splits import SplitPairs

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig, DPOTrainer
 
-from prmd.config import PolicyConfig
+from prmd.config.policy import PolicyConfig
 from prmd.lora import lora_config
 from prmd.models import load_causal_lm
 from prmd.pair_batches import MicroBatch, plan_batches

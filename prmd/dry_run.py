@@ -12,8 +12,8 @@ from pathlib import Path
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command
 from prmd.artifacts.runs import read_run
-from prmd.config import PolicyConfig, RewardModelConfig
-from prmd.config_sections import TrainingConfig, TuningConfig
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.memory_report import UNSAMPLED, Sampled, memory_lines
 from prmd.objectives import OBJECTIVES
 from prmd.policy_methods import BASELINE, POLICY_METHODS, SOUP, SOUP_MEMBERS, uses_gamma

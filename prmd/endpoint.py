@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from http.client import HTTPException
 from typing import Any
 
-from prmd.config_evaluation import TextJudgeConfig
+from prmd.config.evaluation import TextJudgeConfig
 from prmd.errors import UserError
 from prmd.preferences import Message
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from prmd.artifacts import io
-from prmd.config_sections import EnsembleConfig
+from prmd.config.shared import EnsembleConfig
 from prmd.pessimism.losses import bradley_terry_loss
 
 HIDDEN = 128

@@ -31,7 +31,7 @@ from prmd.benchmarks.rows import why_not_run
 from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
 from prmd.checkpoint_frontier import write_frontier
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import Contender, evaluation_prompts, find_contenders, policy_folders
 from prmd.errors import DataError, UserError
 from prmd.judges import Judge, given_judge, trained_judge

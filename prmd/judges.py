@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import find_user_path, places_tried
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError, DataError
 from prmd.preferences import Message, PreferencePair, hash_share, read_pairs
 from prmd.reward_models import RewardModel, load_reward_model, weights_keys

@@ -21,7 +21,7 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import find_user_path, places_tried
 from prmd.cache import KEY_BYTES, ScoreTable
 from prmd.chats import short_name
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError
 from prmd.models import load_labelled_classifier
 from prmd.runtime import free_memory, progress

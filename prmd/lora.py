@@ -12,7 +12,7 @@ from peft import PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prmd.artifacts import io
-from prmd.config_sections import LoraConfig
+from prmd.config.shared import LoraConfig
 
 
 def lora_config(lora: LoraConfig, *, task: str) -> PeftLoraConfig:

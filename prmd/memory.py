@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prmd.config_sections import LoraConfig, TrainingConfig, TuningConfig
+from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
 from prmd.memory_plan import MemoryPlan
 from prmd.precision import Precision, eight_bit_precision, lora_precision
 from prmd.rehearsal import BatchShape, StepBytes, Task, meta_model, rehearse_scoring, rehearse_training

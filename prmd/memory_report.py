@@ -15,8 +15,7 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from prmd.artifacts import io
-from prmd.config import RewardModelConfig
-from prmd.config_sections import ModelConfig, TrainingConfig, TuningConfig
+from prmd.config.shared import ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import UserError
 from prmd.memory import plan_generation_memory, plan_memory
 from prmd.memory_plan import MemoryPlan, device_memory

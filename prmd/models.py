@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
 from prmd.attention import attention_implementation, or_eager
-from prmd.config_sections import ModelConfig
+from prmd.config.shared import ModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.runtime import get_device, is_main_process, wait_for_everyone
 from prmd.tokenization import check_template

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from prmd.config_sections import HhRlhfConfig, TruthfulQaConfig
+from prmd.config.shared import HhRlhfConfig, TruthfulQaConfig
 from prmd.preferences import PreferencePair, hash_share, make_pair, prompt_key
 from prmd.raw_data import RawFile
 from prmd.runtime import progress

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
-from prmd.config_sections import PkuSafeRlhfConfig
+from prmd.config.shared import PkuSafeRlhfConfig
 from prmd.errors import ConfigError
 from prmd.pair_builders import PairCollection, SourcedPair
 from prmd.preferences import make_pair

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts.paths import reward_model_command
-from prmd.config import PolicyConfig, RewardModelConfig
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
 from prmd.generation import GeneratedResponse, sample_rows
 from prmd.objectives import OBJECTIVES

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import REFERENCE, Contender, ContenderModels, EvaluationPrompt
 from prmd.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER

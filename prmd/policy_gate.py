@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command, stage_command
 from prmd.cache import ScoreTable
-from prmd.config import PolicyConfig, RewardModelConfig
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import UserError
 from prmd.generation import sample_rows
 from prmd.models import load_tokenizer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prmd.config import PolicyConfig
+from prmd.config.policy import PolicyConfig
 from prmd.policy_data import (
     PairScores,
     ReferenceSamples,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prmd.config import PolicyConfig, PolicySection
+from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.aggregation import METHODS, Aggregation, method_aggregation

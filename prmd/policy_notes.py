@@ -7,7 +7,7 @@ coincide is found by trying them on random rewards (`pessimism.aggregation.coinc
 import torch
 from torch import Tensor
 
-from prmd.config import PolicySection
+from prmd.config.policy import PolicySection
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.aggregation import METHODS, coincidence_notes, effective_atoms, robust_rewards
 from prmd.pessimism.draft_equations import PAPER_METHODS, negative_target_share, paper_margins

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from prmd.config import PolicyConfig
+from prmd.config.policy import PolicyConfig
 from prmd.objectives import OBJECTIVES
 from prmd.preferences import read_pairs
 from prmd.tokenization import TokenizedPairs, tokenize_pairs

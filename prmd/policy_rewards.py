@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prmd.config import PolicySection
+from prmd.config.policy import PolicySection
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.aggregation import Aggregation, robust_rewards

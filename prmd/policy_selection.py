@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from prmd.config import PolicyConfig, PolicySection
+from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.errors import ConfigError
 from prmd.pair_batches import MicroBatch, collate_rows, plan_batches
 from prmd.pessimism.losses import edpo_member_losses, edpo_select, implicit_margins

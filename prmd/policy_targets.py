@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prmd.config import PolicySection
+from prmd.config.policy import PolicySection
 from prmd.pessimism.draft_equations import paper_loss, paper_margins
 from prmd.pessimism.losses import (
     distillation_loss,

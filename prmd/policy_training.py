@@ -30,8 +30,8 @@ from prmd.artifacts.runs import (
     write_step_result,
 )
 from prmd.checkpoints import copy_model, name_checkpoints
-from prmd.config import PolicyConfig
-from prmd.config_file import as_dict
+from prmd.config.loading import as_dict
+from prmd.config.policy import PolicyConfig
 from prmd.dpo_baseline import train_trl_dpo
 from prmd.dry_run import describe_policies, gamma_lengths
 from prmd.errors import DataError

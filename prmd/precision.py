@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
-from prmd.config_sections import ModelConfig, TuningConfig
+from prmd.config.shared import ModelConfig, TuningConfig
 from prmd.errors import ConfigError
 from prmd.runtime import get_device, missing_compiler
 

@@ -14,8 +14,7 @@ from typing import Any
 from prmd import sources
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, stage_command
-from prmd.config import RewardModelConfig
-from prmd.config_sections import DataConfig
+from prmd.config.shared import DataConfig, RewardModelConfig
 from prmd.errors import DataError
 from prmd.local_rows import Row
 from prmd.runtime import progress, require_disk

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.cache import JsonTable, ScoreTable
-from prmd.config import RewardModelConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.generation import Engine, GeneratedResponse, generate
 from prmd.models import base_model_key, load_causal_lm
 from prmd.scoring import score_logps

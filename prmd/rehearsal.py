@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prmd.attention import or_eager
-from prmd.config_sections import LoraConfig
+from prmd.config.shared import LoraConfig
 from prmd.lora import add_lora
 from prmd.memory_accounting import TensorBytes, peak_tensor_bytes
 from prmd.runtime import get_device

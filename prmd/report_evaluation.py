@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prmd.artifacts.paths import ArtifactPaths, stage_command
-from prmd.config_evaluation import BenchmarksConfig
+from prmd.config.evaluation import BenchmarksConfig
 from prmd.objectives import OBJECTIVES
 from prmd.report_comparisons import benchmark_judge_warnings, benchmark_judges_table, paired_table
 from prmd.report_headline import EVALUATE

@@ -11,7 +11,7 @@ from typing import Any
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command, stage_command
-from prmd.config_evaluation import BenchmarksConfig
+from prmd.config.evaluation import BenchmarksConfig
 from prmd.errors import DataError
 from prmd.objectives import OBJECTIVES
 from prmd.report_tables import NOTHING, Table, as_text, flat, format_number, format_seconds, with_mark

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.adapter_members import resampled
 from prmd.artifacts import io
-from prmd.config import RewardModelConfig
-from prmd.config_file import as_dict
+from prmd.config.loading import as_dict
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.preferences import PreferencePair, hash_share, read_pairs

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prmd import plotting_rewards
 from prmd.artifacts import io
-from prmd.config import RewardModelConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.ensemble import fit_ensemble
 from prmd.generation import sample_rows
 from prmd.models import load_tokenizer

@@ -22,7 +22,8 @@ from prmd.artifacts.runs import (
     start_run,
     write_step_result,
 )
-from prmd.config import EvaluationConfig, RewardModelConfig
+from prmd.config.evaluation import EvaluationConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.dry_run import describe_training
 from prmd.models import load_tokenizer
 from prmd.reference import check_engine

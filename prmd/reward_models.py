@@ -20,8 +20,7 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command
 from prmd.artifacts.runs import require_artifact
 from prmd.cache import ScoreTable
-from prmd.config import RewardModelConfig
-from prmd.config_sections import ModelConfig
+from prmd.config.shared import ModelConfig, RewardModelConfig
 from prmd.ensemble import Ensemble
 from prmd.errors import DataError
 from prmd.models import base_model_key, load_classifier, load_folder_config, load_tokenizer_from, weight_files

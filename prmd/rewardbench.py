@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from prmd.config import RewardModelConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.local_rows import json_rows, parquet_rows
 from prmd.preferences import Message, PreferencePair

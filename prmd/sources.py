@@ -14,7 +14,7 @@ from typing import Any
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import EMBEDDED_DIR, find_user_path, places_tried, safe_name
-from prmd.config_sections import DataConfig, HhRlhfConfig, PkuSafeRlhfConfig, TruthfulQaConfig
+from prmd.config.shared import DataConfig, HhRlhfConfig, PkuSafeRlhfConfig, TruthfulQaConfig
 from prmd.errors import ConfigError
 from prmd.local_rows import Row, csv_rows, json_rows, parquet_rows, truthfulqa_row
 from prmd.objectives import OBJECTIVES

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from datasketch import MinHash, MinHashLSH
 
-from prmd.config_sections import SplitsConfig
+from prmd.config.shared import SplitsConfig
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pair_builders import SourcedPair
 from prmd.preferences import PreferencePair, hash_share, prompt_key

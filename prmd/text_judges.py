@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from prmd.artifacts import io
 from prmd.artifacts.paths import resolve_user_path
 from prmd.chats import Chat, EndpointChat, ReplayChat, local_chat
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.endpoint import make_endpoint
 from prmd.errors import ConfigError
 from prmd.label_classifiers import LabelClassifier

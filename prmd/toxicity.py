@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from prmd.artifacts import io
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import DataError
 from prmd.label_classifiers import LabelClassifier
 from prmd.ngram_regression import NGRAM_LENGTHS, RIDGE, NgramRegression, fit_ngram_regression

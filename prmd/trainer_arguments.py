@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from transformers import TrainingArguments
 
-from prmd.config_sections import TrainingConfig
+from prmd.config.shared import TrainingConfig
 from prmd.runtime import get_device
 
 logger = logging.getLogger(__name__)

@@ -15,8 +15,7 @@ from prmd.artifacts import io
 from prmd.artifacts.runs import partial_path
 from prmd.attention import attention_implementation
 from prmd.checkpoints import START_FILE, STEPS_FILE, ShareCheckpoints, checkpoint_steps, newest_complete
-from prmd.config import RewardModelConfig
-from prmd.config_sections import TrainingConfig, TuningConfig
+from prmd.config.shared import RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
 from prmd.memory import plan_memory, state_bytes
 from prmd.memory_plan import device_memory

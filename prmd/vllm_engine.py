@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prmd.artifacts import io
-from prmd.config import RewardModelConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.generation import Decoding
 from prmd.models import model_source

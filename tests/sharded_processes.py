@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM, LlamaForSequenceClassification
 from transformers.training_args import OptimizerNames
 from two_processes import train
 
-from prmd.config_sections import LoraConfig
+from prmd.config.shared import LoraConfig
 from prmd.errors import ConfigError
 from prmd.lora import add_lora
 from prmd.rehearsal import enable_gradient_checkpointing

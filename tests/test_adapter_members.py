@@ -22,14 +22,15 @@ from prmd import plotting_rewards, reward_training
 from prmd.adapter_members import member_seed, resampled
 from prmd.artifacts import io
 from prmd.artifacts.paths import CONFIG_DIR
-from prmd.config import EvaluationConfig, RewardModelConfig
-from prmd.config_file import load_config
-from prmd.config_sections import (
+from prmd.config.evaluation import EvaluationConfig
+from prmd.config.loading import load_config
+from prmd.config.shared import (
     CalibrationConfig,
     DataConfig,
     EnsembleConfig,
     LoraConfig,
     ModelConfig,
+    RewardModelConfig,
     TrainingConfig,
     TuningConfig,
 )

@@ -15,8 +15,15 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prmd.adapters import shared_base
 from prmd.artifacts import io
-from prmd.config import PolicyConfig, RewardModelConfig
-from prmd.config_sections import CalibrationConfig, DataConfig, LoraConfig, ModelConfig, TrainingConfig
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import (
+    CalibrationConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    RewardModelConfig,
+    TrainingConfig,
+)
 from prmd.lora import add_lora, save_merged
 from prmd.models import load_base_classifier, load_tokenizer
 from prmd.objectives import OBJECTIVES

@@ -42,11 +42,6 @@ NOT_YET_MOVED = [
     "chats",
     "checkpoint_frontier",
     "checkpoints",
-    "config",
-    "config_evaluation",
-    "config_file",
-    "config_mistakes",
-    "config_sections",
     "contenders",
     "data_preparation",
     "data_summary",
@@ -324,7 +319,7 @@ def test_nothing_shadows_utils() -> None:
 def test_one_owner_each() -> None:
     assert importers("matplotlib") <= {"prmd/plotting.py"}
     assert importers("yaml") <= {
-        "prmd/config_file.py",
+        "prmd/config/loading.py",
         "prmd/artifacts/runs.py",
     }  # runs.py writes config.yaml
     assert callers("from_pretrained") <= {"prmd/models.py"}

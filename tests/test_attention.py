@@ -35,7 +35,7 @@ from prmd.attention import (
     flex_is_faster,
     rows_mask,
 )
-from prmd.config_sections import ModelConfig
+from prmd.config.shared import ModelConfig
 from prmd.errors import ConfigError
 from prmd.models import load_causal_lm, load_classifier, load_policy
 from prmd.pair_batches import PADDING, attention_mask, collate_rows

@@ -23,8 +23,13 @@ from prmd.benchmarks import BENCHMARKS, benchmark_names
 from prmd.benchmarks.hh_holdout import held_out_pairs, run_heldout_pairs, run_hh_holdout
 from prmd.benchmarks.rows import content_key
 from prmd.benchmarks.run import _fingerprint
-from prmd.config import EvaluationConfig
-from prmd.config_evaluation import BenchmarksConfig, HhHoldoutConfig, MtBenchConfig, TextJudgeConfig
+from prmd.config.evaluation import (
+    BenchmarksConfig,
+    EvaluationConfig,
+    HhHoldoutConfig,
+    MtBenchConfig,
+    TextJudgeConfig,
+)
 from prmd.evaluation import benchmark_eval
 from prmd.models import load_policy
 from prmd.objectives import OBJECTIVES

@@ -11,7 +11,7 @@ from tiny_workspace import write_lora_policy, write_reward_models, write_workspa
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.checkpoint_frontier import checkpoint_contenders
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import Contender, find_contenders
 from prmd.evaluation import compute_metrics
 from prmd.judge_cards import CONSTANT_ANSWER

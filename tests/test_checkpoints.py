@@ -16,8 +16,7 @@ from prmd.checkpoints import (
     name_checkpoints,
     newest_complete,
 )
-from prmd.config import RewardModelConfig
-from prmd.config_sections import LoraConfig, ModelConfig, TrainingConfig, TuningConfig
+from prmd.config.shared import LoraConfig, ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.lora import add_lora
 from prmd.models import load_base_classifier, load_causal_lm, load_tokenizer
 from prmd.pessimism.losses import bradley_terry_loss

@@ -8,9 +8,11 @@ import yaml
 from pydantic import BaseModel
 
 from prmd.artifacts.paths import CONFIG_DIR, PROJECT_ROOT
-from prmd.config import CONFIG_FILES, EvaluationConfig, PolicyConfig, RewardModelConfig
-from prmd.config_file import load_config, load_pipeline
-from prmd.config_mistakes import REFERENCE, dotted_keys
+from prmd.config.evaluation import EvaluationConfig
+from prmd.config.loading import CONFIG_FILES, load_config, load_pipeline
+from prmd.config.mistakes import REFERENCE, dotted_keys
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig
 
 QUICKSTART = CONFIG_DIR / "quickstart"
 HH_SMALL = CONFIG_DIR / "hh_small"

@@ -8,8 +8,7 @@ import torch
 from tiny_workspace import evaluation_config, write_lora_policy, write_prepared, write_workspace
 
 from prmd.artifacts import io
-from prmd.config import EvaluationConfig
-from prmd.config_evaluation import GenerationConfig
+from prmd.config.evaluation import EvaluationConfig, GenerationConfig
 from prmd.contenders import ContenderModels, evaluation_prompts, find_contenders
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES

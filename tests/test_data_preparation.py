@@ -10,7 +10,7 @@ import pytest
 
 from prmd import data_preparation, models
 from prmd.artifacts.paths import EMBEDDED_DIR
-from prmd.config import RewardModelConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.data_preparation import download_dataset, split_objectives
 from prmd.errors import ConfigError, DataError
 from prmd.objectives import OBJECTIVES, SPLITS

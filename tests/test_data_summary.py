@@ -5,7 +5,7 @@ import json
 import pytest
 
 from prmd import models
-from prmd.config import RewardModelConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.data_summary import EXAMPLES, write_summary
 from prmd.errors import ConfigError
 from prmd.preferences import make_pair

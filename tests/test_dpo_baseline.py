@@ -11,8 +11,8 @@ from tiny_models import tiny_causal_lm
 from tiny_workspace import reward_model_config, write_prepared
 
 from prmd import dpo_baseline, training
-from prmd.config import PolicyConfig
-from prmd.config_sections import LoraConfig, TrainingConfig, TuningConfig
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
 from prmd.dpo_baseline import baseline_rows, train_trl_dpo
 from prmd.models import load_causal_lm, load_tokenizer
 from prmd.pair_batches import MicroBatch, plan_batches

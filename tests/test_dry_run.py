@@ -10,12 +10,13 @@ from tiny_workspace import write_prepared
 from transformers import Qwen2Config
 
 from prmd import memory_report, models
-from prmd.config import PairsConfig, PolicyConfig, PolicySection, RewardModelConfig
-from prmd.config_sections import (
+from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
+from prmd.config.shared import (
     CalibrationConfig,
     DataConfig,
     EnsembleConfig,
     ModelConfig,
+    RewardModelConfig,
     TrainingConfig,
     TuningConfig,
 )

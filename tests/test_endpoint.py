@@ -8,7 +8,7 @@ import pytest
 from chat_server import ChatServer, completion
 
 from prmd import endpoint as endpoint_module
-from prmd.config_evaluation import TextJudgeConfig
+from prmd.config.evaluation import TextJudgeConfig
 from prmd.endpoint import ATTEMPTS, Endpoint, EndpointError, Reply, make_endpoint
 
 KEY = "secret-key-0123456789"

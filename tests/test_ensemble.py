@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prmd.config_sections import EnsembleConfig
+from prmd.config.shared import EnsembleConfig
 from prmd.ensemble import Ensemble, bootstrap_weights, fit_ensemble, head_outputs, initial_heads
 
 IDS = [f"pair-{i}" for i in range(3000)]

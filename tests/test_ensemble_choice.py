@@ -12,8 +12,7 @@ from tiny_workspace import write_prepared
 from benchmarks import ensemble_choice
 from prmd.artifacts import io
 from prmd.artifacts.runs import dump_yaml
-from prmd.config import RewardModelConfig
-from prmd.config_sections import DataConfig, EnsembleConfig, ModelConfig, TrainingConfig
+from prmd.config.shared import DataConfig, EnsembleConfig, ModelConfig, RewardModelConfig, TrainingConfig
 from prmd.preferences import read_pairs
 
 

@@ -12,7 +12,7 @@ from tiny_workspace import evaluation_config, write_lora_policy, write_prepared,
 from transformers import AutoModelForCausalLM
 
 from prmd.artifacts import io
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels, evaluation_prompts, find_contenders
 from prmd.errors import DataError
 from prmd.evaluation import compute_metrics

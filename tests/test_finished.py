@@ -16,8 +16,10 @@ from tiny_pipeline import count_loads, no_model_loads
 
 from prmd.artifacts.io import file_sha256, read_json
 from prmd.artifacts.paths import PROJECT_ROOT
-from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
-from prmd.config_file import load_config
+from prmd.config.evaluation import EvaluationConfig
+from prmd.config.loading import load_config
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.data_preparation import download_dataset, split_objectives
 from prmd.errors import ConfigError
 from prmd.evaluation import benchmark_eval, compute_metrics

@@ -38,7 +38,7 @@ from benchmarks.gold_world import (
     prompt_tokens,
 )
 from prmd import ensemble
-from prmd.config_sections import EnsembleConfig
+from prmd.config.shared import EnsembleConfig
 from prmd.generation import stop_token
 from prmd.plotting_study import plot_gold_reward
 from prmd.tokenization import check_template, tokenize_prompt

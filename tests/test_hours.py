@@ -8,7 +8,8 @@ import pytest
 from tiny_models import tiny_config
 
 from benchmarks import hours
-from prmd.config import PolicyConfig, RewardModelConfig
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
 
 CONFIG = RewardModelConfig()

@@ -18,8 +18,7 @@ from prmd.benchmarks.jailbreakbench import run_jailbreakbench
 from prmd.benchmarks.jailbreakbench_data import read_behaviors
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.run import run_benchmarks
-from prmd.config import EvaluationConfig
-from prmd.config_evaluation import BenchmarksConfig, JailbreakBenchConfig, TextJudgeConfig
+from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, JailbreakBenchConfig, TextJudgeConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError
 from prmd.generation import GeneratedResponse

@@ -12,8 +12,7 @@ from tiny_workspace import PAIRS, evaluation_config, write_prepared
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prmd.artifacts import io
-from prmd.config import EvaluationConfig
-from prmd.config_evaluation import JudgeConfig
+from prmd.config.evaluation import EvaluationConfig, JudgeConfig
 from prmd.errors import ConfigError, DataError
 from prmd.judges import (
     Conversation,

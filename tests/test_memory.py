@@ -18,8 +18,8 @@ from transformers import (
 )
 
 from prmd import sequence_models
-from prmd.config import PolicySection
-from prmd.config_sections import LoraConfig, TrainingConfig, TuningConfig
+from prmd.config.policy import PolicySection
+from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
 from prmd.lora import add_lora
 from prmd.memory import plan_generation_memory, plan_memory, plan_scoring_memory
 from prmd.memory_accounting import peak_tensor_bytes

@@ -19,7 +19,7 @@ from transformers import (
 
 from prmd import wheels
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.config_sections import LoraConfig, ModelConfig
+from prmd.config.shared import LoraConfig, ModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.lora import add_lora, save_merged
 from prmd.models import (

@@ -15,8 +15,7 @@ from prmd.benchmarks.mt_bench import run_mt_bench
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.run import run_benchmarks
 from prmd.chats import ReplayChat, conversation_key
-from prmd.config import EvaluationConfig
-from prmd.config_evaluation import BenchmarksConfig, MtBenchConfig, TextJudgeConfig
+from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, MtBenchConfig, TextJudgeConfig
 from prmd.judge_cards import CONSTANT_ANSWER
 from prmd.preferences import Message
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from prmd.config_sections import HhRlhfConfig, TruthfulQaConfig
+from prmd.config.shared import HhRlhfConfig, TruthfulQaConfig
 from prmd.errors import DataError
 from prmd.pair_builders import PairCollection, embedded_pairs, hh_rlhf_pairs, merge, truthfulqa_pairs
 from prmd.raw_data import RawFile

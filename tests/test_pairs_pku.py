@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from prmd.config_sections import PkuSafeRlhfConfig
+from prmd.config.shared import PkuSafeRlhfConfig
 from prmd.errors import ConfigError
 from prmd.pairs_pku import pku_pairs
 from prmd.raw_data import RawFile

@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prmd import plotting, plotting_rewards
 from prmd.artifacts import io
-from prmd.config import PolicyConfig, RewardModelConfig
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic

@@ -11,7 +11,7 @@ from tiny_workspace import policy_config
 from torch import Tensor
 
 from prmd import policy_data
-from prmd.config import PairsConfig, PolicyConfig
+from prmd.config.policy import PairsConfig, PolicyConfig
 from prmd.errors import DataError
 from prmd.generation import GeneratedResponse
 from prmd.models import load_tokenizer

@@ -12,7 +12,7 @@ from tiny_workspace import write_prepared
 from prmd import policy_gate
 from prmd.artifacts import io
 from prmd.cache import tokens_key
-from prmd.config import PolicyConfig, PolicySection
+from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.generation import sample_rows
 from prmd.models import load_tokenizer
 from prmd.policy_training import train_pessimistic

@@ -8,8 +8,8 @@ import torch
 from pydantic import ValidationError
 from tiny_scores import K, M, N, random_scores, reference
 
-from prmd.config import PairsConfig, PolicyConfig, PolicyMethod, PolicySection, RewardModelConfig
-from prmd.config_sections import CalibrationConfig
+from prmd.config.policy import PairsConfig, PolicyConfig, PolicyMethod, PolicySection
+from prmd.config.shared import CalibrationConfig, RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.policy_data import PairScores, ScaleResponses

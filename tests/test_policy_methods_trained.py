@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prmd import policy_gate
 from prmd.artifacts import io
-from prmd.config import PairsConfig, PolicyConfig, PolicySection
+from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
 from prmd.errors import ConfigError, DataError
 from prmd.objectives import OBJECTIVES
 from prmd.policy_selection import MemberSelection

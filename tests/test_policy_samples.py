@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import plain_logp
 from tiny_scores import ROWS, K, random_scores, reference
 
-from prmd.config import PolicySection
+from prmd.config.policy import PolicySection
 from prmd.errors import ConfigError, DataError
 from prmd.pair_batches import MicroBatch
 from prmd.policy_data import ReferenceSamples

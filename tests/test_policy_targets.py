@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_scores import K, M, N, random_scores, reference, scale_of
 
-from prmd.config import PolicySection
+from prmd.config.policy import PolicySection
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.policy_data import PairScores, ScaleResponses

@@ -10,7 +10,7 @@ import torch
 from tiny_scores import ROWS, K, M, N, random_scores, scale_of
 from torch import Tensor
 
-from prmd.config import PolicyConfig, PolicySection
+from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.errors import ConfigError, DataError
 from prmd.pair_batches import collate_rows
 from prmd.pessimism.aggregation import METHODS

@@ -14,7 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from transformers import Trainer
 
 from prmd import precision as module
-from prmd.config_sections import LoraConfig, ModelConfig, TrainingConfig, TuningConfig
+from prmd.config.shared import LoraConfig, ModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
 from prmd.precision import Precision, probe_progress, refuse_if_stuck, resolve_precision
 from prmd.runtime import missing_compiler

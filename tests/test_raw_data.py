@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from prmd import raw_data, sources
-from prmd.config import RewardModelConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.raw_data import fetch_source, read_manifest, read_source
 

@@ -21,7 +21,7 @@ from benchmarks.real_text_summary import (
 )
 from benchmarks.real_text_tables import markdown
 from prmd.artifacts import io
-from prmd.config import RewardModelConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.preferences import BENCHMARK_QUESTIONS_FILE, PreferencePair, make_pair, read_pairs

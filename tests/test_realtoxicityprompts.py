@@ -21,8 +21,7 @@ from prmd.benchmarks.realtoxicityprompts import (
     toxicity_metrics,
 )
 from prmd.benchmarks.rows import numbered
-from prmd.config import EvaluationConfig
-from prmd.config_evaluation import BenchmarksConfig, RealToxicityPromptsConfig
+from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, RealToxicityPromptsConfig
 from prmd.errors import DataError
 from prmd.judge_cards import CONSTANT_ANSWER
 

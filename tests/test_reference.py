@@ -11,8 +11,7 @@ from tiny_pipeline import count_loads, no_model_loads, shards
 from tiny_workspace import reward_model_config
 from transformers import AutoModelForCausalLM
 
-from prmd.config import RewardModelConfig
-from prmd.config_sections import CalibrationConfig
+from prmd.config.shared import CalibrationConfig, RewardModelConfig
 from prmd.models import load_tokenizer
 from prmd.reference import reference_key, reference_logps, reference_samples
 from prmd.tokenization import PrefixRow, tokenize_prompt, tokenize_row

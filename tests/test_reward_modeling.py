@@ -11,8 +11,8 @@ from tiny_workspace import reward_model_config, write_prepared
 
 from prmd import reward_fitting
 from prmd.artifacts import io
-from prmd.config import EvaluationConfig, RewardModelConfig
-from prmd.config_sections import EnsembleConfig, TrainingConfig
+from prmd.config.evaluation import EvaluationConfig
+from prmd.config.shared import EnsembleConfig, RewardModelConfig, TrainingConfig
 from prmd.errors import ConfigError, DataError
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES

@@ -10,8 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from prmd import reward_models
 from prmd.artifacts import io
-from prmd.config import RewardModelConfig
-from prmd.config_sections import EnsembleConfig, ModelConfig
+from prmd.config.shared import EnsembleConfig, ModelConfig, RewardModelConfig
 from prmd.ensemble import fit_ensemble
 from prmd.errors import DataError
 from prmd.pessimism.calibration import fit_calibration

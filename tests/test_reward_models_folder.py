@@ -10,8 +10,7 @@ from tiny_pipeline import count_loads, no_model_loads, shards
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prmd.artifacts import io
-from prmd.config import RewardModelConfig
-from prmd.config_sections import DataConfig, ModelConfig
+from prmd.config.shared import DataConfig, ModelConfig, RewardModelConfig
 from prmd.ensemble import Ensemble, initial_heads
 from prmd.errors import DataError
 from prmd.pessimism.calibration import Calibration

@@ -12,7 +12,7 @@ from tiny_workspace import evaluation_config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.rewardbench import main
-from prmd.config import RewardModelConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.rewardbench import (
     SECTIONS,

@@ -9,7 +9,9 @@ import pytest
 import run_pipeline
 from prmd.artifacts.io import read_json, write_json
 from prmd.artifacts.paths import CONFIG_DIR, PROJECT_ROOT, ArtifactPaths
-from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
+from prmd.config.evaluation import EvaluationConfig
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
 
 QUICKSTART = str(CONFIG_DIR / "quickstart")

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from prmd import sources
-from prmd.config_sections import DataConfig
+from prmd.config.shared import DataConfig
 from prmd.errors import ConfigError, DataError
 from prmd.sources import plan_source, required_sources
 

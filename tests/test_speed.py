@@ -26,7 +26,7 @@ from benchmarks.speed_setup import (
 from benchmarks.speed_shape import IsolatedRun, attention_row, shape_rows, training_flops
 from benchmarks.speed_trainings import our_scoring, our_training, trl_dpo
 from prmd.attention import SDPA_OR_FLEX, AttentionShape
-from prmd.config_sections import DataConfig
+from prmd.config.shared import DataConfig
 from prmd.policy_targets import policy_loss
 from prmd.sequence_models import SequenceLogps
 from prmd.tokenization import PrefixRow

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prmd.config_sections import SplitsConfig
+from prmd.config.shared import SplitsConfig
 from prmd.pair_builders import SourcedPair
 from prmd.preferences import make_pair, prompt_key
 from prmd.splits import check_no_leak, limit_pairs, split_pairs

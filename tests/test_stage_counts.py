@@ -12,8 +12,16 @@ from tiny_workspace import reward_model_config, write_prepared, write_reward_mod
 
 from prmd import judges, plotting, plotting_rewards, reward_modeling, reward_models
 from prmd.artifacts import io
-from prmd.config import EvaluationConfig, PairsConfig, PolicyConfig, PolicySection, RewardModelConfig
-from prmd.config_sections import CalibrationConfig, EnsembleConfig, LoraConfig, TrainingConfig, TuningConfig
+from prmd.config.evaluation import EvaluationConfig
+from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
+from prmd.config.shared import (
+    CalibrationConfig,
+    EnsembleConfig,
+    LoraConfig,
+    RewardModelConfig,
+    TrainingConfig,
+    TuningConfig,
+)
 from prmd.evaluation import compute_metrics
 from prmd.objectives import OBJECTIVES
 from prmd.policy_gate import gate_file

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd import endpoint as endpoint_module
 from prmd.chats import ReplayChat, conversation_key, short_name
-from prmd.config import EvaluationConfig
-from prmd.config_evaluation import TextJudgeConfig
+from prmd.config.evaluation import EvaluationConfig, TextJudgeConfig
 from prmd.endpoint import ATTEMPTS, EndpointError
 from prmd.errors import ConfigError, DataError
 from prmd.label_classifiers import LabelClassifier

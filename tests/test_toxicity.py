@@ -13,8 +13,7 @@ from tiny_models import direct_logits, labelled
 from tiny_workspace import evaluation_config
 
 from prmd.benchmarks.realtoxicityprompts import read_data
-from prmd.config import EvaluationConfig
-from prmd.config_evaluation import BenchmarksConfig, RealToxicityPromptsConfig
+from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, RealToxicityPromptsConfig
 from prmd.errors import DataError
 from prmd.ngram_regression import RIDGE, count_matrix, fit_ngram_regression, ngrams
 from prmd.toxicity import (

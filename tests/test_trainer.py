@@ -14,7 +14,7 @@ from transformers import (
 )
 from transformers.training_args import OptimizerNames
 
-from prmd.config_sections import LoraConfig, TrainingConfig
+from prmd.config.shared import LoraConfig, TrainingConfig
 from prmd.lora import add_lora
 from prmd.models import load_tokenizer_from
 from prmd.pair_batches import collate_rows, plan_batches, total_steps

@@ -19,8 +19,14 @@ from prmd import runtime
 from prmd.artifacts import io
 from prmd.artifacts.runs import partial_path
 from prmd.checkpoints import checkpoint_steps, name_checkpoints
-from prmd.config import RewardModelConfig
-from prmd.config_sections import DataConfig, LoraConfig, ModelConfig, TrainingConfig, TuningConfig
+from prmd.config.shared import (
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    RewardModelConfig,
+    TrainingConfig,
+    TuningConfig,
+)
 from prmd.errors import ConfigError
 from prmd.lora import add_lora
 from prmd.models import load_causal_lm, load_tokenizer

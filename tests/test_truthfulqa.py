@@ -21,8 +21,7 @@ from prmd.benchmarks.truthfulqa import (
     score_question,
     strided,
 )
-from prmd.config import EvaluationConfig
-from prmd.config_evaluation import BenchmarksConfig, TruthfulQaBenchmarkConfig
+from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, TruthfulQaBenchmarkConfig
 from prmd.errors import ConfigError, DataError
 from prmd.models import load_policy
 from prmd.preferences import BENCHMARK_QUESTIONS_FILE

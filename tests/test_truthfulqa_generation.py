@@ -25,8 +25,12 @@ from prmd.benchmarks.truth_judges import (
 )
 from prmd.benchmarks.truthfulqa import PRIMER, Question, read_questions
 from prmd.benchmarks.truthfulqa_generation import DECLINING_ANSWER, answer_text, run_truthfulqa_generation
-from prmd.config import EvaluationConfig
-from prmd.config_evaluation import BenchmarksConfig, TextJudgeConfig, TruthfulQaBenchmarkConfig
+from prmd.config.evaluation import (
+    BenchmarksConfig,
+    EvaluationConfig,
+    TextJudgeConfig,
+    TruthfulQaBenchmarkConfig,
+)
 from prmd.generation import GeneratedResponse
 from prmd.judges import Conversation
 from prmd.rubrics import JudgeItem, Rubric, Verdict, item_key

@@ -17,7 +17,7 @@ SCRIPT = f'''"""A small stage.
 import json, os, sys
 from pathlib import Path
 sys.path.insert(0, {str(PROJECT_ROOT)!r})
-from prmd.config import PolicyConfig
+from prmd.config.policy import PolicyConfig
 from prmd.errors import DataError
 from utils import run_stage
 

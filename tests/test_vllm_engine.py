@@ -13,9 +13,8 @@ import pytest
 from tiny_pipeline import no_model_loads
 from tiny_workspace import contender, evaluation_config, policy_config, write_workspace
 
-from prmd.config import EvaluationConfig
-from prmd.config_evaluation import GenerationConfig
-from prmd.config_sections import CalibrationConfig
+from prmd.config.evaluation import EvaluationConfig, GenerationConfig
+from prmd.config.shared import CalibrationConfig
 from prmd.contenders import EvaluationPrompt, evaluation_prompts
 from prmd.errors import ConfigError
 from prmd.evaluation import compute_metrics

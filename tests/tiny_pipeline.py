@@ -17,8 +17,10 @@ from transformers import PreTrainedModel
 
 import run_pipeline
 from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths
-from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
-from prmd.config_file import load_pipeline
+from prmd.config.evaluation import EvaluationConfig
+from prmd.config.loading import load_pipeline
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.objectives import OBJECTIVES
 
 MEMBERS = 3

@@ -7,7 +7,7 @@ from tiny_models import tiny_causal_lm
 from torch import Tensor
 
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.config_sections import ModelConfig
+from prmd.config.shared import ModelConfig
 from prmd.models import load_causal_lm
 from prmd.policy_data import PairScores, ScaleResponses
 from prmd.sequence_models import SequenceLogps

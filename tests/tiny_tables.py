@@ -12,8 +12,8 @@ from torch import Tensor
 from prmd import plotting, policy_gate, policy_training
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.cache import ScoreTable, tokens_key
-from prmd.config import PairsConfig, PolicyConfig, RewardModelConfig
-from prmd.config_sections import CalibrationConfig, LoraConfig, TrainingConfig, TuningConfig
+from prmd.config.policy import PairsConfig, PolicyConfig
+from prmd.config.shared import CalibrationConfig, LoraConfig, RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration, fit_calibration

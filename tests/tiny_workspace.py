@@ -11,9 +11,16 @@ from transformers import AutoModelForCausalLM
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
-from prmd.config_evaluation import BenchmarksConfig, GenerationConfig, JudgeConfig
-from prmd.config_sections import CalibrationConfig, DataConfig, ModelConfig, TrainingConfig, TruthfulQaConfig
+from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, GenerationConfig, JudgeConfig
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import (
+    CalibrationConfig,
+    DataConfig,
+    ModelConfig,
+    RewardModelConfig,
+    TrainingConfig,
+    TruthfulQaConfig,
+)
 from prmd.contenders import ContenderModels, find_contenders
 from prmd.ensemble import Ensemble, initial_heads
 from prmd.models import load_tokenizer

@@ -19,7 +19,7 @@ from transformers.training_args import OptimizerNames
 from prmd import scoring
 from prmd.cache import ScoreTable
 from prmd.checkpoints import ShareCheckpoints, newest_complete
-from prmd.config_sections import TrainingConfig
+from prmd.config.shared import TrainingConfig
 from prmd.models import load_tokenizer_from
 from prmd.pair_batches import plan_batches, total_steps
 from prmd.pessimism.losses import dpo_loss

@@ -98,7 +98,7 @@ def finish_run(
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """The complete configuration as YAML that `config_file.load_config` reads back to an equal object."""
+    """The complete configuration as YAML that `config.loading.load_config` reads back to an equal object."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 

@@ -15,7 +15,7 @@ from prmd.benchmarks import (
     truthfulqa_generation,
 )
 from prmd.benchmarks.result import BenchmarkResult
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
 
 Benchmark = Callable[[EvaluationConfig, ContenderModels], BenchmarkResult]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prmd.artifacts import io
 from prmd.benchmarks.result import BenchmarkResult, accuracy
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.objectives import OBJECTIVES
 from prmd.preferences import PreferencePair, hash_share, read_pairs

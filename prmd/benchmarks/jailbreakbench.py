@@ -27,7 +27,7 @@ from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.rows import why_not_run
 from prmd.benchmarks.sampling import sample
 from prmd.benchmarks.truthfulqa import strided
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.judge_cards import CONSTANT_ANSWER, judge_card

@@ -12,7 +12,7 @@ from typing import Any
 from prmd.artifacts import io
 from prmd.artifacts.paths import resolve_user_path
 from prmd.benchmarks.rows import Row, csv_rows, integer_of, numbered, refuse_twice, text_of
-from prmd.config_evaluation import JailbreakBenchConfig
+from prmd.config.evaluation import JailbreakBenchConfig
 from prmd.errors import ConfigError, DataError
 from prmd.local_rows import json_rows
 from prmd.sources import benchmark_files, hub_rows

@@ -19,7 +19,7 @@ from prmd.benchmarks.mt_bench_judging import pair_prompt, parse_rating, parse_ve
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.rows import why_not_run
 from prmd.chats import conversation_key
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.generation import GeneratedResponse

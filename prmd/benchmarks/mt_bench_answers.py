@@ -11,7 +11,7 @@ from torch import nn
 from prmd.artifacts import io
 from prmd.benchmarks.mt_bench_data import MtBenchQuestion
 from prmd.cache import JsonTable
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.generation import GeneratedResponse, generate
 from prmd.preferences import Message

@@ -18,7 +18,7 @@ from prmd.artifacts import io
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.rows import Row, numbered, refuse_twice, share_of, text_of, value_of, why_not_run
 from prmd.benchmarks.sampling import sample
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import DataError, UserError
 from prmd.generation import GeneratedResponse

@@ -15,7 +15,7 @@ from prmd.artifacts.runs import read_run
 from prmd.benchmarks import BENCHMARKS, COMPANIONS, Benchmark, benchmark_names
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.rows import content_key
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import Contender, ContenderModels
 from prmd.endpoint import EndpointError
 

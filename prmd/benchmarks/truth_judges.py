@@ -15,7 +15,7 @@ import numpy as np
 from prmd.artifacts.paths import find_user_path, stage_command
 from prmd.artifacts.runs import read_run
 from prmd.benchmarks.truthfulqa import Question
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.judge_cards import agreement, judge_card
 from prmd.judges import Conversation, RewardModelJudge, trained_judge
 from prmd.local_rows import json_rows

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from prmd.artifacts import io
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.cache import ScoreTable
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.preferences import read_benchmark_questions

@@ -17,7 +17,7 @@ from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.sampling import sample
 from prmd.benchmarks.truth_judges import TruthJudge, make_truth_judge
 from prmd.benchmarks.truthfulqa import Question, asked_questions, question_context
-from prmd.config import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.generation import GeneratedResponse

@@ -11,8 +11,9 @@ import pytest
 from prmd.artifacts import runs
 from prmd.artifacts.io import publish_directory, read_json, write_text
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.config import PolicyConfig, RewardModelConfig
-from prmd.config_file import load_config
+from prmd.config.loading import load_config
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
 
 COMMAND = "python 2_reward_modeling/train_helpful_rm.py"

@@ -13,10 +13,10 @@ from prmd.benchmarks.mt_bench import run_mt_bench
 from prmd.benchmarks.rows import content_key
 from prmd.benchmarks.truth_judges import _human_labels
 from prmd.benchmarks.truthfulqa import Question
-from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
-from prmd.config_evaluation import JailbreakBenchConfig, MtBenchConfig
-from prmd.config_file import load_config, load_pipeline
-from prmd.config_sections import DataConfig, ModelConfig
+from prmd.config.evaluation import EvaluationConfig, JailbreakBenchConfig, MtBenchConfig
+from prmd.config.loading import load_config, load_pipeline
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import DataConfig, ModelConfig, RewardModelConfig
 from prmd.data_preparation import download_dataset
 from prmd.errors import ConfigError
 from prmd.judges import judge_folder

@@ -1,7 +1,6 @@
 """What is wrong with a configuration, in one line for each place: where, the key, got, wanted, did you mean.
 
-Pydantic says what it refused and under which keys; the node tree knows the file and line of those keys. Reading the files
-is in `config_file`, the keys themselves are in `config`.
+Pydantic says what it refused and under which keys; the node tree knows the file and line of those keys.
 """
 
 import difflib
@@ -14,7 +13,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from prmd.config import RewardModelConfig
+from prmd.config.shared import RewardModelConfig
 
 REFERENCE = "reward_model_config"
 """The key under which the policy and evaluation files hold the file they share."""

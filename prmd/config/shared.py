@@ -1,7 +1,6 @@
-"""Sections of the YAML files that all stages share: data, models, training, ensemble and calibration.
+"""What all stages share, and how reward models are trained: the sections and keys of `reward_model_config.yaml`.
 
-Every default lives in a field and nowhere else. What only the evaluation reads is in `config_evaluation`; the policy's
-own sections and the three files are in `config`, to be read next.
+Every default lives in a field and nowhere else; a field is here only if some code reads it.
 """
 
 from collections.abc import Iterable
@@ -9,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from prmd.artifacts.paths import ArtifactPaths, resolve_artifact_root
 from prmd.objectives import OBJECTIVES
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -144,3 +144,52 @@ class CalibrationConfig(Section):
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 32
     engine: Literal["transformers", "vllm"] = "transformers"
+
+
+# ------------------------------------------------------------------ reward models
+class RewardModelConfig(Section):
+    """`reward_model_config.yaml`: what all stages share, and how reward models are trained."""
+
+    artifact_root: str = "."
+    seed: Annotated[int, Field(ge=0)] = 42
+    report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    tuning: TuningConfig = TuningConfig()
+    training: TrainingConfig = TrainingConfig()
+    centering_coefficient: float = Field(default=0.01, ge=0.0)
+    scoring_tokens: PositiveInt = 8192
+    ensemble: EnsembleConfig = EnsembleConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+
+    @model_validator(mode="after")
+    def adapters_need_lora(self) -> "RewardModelConfig":
+        ensemble = self.ensemble
+        if ensemble.kind == "adapters" and ensemble.members > 1 and self.tuning.method != "lora":
+            raise ValueError(
+                f"ensemble.kind is adapters, which needs tuning.method: lora, got {self.tuning.method}; set it, or "
+                "ensemble.kind: heads"
+            )
+        return self
+
+    @property
+    def paths(self) -> ArtifactPaths:
+        return ArtifactPaths(resolve_artifact_root(self.artifact_root), self.data.approach)
+
+    @property
+    def shared(self) -> "RewardModelConfig":
+        return self
+
+
+class RefersToRewardModelConfig(Section):
+    """A file that follows `reward_model_config.yaml` for data, model, seed and paths."""
+
+    reward_model_config: RewardModelConfig = RewardModelConfig()
+
+    @property
+    def shared(self) -> RewardModelConfig:
+        return self.reward_model_config
+
+    @property
+    def paths(self) -> ArtifactPaths:
+        return self.reward_model_config.paths

@@ -1,8 +1,7 @@
-"""YAML files and command-line overrides to the frozen objects of `config`; every mistake named at once, with file:line.
+"""YAML files and command-line overrides to frozen configurations; every mistake named at once, with file:line.
 
 Only this module reads YAML. A file may begin with `extends: other.yaml` (deep merge, lists replaced); the policy and
 evaluation files name the file they share with `reward_model_config: file`. There are no variables, anchors or tags.
-The keys and their defaults are in `config` and the sections it names; the command line around this is in `utils.run_stage`.
 """
 
 import json
@@ -17,9 +16,32 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from prmd.artifacts.paths import beside, resolve_user_path
-from prmd.config import CONFIG_FILES, AnyConfig, RewardModelConfig, config_directory
-from prmd.config_mistakes import COMMAND_LINE, REFERENCE, Node, did_you_mean, dotted_keys, explain, quote
+from prmd.config.evaluation import (
+    EvaluationConfig,
+)
+from prmd.config.mistakes import COMMAND_LINE, REFERENCE, Node, did_you_mean, dotted_keys, explain, quote
+from prmd.config.policy import (
+    PolicyConfig,
+)
+from prmd.config.shared import (
+    RewardModelConfig,
+    Section,
+)
 from prmd.errors import ConfigError
+
+AnyConfig = RewardModelConfig | PolicyConfig | EvaluationConfig
+
+CONFIG_FILES: dict[str, type[Section]] = {
+    "reward_model_config.yaml": RewardModelConfig,
+    "policy_config.yaml": PolicyConfig,
+    "evaluation_config.yaml": EvaluationConfig,
+}
+
+
+def config_directory(path: Path) -> Path:
+    """The directory that holds the three files, given it or one of them."""
+    return path if path.is_dir() else path.parent
+
 
 Config = TypeVar("Config", bound=BaseModel)
 

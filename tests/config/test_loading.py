@@ -7,8 +7,10 @@ import yaml
 
 from prmd.artifacts.paths import PROJECT_ROOT
 from prmd.artifacts.runs import dump_yaml
-from prmd.config import EvaluationConfig, PolicyConfig, RewardModelConfig
-from prmd.config_file import as_dict, load_config, load_pipeline
+from prmd.config.evaluation import EvaluationConfig
+from prmd.config.loading import as_dict, load_config, load_pipeline
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError
 
 

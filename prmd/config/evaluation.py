@@ -1,18 +1,18 @@
-"""Sections that only the evaluation reads: judges, generation and benchmarks.
+"""`evaluation_config.yaml`: who judges, on how many prompts, and which benchmarks run.
 
-Every default lives in a field and nowhere else. The file they stand in is `EvaluationConfig` of `config`; sections that
-all stages share are in `config_sections`.
+Every default lives in a field and nowhere else; a field is here only if some code reads it.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from prmd.config_sections import (
+from prmd.config.shared import (
     Approach,
     ModelConfig,
     PositiveFloat,
     PositiveInt,
+    RefersToRewardModelConfig,
     Section,
     TrainingConfig,
     TuningConfig,
@@ -127,3 +127,14 @@ class BenchmarksConfig(Section):
     realtoxicityprompts: RealToxicityPromptsConfig = RealToxicityPromptsConfig()
     jailbreakbench: JailbreakBenchConfig = JailbreakBenchConfig()
     mt_bench: MtBenchConfig = MtBenchConfig()
+
+
+# ------------------------------------------------------------------ evaluation
+class EvaluationConfig(RefersToRewardModelConfig):
+    """`evaluation_config.yaml`: who judges, on how many prompts, and which benchmarks run."""
+
+    judges: JudgeConfig = JudgeConfig()
+    text_judge: TextJudgeConfig = TextJudgeConfig()
+    generation: GenerationConfig = GenerationConfig()
+    bootstrap_resamples: Annotated[int, Field(ge=100)] = 10_000
+    benchmarks: BenchmarksConfig = BenchmarksConfig()
