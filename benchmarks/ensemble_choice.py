@@ -30,7 +30,7 @@ from prmd.artifacts.paths import resolve_user_path
 from prmd.config.loading import load_config
 from prmd.config.shared import EnsembleConfig, RewardModelConfig
 from prmd.ensemble import fit_ensemble
-from prmd.preferences import hash_share, read_pairs
+from prmd.pairs import hash_share, read_pairs
 from prmd.reward_data import RewardTask, read_reward_pairs, tokenize_reward_pairs
 from prmd.reward_models import load_reward_model
 from prmd.runtime import configure_logging

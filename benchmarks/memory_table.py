@@ -22,7 +22,7 @@ from prmd.config.loading import load_config
 from prmd.config.shared import RewardModelConfig
 from prmd.models import load_tokenizer
 from prmd.pair_batches import MicroBatch
-from prmd.preferences import make_pair
+from prmd.pairs import make_pair
 from prmd.runtime import configure_logging
 from prmd.tokenization import tokenize_pairs
 from utils import user_errors_exit

@@ -23,7 +23,7 @@ from prmd.artifacts.runs import (
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
 from prmd.objectives import OBJECTIVES, SPLITS
-from prmd.preferences import BENCHMARK_QUESTIONS_FILE, PREPARE_COMMAND, PreferencePair, hash_share, read_pairs
+from prmd.pairs import BENCHMARK_QUESTIONS_FILE, PREPARE_COMMAND, PreferencePair, hash_share, read_pairs
 
 logger = logging.getLogger("prmd.real_text")
 TRAIN = "train"

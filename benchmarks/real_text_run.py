@@ -28,10 +28,10 @@ from prmd.errors import DataError
 from prmd.judges import RewardModelJudge, trained_judge
 from prmd.models import load_tokenizer, model_source
 from prmd.objectives import OBJECTIVES
+from prmd.pairs import read_pairs
 from prmd.policy_evaluation import Evaluation, judge_runs, measure, sample
 from prmd.policy_methods import BASELINE
 from prmd.policy_training import train_baseline_dpo, train_pessimistic
-from prmd.preferences import read_pairs
 from prmd.reward_modeling import train_judge, train_reward_model
 
 logger = logging.getLogger("prmd.real_text")

@@ -28,7 +28,7 @@ from prmd.errors import DataError
 from prmd.models import load_base_classifier, load_causal_lm, load_tokenizer
 from prmd.pair_batches import MicroBatch, collate_rows, padding_share, plan_batches
 from prmd.pair_builders import embedded_pairs, hh_rlhf_pairs
-from prmd.preferences import PreferencePair
+from prmd.pairs import PreferencePair
 from prmd.raw_data import RawFile
 from prmd.runtime import get_device
 from prmd.sequence_models import supports_shared_prompts

@@ -22,7 +22,7 @@ from prmd.artifacts.paths import ArtifactPaths
 from prmd.checkpoints import PREFIX, copy_model, drop_notes
 from prmd.config.shared import ModelConfig
 from prmd.ensemble import bootstrap_weights
-from prmd.preferences import PreferencePair, hash_share
+from prmd.pairs import PreferencePair, hash_share
 from prmd.sequence_models import SequenceRewards
 
 MEMBERS_FOLDER = "members"

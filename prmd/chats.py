@@ -20,7 +20,7 @@ from prmd.errors import ConfigError, DataError
 from prmd.generation import generate
 from prmd.local_rows import json_rows
 from prmd.models import base_model_key, load_causal_lm, load_tokenizer
-from prmd.preferences import Message
+from prmd.pairs import Message
 from prmd.runtime import free_memory, progress
 from prmd.tokenization import render, template_fingerprint
 

@@ -25,7 +25,7 @@ from prmd.errors import DataError
 from prmd.generation import Engine, GeneratedResponse, generate, sample_rows
 from prmd.models import load_causal_lm, load_policy, weights_fingerprint
 from prmd.objectives import OBJECTIVES
-from prmd.preferences import Message, PreferencePair, hash_share, read_pairs
+from prmd.pairs import Message, PreferencePair, hash_share, read_pairs
 from prmd.reference import reference_key, reference_logps
 from prmd.response_kl import response_kls
 from prmd.runtime import free_memory, get_device

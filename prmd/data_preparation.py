@@ -2,7 +2,7 @@
 
 `download_dataset` fills `data/raw/<source>/` (through `raw_data` and `sources`); `split_objectives` makes
 `data/processed/<approach>/` (through `pair_builders`, `pairs_pku` and `splits`). Stage 2 reads the splits with
-`preferences.read_pairs`.
+`pairs.read_pairs`.
 """
 
 import logging
@@ -16,8 +16,8 @@ from prmd.data_summary import sizes_of, write_summary
 from prmd.errors import DataError, UserError
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pair_builders import PairCollection, embedded_pairs, hh_rlhf_pairs, merge, truthfulqa_pairs
+from prmd.pairs import BENCHMARK_QUESTIONS_FILE
 from prmd.pairs_pku import pku_pairs
-from prmd.preferences import BENCHMARK_QUESTIONS_FILE
 from prmd.raw_data import MANIFEST, fetch_source, read_manifest, read_source
 from prmd.sources import plan_source, required_sources
 from prmd.splits import SplitPairs, SplitResult, check_no_leak, limit_pairs, split_pairs

@@ -13,7 +13,7 @@ from prmd import plotting
 from prmd.artifacts import io
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import UserError
-from prmd.preferences import Message, PreferencePair
+from prmd.pairs import Message, PreferencePair
 from prmd.splits import SplitPairs
 
 logger = logging.getLogger(__name__)

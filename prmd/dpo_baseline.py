@@ -19,9 +19,9 @@ from prmd.config.policy import PolicyConfig
 from prmd.lora import lora_config
 from prmd.models import load_causal_lm
 from prmd.pair_batches import MicroBatch, plan_batches
+from prmd.pairs import PreferencePair
 from prmd.policy_pairs import PolicyPairs
 from prmd.precision import Precision
-from prmd.preferences import PreferencePair
 from prmd.reporting import reporting_callbacks
 from prmd.runtime import get_device, get_runtime, is_main_process, set_seed
 from prmd.sharding import RefuseUnsharded, requested_sharding

@@ -16,9 +16,9 @@ from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.memory_report import UNSAMPLED, Sampled, memory_lines
 from prmd.objectives import OBJECTIVES
+from prmd.pairs import PREPARE_COMMAND
 from prmd.policy_methods import BASELINE, POLICY_METHODS, SOUP, SOUP_MEMBERS, uses_gamma
 from prmd.policy_samples import GAMMA_SAMPLES
-from prmd.preferences import PREPARE_COMMAND
 from prmd.rehearsal import Task
 from prmd.runtime import GIB, free_disk_bytes
 

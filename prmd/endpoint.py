@@ -18,7 +18,7 @@ from typing import Any
 
 from prmd.config.evaluation import TextJudgeConfig
 from prmd.errors import UserError
-from prmd.preferences import Message
+from prmd.pairs import Message
 
 logger = logging.getLogger(__name__)
 

@@ -37,9 +37,9 @@ from prmd.errors import DataError, UserError
 from prmd.judges import Judge, given_judge, trained_judge
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
+from prmd.pairs import PREPARE_COMMAND, read_pairs
 from prmd.policy_comparison import compare_methods
 from prmd.policy_evaluation import Evaluation, evaluate_methods, is_finished
-from prmd.preferences import PREPARE_COMMAND, read_pairs
 from prmd.report import build_report
 from prmd.report_evaluation import benchmark_results
 from prmd.report_headline import headline_section

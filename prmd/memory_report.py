@@ -20,8 +20,8 @@ from prmd.errors import UserError
 from prmd.memory import plan_generation_memory, plan_memory
 from prmd.memory_plan import MemoryPlan, device_memory
 from prmd.models import load_model_config, load_tokenizer, model_source
+from prmd.pairs import PreferencePair
 from prmd.precision import Precision, eight_bit_precision, resolve_precision
-from prmd.preferences import PreferencePair
 from prmd.rehearsal import Task
 from prmd.runtime import GIB
 from prmd.tokenization import PrefixRow, tokenize_pairs

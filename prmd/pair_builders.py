@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prmd.config.shared import HhRlhfConfig, TruthfulQaConfig
-from prmd.preferences import PreferencePair, hash_share, make_pair, prompt_key
+from prmd.pairs import PreferencePair, hash_share, make_pair, prompt_key
 from prmd.raw_data import RawFile
 from prmd.runtime import progress
 from prmd.transcripts import TranscriptError, compare_transcripts

@@ -11,7 +11,7 @@ from typing import Any
 from prmd.config.shared import PkuSafeRlhfConfig
 from prmd.errors import ConfigError
 from prmd.pair_builders import PairCollection, SourcedPair
-from prmd.preferences import make_pair
+from prmd.pairs import make_pair
 from prmd.raw_data import RawFile
 from prmd.runtime import progress
 

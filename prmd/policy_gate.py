@@ -22,11 +22,11 @@ from prmd.errors import UserError
 from prmd.generation import sample_rows
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
+from prmd.pairs import read_pairs
 from prmd.pessimism.kl_budget import gate_row, usable_kl_target
 from prmd.policy_data import ScaleResponses, sampling_config, score_samples
 from prmd.policy_methods import POLICY_METHODS, reference_sample_count
 from prmd.policy_rewards import solve_reward
-from prmd.preferences import read_pairs
 from prmd.reference import reference_samples, samples_table
 from prmd.reward_models import RewardModel, load_reward_models
 from prmd.runtime import is_main_process

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.config.policy import PolicyConfig
 from prmd.objectives import OBJECTIVES
-from prmd.preferences import read_pairs
+from prmd.pairs import read_pairs
 from prmd.tokenization import TokenizedPairs, tokenize_pairs
 
 EVAL_SHARE, EVAL_PAIRS = 0.25, 256

@@ -38,6 +38,7 @@ from prmd.errors import DataError
 from prmd.lora import add_lora
 from prmd.models import load_causal_lm, load_tokenizer
 from prmd.objectives import OBJECTIVES
+from prmd.pairs import read_pairs
 from prmd.policy_gate import describe_gate, preview_gate
 from prmd.policy_inputs import MethodInputs, Prepared, method_inputs, prepare
 from prmd.policy_methods import (
@@ -52,7 +53,6 @@ from prmd.policy_methods import (
 from prmd.policy_selection import loss_function
 from prmd.policy_soup import average_policies
 from prmd.policy_targets import describe_targets
-from prmd.preferences import read_pairs
 from prmd.reference import check_engine, reference_key
 from prmd.reward_models import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone

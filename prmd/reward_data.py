@@ -15,7 +15,7 @@ from prmd.config.loading import as_dict
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
-from prmd.preferences import PreferencePair, hash_share, read_pairs
+from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.reference import reference_key
 from prmd.tokenization import TokenizedPairs, tokenize_pairs
 

@@ -18,8 +18,8 @@ from prmd.ensemble import fit_ensemble
 from prmd.generation import sample_rows
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
+from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.pessimism.calibration import fit_calibration, prompt_means
-from prmd.preferences import PreferencePair, hash_share, read_pairs
 from prmd.reference import reference_samples
 from prmd.reward_data import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.reward_metrics import HeldOut, extreme_examples, readable_examples, reward_metrics, warnings

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prmd.preferences import PreferencePair
+from prmd.pairs import PreferencePair
 from prmd.statistics.intervals import accuracy_with_ties
 from prmd.statistics.reliability import (
     disagreement_measures,

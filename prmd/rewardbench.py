@@ -16,7 +16,7 @@ import numpy as np
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.local_rows import json_rows, parquet_rows
-from prmd.preferences import Message, PreferencePair
+from prmd.pairs import Message, PreferencePair
 from prmd.reward_models import load_reward_model
 from prmd.statistics.intervals import accuracy_with_ties, wilson_interval
 from prmd.tokenization import template_fingerprint, tokenize_pairs

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prmd.artifacts import io
 from prmd.errors import ConfigError
-from prmd.preferences import Message
+from prmd.pairs import Message
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from datasketch import MinHash, MinHashLSH
 from prmd.config.shared import SplitsConfig
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pair_builders import SourcedPair
-from prmd.preferences import PreferencePair, hash_share, prompt_key
+from prmd.pairs import PreferencePair, hash_share, prompt_key
 from prmd.runtime import progress
 
 SplitPairs = dict[str, dict[str, list[PreferencePair]]]

@@ -16,7 +16,7 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.endpoint import make_endpoint
 from prmd.errors import ConfigError
 from prmd.label_classifiers import LabelClassifier
-from prmd.preferences import Message
+from prmd.pairs import Message
 from prmd.refusals import refuses
 from prmd.rubrics import JAILBREAK, REFUSAL, JudgeItem, Rubric, Verdict, item_key
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedTokenizerBase
 
 from prmd.errors import ConfigError, DataError
-from prmd.preferences import Message, PreferencePair
+from prmd.pairs import Message, PreferencePair
 
 Tokens = tuple[int, ...]
 

@@ -20,7 +20,7 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import DataError
 from prmd.label_classifiers import LabelClassifier
 from prmd.ngram_regression import NGRAM_LENGTHS, RIDGE, NgramRegression, fit_ngram_regression
-from prmd.preferences import hash_share
+from prmd.pairs import hash_share
 from prmd.statistics.intervals import bootstrap_statistic
 
 SUBSTITUTE = "substitute"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from prmd.preferences import Message
+from prmd.pairs import Message
 
 _MARKER = re.compile(r"(?:\A\s*|\n\n[ \t]*)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}

@@ -35,7 +35,7 @@ from prmd.config.shared import (
     TuningConfig,
 )
 from prmd.errors import ConfigError, DataError
-from prmd.preferences import read_pairs
+from prmd.pairs import read_pairs
 from prmd.reward_data import RewardTask, read_reward_pairs
 from prmd.reward_modeling import train_judge, train_reward_model
 from prmd.reward_models import RewardModel, load_reward_model

@@ -88,7 +88,6 @@ NOT_YET_MOVED = [
     "policy_targets",
     "policy_training",
     "precision",
-    "preferences",
     "primer_scoring",
     "proxies",
     "raw_data",

@@ -12,7 +12,7 @@ from prmd.config.evaluation import EvaluationConfig, GenerationConfig
 from prmd.contenders import ContenderModels, evaluation_prompts, find_contenders
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.preferences import read_pairs
+from prmd.pairs import read_pairs
 
 
 @pytest.fixture(scope="module")

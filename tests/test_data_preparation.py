@@ -14,7 +14,7 @@ from prmd.config.shared import RewardModelConfig
 from prmd.data_preparation import download_dataset, split_objectives
 from prmd.errors import ConfigError, DataError
 from prmd.objectives import OBJECTIVES, SPLITS
-from prmd.preferences import prompt_key, read_benchmark_questions, read_pairs
+from prmd.pairs import prompt_key, read_benchmark_questions, read_pairs
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 FIXTURE = Path(__file__).parent / "fixtures" / "pku_current_schema.jsonl"

@@ -8,7 +8,7 @@ from prmd import models
 from prmd.config.shared import RewardModelConfig
 from prmd.data_summary import EXAMPLES, write_summary
 from prmd.errors import ConfigError
-from prmd.preferences import make_pair
+from prmd.pairs import make_pair
 
 
 def pair(number):

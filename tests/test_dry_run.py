@@ -23,8 +23,8 @@ from prmd.config.shared import (
 from prmd.dry_run import describe_inputs, gamma_lengths
 from prmd.memory_report import longest_row, memory_lines
 from prmd.models import load_tokenizer
+from prmd.pairs import read_pairs
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
-from prmd.preferences import read_pairs
 from prmd.reward_modeling import train_reward_model
 from prmd.runtime import GIB
 from prmd.tokenization import tokenize_pairs

@@ -13,7 +13,7 @@ from benchmarks import ensemble_choice
 from prmd.artifacts import io
 from prmd.artifacts.runs import dump_yaml
 from prmd.config.shared import DataConfig, EnsembleConfig, ModelConfig, RewardModelConfig, TrainingConfig
-from prmd.preferences import read_pairs
+from prmd.pairs import read_pairs
 
 
 def made_up_pairs(n: int = 60, width: int = 5, trained: int = 60) -> ensemble_choice.UnseenPairs:

@@ -23,8 +23,8 @@ from prmd.config.shared import RewardModelConfig
 from prmd.data_preparation import download_dataset, split_objectives
 from prmd.errors import ConfigError
 from prmd.evaluation import benchmark_eval, compute_metrics
+from prmd.pairs import read_pairs
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
-from prmd.preferences import read_pairs
 from prmd.reward_modeling import train_reward_model
 from prmd.reward_models import load_reward_model
 from prmd.tokenization import tokenize_pairs

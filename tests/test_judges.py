@@ -23,7 +23,7 @@ from prmd.judges import (
     judge_folder,
     trained_judge,
 )
-from prmd.preferences import make_pair, read_pairs
+from prmd.pairs import make_pair, read_pairs
 
 PROMPT = ({"role": "user", "content": "Why is the sky blue?"},)
 CONVERSATIONS = [

@@ -17,7 +17,7 @@ from prmd.benchmarks.run import run_benchmarks
 from prmd.chats import ReplayChat, conversation_key
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, MtBenchConfig, TextJudgeConfig
 from prmd.judge_cards import CONSTANT_ANSWER
-from prmd.preferences import Message
+from prmd.pairs import Message
 
 
 @pytest.fixture(scope="module")

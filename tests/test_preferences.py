@@ -8,14 +8,7 @@ import pytest
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.errors import DataError
-from prmd.preferences import (
-    PreferencePair,
-    hash_share,
-    make_pair,
-    prompt_key,
-    read_benchmark_questions,
-    read_pairs,
-)
+from prmd.pairs import PreferencePair, hash_share, make_pair, prompt_key, read_benchmark_questions, read_pairs
 
 ROW = {
     "id": "a-1",

@@ -24,7 +24,7 @@ from prmd.artifacts import io
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
 from prmd.objectives import OBJECTIVES, SPLITS
-from prmd.preferences import BENCHMARK_QUESTIONS_FILE, PreferencePair, make_pair, read_pairs
+from prmd.pairs import BENCHMARK_QUESTIONS_FILE, PreferencePair, make_pair, read_pairs
 
 WORDS = "word " * 8
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from prmd.preferences import PreferencePair
+from prmd.pairs import PreferencePair
 from prmd.reward_metrics import HeldOut, extreme_examples, readable_examples, reward_metrics, warnings
 from prmd.tokenization import PrefixRow
 

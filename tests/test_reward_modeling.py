@@ -16,7 +16,7 @@ from prmd.config.shared import EnsembleConfig, RewardModelConfig, TrainingConfig
 from prmd.errors import ConfigError, DataError
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.preferences import read_pairs
+from prmd.pairs import read_pairs
 from prmd.reward_data import RewardTask, read_reward_pairs
 from prmd.reward_modeling import train_judge, train_reward_model
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from prmd.errors import ConfigError, DataError
 from prmd.models import load_tokenizer_from
-from prmd.preferences import PreferencePair
+from prmd.pairs import PreferencePair
 from prmd.tokenization import (
     end_of_turn,
     fit_messages,

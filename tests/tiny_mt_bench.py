@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prmd.preferences import Message
+from prmd.pairs import Message
 
 BODIES = {
     "single-v1": "Q {question} A {answer}",

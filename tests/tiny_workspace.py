@@ -25,8 +25,8 @@ from prmd.contenders import ContenderModels, find_contenders
 from prmd.ensemble import Ensemble, initial_heads
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES, SPLITS
+from prmd.pairs import BENCHMARK_QUESTIONS_FILE, make_pair
 from prmd.pessimism.calibration import Calibration
-from prmd.preferences import BENCHMARK_QUESTIONS_FILE, make_pair
 from prmd.reward_models import ENSEMBLE_FILE, load_reward_model, write_calibration
 
 PAIRS = 6

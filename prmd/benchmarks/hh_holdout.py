@@ -18,7 +18,7 @@ from prmd.benchmarks.result import BenchmarkResult, accuracy
 from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.objectives import OBJECTIVES
-from prmd.preferences import PreferencePair, hash_share, read_pairs
+from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.tokenization import TokenizedPairs, tokenize_pairs
 
 HH_SOURCE = "hh_rlhf/"

@@ -14,7 +14,7 @@ from prmd.cache import JsonTable
 from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.generation import GeneratedResponse, generate
-from prmd.preferences import Message
+from prmd.pairs import Message
 from prmd.tokenization import Tokens, render
 
 TEMPERATURES = {

@@ -13,7 +13,7 @@ from typing import Literal
 
 from prmd.artifacts import io
 from prmd.errors import DataError
-from prmd.preferences import Message
+from prmd.pairs import Message
 
 REFERENCE_CATEGORIES = frozenset({"math", "reasoning", "coding"})
 """Categories whose answers the judge compares with a reference answer."""

@@ -24,7 +24,7 @@ from prmd.errors import DataError, UserError
 from prmd.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER
 from prmd.local_rows import json_rows
-from prmd.preferences import hash_share
+from prmd.pairs import hash_share
 from prmd.sources import benchmark_files, hub_rows
 from prmd.statistics.intervals import Estimate, bootstrap_mean, wilson_interval
 from prmd.statistics.outcomes import expected_max_order_statistic, prob_any_order

@@ -19,7 +19,7 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.judge_cards import agreement, judge_card
 from prmd.judges import Conversation, RewardModelJudge, trained_judge
 from prmd.local_rows import json_rows
-from prmd.preferences import hash_share
+from prmd.pairs import hash_share
 from prmd.rubrics import JudgeItem, Rubric, Verdict, item_key
 from prmd.text_judges import TextJudge, make_text_judge
 

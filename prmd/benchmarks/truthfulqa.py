@@ -24,7 +24,7 @@ from prmd.cache import ScoreTable
 from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
-from prmd.preferences import read_benchmark_questions
+from prmd.pairs import read_benchmark_questions
 from prmd.primer_scoring import score_logps_behind_primer
 from prmd.raw_data import read_source
 from prmd.sources import plan_source, required_sources
