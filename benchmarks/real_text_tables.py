@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from prmd.objectives import OBJECTIVES
-from prmd.report_tables import Table, format_estimate, format_number, to_markdown
+from prmd.report.tables import Table, format_estimate, format_number, to_markdown
 
 Row = dict[str, Any]
 

@@ -2,7 +2,7 @@
 
 Methods that end at different KL are compared along their way there. Every checkpoint answers some of the prompts and is
 judged as the policies are; `frontier.json` lies beside `comparison.json`. Off by default, because every checkpoint
-costs as much sampling as a policy. What is measured is in `policy_metrics`; the figure is in `plotting_frontier`.
+costs as much sampling as a policy. What is measured is in `policy_metrics`; the figure is in `report.evaluation_figures`.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """What stage 1 shows of the prepared data: sizes, length distributions and examples, as JSON, text and figures.
 
-Reads pairs in memory and writes to `outputs/visualizations/<approach>/`. Drawing is in `plotting`.
+Reads pairs in memory and writes to `outputs/visualizations/<approach>/`. Drawing is in `figures`.
 """
 
 import logging
@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from prmd import plotting
 from prmd.artifacts import io
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import UserError
 from prmd.pairs import Message, PreferencePair
+from prmd.report import figures
 from prmd.splits import SplitPairs
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ def write_summary(config: RewardModelConfig, pairs: SplitPairs) -> list[Path]:
         directory / "sizes.json", {"approach": config.data.approach, "objectives": sizes_of(pairs)}
     )
     lengths = io.write_json(directory / "lengths.json", _lengths(config, chosen))
-    written = [sizes, lengths, plotting.plot_split_sizes(sizes), *plotting.plot_length_distributions(lengths)]
+    written = [sizes, lengths, figures.plot_split_sizes(sizes), *figures.plot_length_distributions(lengths)]
     for objective, sample in chosen.items():
         examples = sample[:EXAMPLES]
         written += [

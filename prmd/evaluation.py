@@ -40,10 +40,9 @@ from prmd.objectives import OBJECTIVES
 from prmd.pairs import PREPARE_COMMAND, read_pairs
 from prmd.policy_comparison import compare_methods
 from prmd.policy_evaluation import Evaluation, evaluate_methods, is_finished
-from prmd.report import build_report
-from prmd.report_evaluation import benchmark_results
-from prmd.report_headline import headline_section
-from prmd.report_tables import Table, format_estimate, format_number, to_markdown
+from prmd.report.evaluation_sections import benchmark_results, headline_section
+from prmd.report.page import build_report
+from prmd.report.tables import Table, format_estimate, format_number, to_markdown
 from prmd.reward_modeling import train_judge
 from prmd.reward_models import RewardModel, load_reward_models
 from prmd.statistics.resampling import Resampling

@@ -1,7 +1,7 @@
 """The figures of the gold-reward study: true rewards over length bias, over-optimisation, balance, ablations.
 
 What lives here: `plot_gold_reward`, a pure function of `benchmarks/results/gold_reward.json`. What does not: numbers and
-intervals (`benchmarks.gold_summary` makes them, they are only drawn here), the canvas and palette (`plotting`).
+intervals (`benchmarks.gold_summary` makes them, they are only drawn here), the canvas and palette (`report.figures`).
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from prmd.artifacts import io
-from prmd.plotting import GREY, MARKERS, PALETTE, Axes, canvas, legend_below, objective_colour
+from prmd.report.figures import GREY, MARKERS, PALETTE, Axes, canvas, legend_below, objective_colour
 
 Row = Mapping[str, Any]
 _WORST, _MINIMUM = "worst-objective win rate", "E[min over objectives], sd"

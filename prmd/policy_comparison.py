@@ -2,7 +2,7 @@
 
 What lives here: contents of the method files and rewards of their samples in, `comparison.json` out, and the refusal to
 compare what was not measured alike. What does not: the numbers of one method (`policy_metrics`), the tests themselves
-(`statistics.paired_tests`), tables and figures (`report_measures`, `plotting_evaluation`).
+(`statistics.paired_tests`), tables and figures (`report.tables`, `report.evaluation_figures`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -16,7 +16,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from prmd import plotting
 from prmd.artifacts import io
 from prmd.artifacts.paths import stage_command
 from prmd.artifacts.runs import (
@@ -54,6 +53,7 @@ from prmd.policy_selection import loss_function
 from prmd.policy_soup import average_policies
 from prmd.policy_targets import describe_targets
 from prmd.reference import check_engine, reference_key
+from prmd.report import figures
 from prmd.reward_models import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
 from prmd.sequence_models import SequenceLogps
@@ -209,7 +209,7 @@ def _write_policy(
     metrics |= make(partial_folder, log_directory)
     if is_main_process():
         path = io.write_json(partial_folder / "metrics.json", metrics)
-        plotting.plot_policy_training(path, config.paths.visualizations)
+        figures.plot_policy_training(path, config.paths.visualizations)
         inputs = {"policy": fingerprint}
         finish_run(partial_folder, config=config, inputs=inputs, fingerprint=fingerprint, clock=clock)
     publish(partial_folder, directory)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prmd import plotting_rewards
 from prmd.artifacts import io
 from prmd.config.shared import RewardModelConfig
 from prmd.ensemble import fit_ensemble
@@ -21,6 +20,7 @@ from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.pessimism.calibration import fit_calibration, prompt_means
 from prmd.reference import reference_samples
+from prmd.report import reward_figures
 from prmd.reward_data import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.reward_metrics import HeldOut, extreme_examples, readable_examples, reward_metrics, warnings
 from prmd.reward_models import ENSEMBLE_FILE, RewardModel, write_calibration
@@ -95,7 +95,7 @@ def measure(
         folder, examples = task.config.paths.reward_analysis, extreme_examples(held_out)
         analysis = io.write_json(folder / f"{task.objective}.json", metrics | examples)
         io.write_text(folder / f"{task.objective}_examples.txt", readable_examples(task.objective, examples))
-        plotting_rewards.plot_reward_model(analysis)
+        reward_figures.plot_reward_model(analysis)
     return metrics
 
 

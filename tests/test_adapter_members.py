@@ -18,7 +18,7 @@ from tiny_pipeline import no_model_loads
 from tiny_workspace import write_prepared
 from transformers import AutoModelForSequenceClassification
 
-from prmd import plotting_rewards, reward_training
+from prmd import reward_training
 from prmd.adapter_members import member_seed, resampled
 from prmd.artifacts import io
 from prmd.artifacts.paths import CONFIG_DIR
@@ -36,6 +36,7 @@ from prmd.config.shared import (
 )
 from prmd.errors import ConfigError, DataError
 from prmd.pairs import read_pairs
+from prmd.report import reward_figures
 from prmd.reward_data import RewardTask, read_reward_pairs
 from prmd.reward_modeling import train_judge, train_reward_model
 from prmd.reward_models import RewardModel, load_reward_model
@@ -90,12 +91,12 @@ def finished(
     tiny_causal_lm(root / "base")
     write_prepared(config.paths, pairs=PAIRS)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(plotting_rewards, "plot_reward_model", lambda *arguments: [])
+        monkeypatch.setattr(reward_figures, "plot_reward_model", lambda *arguments: [])
         first = TrainedOn(monkeypatch, fails_at=1)
         with pytest.raises(KeyboardInterrupt):
             train_reward_model(config, objective="helpful")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(plotting_rewards, "plot_reward_model", lambda *arguments: [])
+        monkeypatch.setattr(reward_figures, "plot_reward_model", lambda *arguments: [])
         second = TrainedOn(monkeypatch)
         folder = train_reward_model(config, objective="helpful")
     return config, folder, first, second

@@ -18,7 +18,7 @@ from prmd.judge_cards import CONSTANT_ANSWER
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.policy_evaluation import Evaluation
-from prmd.report import build_report
+from prmd.report.page import build_report
 
 
 @pytest.fixture(scope="module")

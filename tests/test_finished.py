@@ -78,7 +78,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finished:
     """A copy of the finished run; no report, no figure and no download."""
     shutil.copytree(MADE, tmp_path / "elsewhere")
     monkeypatch.setattr("gc.collect", lambda: 0)  # half a second each time, where no model was in memory
-    monkeypatch.setattr("prmd.plotting.plot_policy_training", lambda *arguments: [])
+    monkeypatch.setattr("prmd.report.figures.plot_policy_training", lambda *arguments: [])
     monkeypatch.setattr("prmd.evaluation.build_report", lambda paths: paths.report)
     monkeypatch.setattr("datasets.load_dataset", refuse)
     return Finished(tmp_path / "elsewhere")

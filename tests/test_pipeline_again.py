@@ -9,13 +9,13 @@ from safetensors.torch import load_file
 from tiny_pipeline import POLICIES, Pipeline, artifacts, count_loads, events, no_model_loads, run_all, shards
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prmd import plotting, plotting_rewards
 from prmd.artifacts import io
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
+from prmd.report import figures, reward_figures
 from prmd.reward_modeling import train_reward_model
 
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are half of a tiny training's time and have their own tests."""
-    for module, name in ((plotting_rewards, "plot_reward_model"), (plotting, "plot_policy_training")):
+    for module, name in ((reward_figures, "plot_reward_model"), (figures, "plot_policy_training")):
         monkeypatch.setattr(module, name, lambda *arguments: [])
 
 

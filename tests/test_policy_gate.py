@@ -17,7 +17,7 @@ from prmd.generation import sample_rows
 from prmd.models import load_tokenizer
 from prmd.policy_training import train_pessimistic
 from prmd.reference import reference_samples
-from prmd.report_evaluation import gate_section
+from prmd.report.evaluation_sections import gate_section
 
 
 def test_the_gate_reads_the_cache_alone_and_agrees_with_numpy(

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import tiny_causal_lm
 from tiny_workspace import reward_model_config, write_prepared, write_reward_models, write_workspace
 
-from prmd import judges, plotting, plotting_rewards, reward_modeling, reward_models
+from prmd import judges, reward_modeling, reward_models
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
@@ -26,6 +26,7 @@ from prmd.evaluation import compute_metrics
 from prmd.objectives import OBJECTIVES
 from prmd.policy_gate import gate_file
 from prmd.policy_training import train_pessimistic
+from prmd.report import figures, reward_figures
 from prmd.reward_modeling import train_reward_model
 
 pytestmark = pytest.mark.slow
@@ -39,8 +40,8 @@ ENSEMBLES = {f"{k}_rm/{name}.safetensors" for k in OBJECTIVES for name in ("ense
 @pytest.fixture(autouse=True)
 def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these trainings and reads no model."""
-    monkeypatch.setattr(plotting, "plot_policy_training", lambda *arguments: [])
-    monkeypatch.setattr(plotting_rewards, "plot_reward_model", lambda *arguments: [])
+    monkeypatch.setattr(figures, "plot_policy_training", lambda *arguments: [])
+    monkeypatch.setattr(reward_figures, "plot_reward_model", lambda *arguments: [])
     monkeypatch.setattr("prmd.evaluation.build_report", lambda paths: paths.report)
 
 

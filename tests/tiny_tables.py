@@ -9,7 +9,7 @@ import torch
 from tiny_workspace import reward_model_config
 from torch import Tensor
 
-from prmd import plotting, policy_gate, policy_training
+from prmd import policy_gate, policy_training
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.cache import ScoreTable, tokens_key
 from prmd.config.policy import PairsConfig, PolicyConfig
@@ -17,6 +17,7 @@ from prmd.config.shared import CalibrationConfig, LoraConfig, RewardModelConfig,
 from prmd.models import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration, fit_calibration
+from prmd.report import figures
 from prmd.tokenization import PrefixRow, Tokens
 
 M = 3
@@ -98,6 +99,6 @@ def use_tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Table]:
 
     for module in (policy_gate, policy_training):
         monkeypatch.setattr(module, "load_reward_models", load)
-    monkeypatch.setattr(plotting, "plot_policy_training", lambda *arguments: [])
+    monkeypatch.setattr(figures, "plot_policy_training", lambda *arguments: [])
     monkeypatch.setattr("prmd.runtime.gc.collect", lambda: 0)
     return models

@@ -1,7 +1,7 @@
 """The figures of one reward model: rewards, margins, reliability, members, disagreement, held-out curve.
 
 What lives here: functions from the analysis file of `reward_fitting.measure` to PNGs beside it. What does not: the canvas
-(`plotting`) and every number, which `reward_metrics` computes. Read `plotting_evaluation` next.
+(`figures`) and every number, which `reward_metrics` computes. Read `evaluation_figures` next.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from prmd.artifacts import io
-from prmd.plotting import (
+from prmd.report.figures import (
     BLUE,
     CHOSEN,
     GREEN,

@@ -12,9 +12,15 @@ from synthetic_outputs import write_outputs
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.plotting import PALETTE, canvas, plot_length_distributions, plot_policy_training, plot_split_sizes
-from prmd.plotting_evaluation import ellipse_95, plot_metrics
-from prmd.plotting_rewards import plot_reward_model
+from prmd.report.evaluation_figures import ellipse_95, plot_metrics
+from prmd.report.figures import (
+    PALETTE,
+    canvas,
+    plot_length_distributions,
+    plot_policy_training,
+    plot_split_sizes,
+)
+from prmd.report.reward_figures import plot_reward_model
 from prmd.statistics.reliability import disagreement_measures
 
 

@@ -18,9 +18,9 @@ from synthetic_outputs import write_outputs
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.objectives import OBJECTIVES
-from prmd.report import build_report
-from prmd.report_headline import approaches_section, headline_section
-from prmd.report_tables import Table, format_estimate, format_number, to_latex, to_markdown, with_mark
+from prmd.report.evaluation_sections import approaches_section, headline_section
+from prmd.report.page import build_report
+from prmd.report.tables import Table, format_estimate, format_number, to_latex, to_markdown, with_mark
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -192,7 +192,7 @@ def test_an_empty_project_names_every_command(tmp_path: Path) -> None:
 def test_missing_pieces_are_stated_not_raised(
     tmp_path: Path, gone: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prmd.report.draw_figures", lambda paths: dict.fromkeys(FIGURE_GROUPS, ()))
+    monkeypatch.setattr("prmd.report.page.draw_figures", lambda paths: dict.fromkeys(FIGURE_GROUPS, ()))
     paths = write_outputs(tmp_path)
     (paths.metrics / gone).unlink()
     text = build_report(paths).read_text(encoding="utf-8")
@@ -203,7 +203,7 @@ FIGURE_GROUPS = ("metrics", "reward_models", "policies", "data")
 
 
 def test_half_written_artifacts_are_not_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prmd.report.draw_figures", lambda paths: dict.fromkeys(FIGURE_GROUPS, ()))
+    monkeypatch.setattr("prmd.report.page.draw_figures", lambda paths: dict.fromkeys(FIGURE_GROUPS, ()))
     paths = write_outputs(tmp_path)
     shutil.move(paths.policy("hard_min"), paths.policies / ".hard_min.partial")
     io.write_text(paths.reward_analysis / "honest.json", '{"objective": ')

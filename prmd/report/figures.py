@@ -3,8 +3,8 @@
 What lives here: the palette, `canvas` (the only place that imports matplotlib; figures are closed by going out of scope,
 because pyplot's global list is never used) and the plots of stages 1 and 3. Each function is a pure function of its file
 and returns what it wrote. Figures are 4.6 inches wide, so that 11-point text stays readable on a 390-pixel phone.
-No number is computed here that a table does not also hold. Figures of reward models are in `plotting_rewards`, those of
-stage 4 in `plotting_evaluation`; read `report` next.
+No number is computed here that a table does not also hold. Figures of reward models are in `reward_figures`, those of
+stage 4 in `evaluation_figures`; read `page` next.
 """
 
 from collections.abc import Iterator, Sequence

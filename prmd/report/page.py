@@ -3,7 +3,7 @@
     path = build_report(config.paths)
 
 What lives here: drawing and embedding the figures, their alternative texts, rendering. What does not: what sections say
-(`report_sections`, `report_headline`, `report_evaluation`) and the layout (`report_template.html`, in which every value is escaped). The
+(`artifact_sections`, `evaluation_sections`, `evaluation_sections`) and the layout (`template.html`, in which every value is escaped). The
 page asks nothing of the network and is a pure function of the files.
 """
 
@@ -19,19 +19,7 @@ import jinja2
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.objectives import OBJECTIVES
-from prmd.plotting import plot_length_distributions, plot_policy_training, plot_split_sizes
-from prmd.plotting_evaluation import plot_metrics
-from prmd.plotting_rewards import plot_reward_model
-from prmd.report_evaluation import (
-    EMBEDDED_CAVEAT,
-    benchmarks_section,
-    gate_section,
-    limits_section,
-    samples_section,
-)
-from prmd.report_headline import approaches_section, headline_section
-from prmd.report_measures import measures_csv
-from prmd.report_sections import (
+from prmd.report.artifact_sections import (
     data_section,
     folders,
     load,
@@ -39,11 +27,23 @@ from prmd.report_sections import (
     reward_models_section,
     runs_section,
 )
-from prmd.report_tables import format_number, headline_csv, to_latex, to_markdown
+from prmd.report.evaluation_figures import plot_metrics
+from prmd.report.evaluation_sections import (
+    EMBEDDED_CAVEAT,
+    approaches_section,
+    benchmarks_section,
+    gate_section,
+    headline_section,
+    limits_section,
+    samples_section,
+)
+from prmd.report.figures import plot_length_distributions, plot_policy_training, plot_split_sizes
+from prmd.report.reward_figures import plot_reward_model
+from prmd.report.tables import format_number, headline_csv, measures_csv, to_latex, to_markdown
 
 logger = logging.getLogger(__name__)
 
-_TEMPLATE = Path(__file__).with_name("report_template.html")
+_TEMPLATE = Path(__file__).with_name("template.html")
 
 
 @dataclass(frozen=True)

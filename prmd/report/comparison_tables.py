@@ -1,13 +1,13 @@
 """Tables of what is between methods, and of who judged them.
 
 What lives here: contents of `comparison.json`, `frontier.json` and the judges' cards in, `Table` out. What does not: the
-numbers of single methods (`report_measures`), sections and words (`report_headline`, to be read next).
+numbers of single methods (`tables`), sections and words (`evaluation_sections`, to be read next).
 """
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prmd.report_tables import NOTHING, Estimate, Table, format_estimate, format_number, with_mark
+from prmd.report.tables import NOTHING, Estimate, Table, format_estimate, format_number, with_mark
 
 BETTER, WORSE = "▲", "▼"
 SIGNIFICANT = 0.05

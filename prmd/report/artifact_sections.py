@@ -1,8 +1,8 @@
 """What the report says of data, reward models, policies and runs: artifacts in, text and tables for the template out.
 
 What lives here: one function per section, each of which states a missing part as the command that makes it instead of
-failing, and the readers all sections share. What does not: the sections of stage 4 (`report_evaluation`, to be read
-next), figures and the page (`report`), how numbers are written (`report_tables`).
+failing, and the readers all sections share. What does not: the sections of stage 4 (`evaluation_sections`, to be read
+next), figures and the page (`page`), how numbers are written (`tables`).
 """
 
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from prmd.artifacts.paths import ArtifactPaths, reward_model_command, stage_comm
 from prmd.config.evaluation import BenchmarksConfig
 from prmd.errors import DataError
 from prmd.objectives import OBJECTIVES
-from prmd.report_tables import NOTHING, Table, as_text, flat, format_number, format_seconds, with_mark
+from prmd.report.tables import NOTHING, Table, as_text, flat, format_number, format_seconds, with_mark
 
 Section = dict[str, Any]
 

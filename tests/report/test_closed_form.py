@@ -5,8 +5,8 @@ from pathlib import Path
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.objectives import OBJECTIVES
-from prmd.report import build_report
-from prmd.report_evaluation import gate_section
+from prmd.report.evaluation_sections import gate_section
+from prmd.report.page import build_report
 
 ROW = {
     "worst_gain": -0.125,

@@ -1,4 +1,4 @@
-"""`report_sections`: tables of files that a test writes by hand."""
+"""`report.artifact_sections`: tables of files that a test writes by hand."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from synthetic_outputs import run_record
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.report_sections import reward_models_section, runs_section
+from prmd.report.artifact_sections import reward_models_section, runs_section
 
 
 def test_no_second_is_counted_twice(tmp_path: Path) -> None:

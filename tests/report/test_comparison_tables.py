@@ -1,8 +1,8 @@
-"""`report_comparisons`: what is said of the judges of benchmarks, from cards that a test writes by hand."""
+"""`report.comparison_tables`: what is said of the judges of benchmarks, from cards that a test writes by hand."""
 
 from typing import Any
 
-from prmd.report_comparisons import benchmark_judge_warnings, benchmark_judges_table
+from prmd.report.comparison_tables import benchmark_judge_warnings, benchmark_judges_table
 
 
 def share(value: float, half: float = 0.1) -> dict[str, Any]:
