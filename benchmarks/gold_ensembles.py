@@ -21,12 +21,12 @@ from benchmarks.gold_reference import World
 from prmd.artifacts import io
 from prmd.config.shared import EnsembleConfig, RewardModelConfig
 from prmd.ensemble import Ensemble, fit_ensemble
+from prmd.models.sequence_models import SequenceRewards
+from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.losses import bradley_terry_loss
 from prmd.runtime import get_device, set_seed
-from prmd.sequence_models import SequenceRewards
 from prmd.statistics.reliability import disagreement_error_correlation, mean_pairwise_correlation
-from prmd.tokenization import PrefixRow
 from prmd.trainer import Columns, PairData, PairLoss
 
 

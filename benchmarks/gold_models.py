@@ -20,10 +20,10 @@ from prmd.artifacts import io
 from prmd.cache import ScoreTable
 from prmd.config.shared import EnsembleConfig, TrainingConfig
 from prmd.generation import GeneratedResponse, generate
-from prmd.pair_batches import plan_batches, total_steps
+from prmd.models.prefix_rows import plan_batches, total_steps
+from prmd.models.tokenization import PrefixRow
 from prmd.runtime import get_device
 from prmd.scoring import score_rows
-from prmd.tokenization import PrefixRow
 from prmd.trainer import LossFunction, PairData, PairTrainer
 from prmd.trainer_arguments import training_arguments
 

@@ -27,11 +27,11 @@ from benchmarks.gold_world import (
 )
 from prmd.artifacts import io
 from prmd.generation import GeneratedResponse, sample_rows
+from prmd.models.sequence_models import SequenceLogps
+from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
 from prmd.reference_scores import ReferenceScores
 from prmd.runtime import get_device, set_seed
-from prmd.sequence_models import SequenceLogps
-from prmd.tokenization import PrefixRow
 from prmd.trainer import PairData, PairLoss
 
 DISTINCT_PROMPTS = 1680

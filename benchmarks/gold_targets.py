@@ -14,13 +14,13 @@ from torch import Tensor
 from benchmarks.gold_ensembles import load_scores, objective_pairs, pair_rows
 from benchmarks.gold_reference import World
 from prmd.config.policy import PolicySection
+from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import calibrate, fit_calibration, prompt_means
 from prmd.policy_data import PairScores, ScaleResponses
 from prmd.policy_pairs import pool_order
 from prmd.policy_rewards import RobustReward, solve_reward
 from prmd.policy_targets import Targets, method_targets
-from prmd.tokenization import PrefixRow
 from prmd.trainer import PairData
 
 

@@ -20,8 +20,8 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from prmd.models.tokenization import Tokens
 from prmd.objectives import OBJECTIVES
-from prmd.tokenization import Tokens
 
 TOPICS, DANGEROUS = "abcdefgh", "gh"
 RISKY, SAFE, HEDGES, CLAIMS, FILLER = "ijkl", "mnop", "qrst", "uvwx", "yz"

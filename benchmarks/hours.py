@@ -26,7 +26,7 @@ from prmd.config.loading import load_config
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
-from prmd.models import load_model_config
+from prmd.models.loading import load_model_config
 from prmd.objectives import OBJECTIVES
 from utils import user_errors_exit
 

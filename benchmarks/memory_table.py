@@ -20,11 +20,11 @@ from benchmarks.speed_setup import Workload, command_line, model_config, publish
 from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config.loading import load_config
 from prmd.config.shared import RewardModelConfig
-from prmd.models import load_tokenizer
-from prmd.pair_batches import MicroBatch
+from prmd.models.loading import load_tokenizer
+from prmd.models.prefix_rows import MicroBatch
+from prmd.models.tokenization import tokenize_pairs
 from prmd.pairs import make_pair
 from prmd.runtime import configure_logging
-from prmd.tokenization import tokenize_pairs
 from utils import user_errors_exit
 
 VOCABULARIES, LENGTHS = (49_152, 151_936), (256, 512, 1024)

@@ -26,7 +26,7 @@ from prmd.contenders import REFERENCE, Contender, EvaluationPrompt, evaluation_p
 from prmd.data_preparation import download_dataset, split_objectives
 from prmd.errors import DataError
 from prmd.judges import RewardModelJudge, trained_judge
-from prmd.models import load_tokenizer, model_source
+from prmd.models.loading import load_tokenizer, model_source
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
 from prmd.policy_evaluation import Evaluation, judge_runs, measure, sample

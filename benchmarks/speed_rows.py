@@ -35,10 +35,10 @@ from benchmarks.speed_trainings import (
     trl_scoring,
 )
 from prmd.config.policy import PolicySection
-from prmd.pair_batches import plan_scoring
+from prmd.models.prefix_rows import plan_scoring
+from prmd.models.sequence_models import SequenceLogps, SequenceRewards
+from prmd.models.tokenization import PrefixRow
 from prmd.policy_targets import policy_loss
-from prmd.sequence_models import SequenceLogps, SequenceRewards
-from prmd.tokenization import PrefixRow
 from prmd.trainer import PairData
 
 ROW_KEYS = (

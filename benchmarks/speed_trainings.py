@@ -24,10 +24,10 @@ from benchmarks.speed_setup import MAX_LENGTH, PAIRS_PER_BATCH, SEED, Workload, 
 from prmd.cache import ScoreTable
 from prmd.config.shared import TrainingConfig
 from prmd.dpo_baseline import TEMPLATE_TAIL, baseline_rows
+from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.reward_training import reward_loss
 from prmd.runtime import get_device
 from prmd.scoring import score_logps
-from prmd.sequence_models import SequenceLogps, SequenceRewards
 from prmd.trainer import Columns, LossFunction, PairData, PairLoss, PairTrainer
 from prmd.trainer_arguments import training_arguments
 

@@ -10,7 +10,7 @@ is one base and K adapters, no less than the one checkpoint that is in memory ot
 product B A and the sum of each layer in every batch: on one CPU core SmolLM2-135M with r = 16 takes 3.8 s and not 3.3 s for
 a batch of 1,017 tokens, less at more tokens a batch, and attaching three adapters 1.7 s where its three checkpoints, small
 and in the system's file cache, are mapped in 0.25 s. It is meant for
-checkpoints of gigabytes, where it has not been measured. Training and merging are elsewhere (`reward_training`, `lora`).
+checkpoints of gigabytes, where it has not been measured. Training and merging are elsewhere (`reward_training`, `models.loading`).
 """
 
 import functools
@@ -28,7 +28,7 @@ from torch.func import functional_call
 
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import ModelConfig, RewardModelConfig
-from prmd.models import (
+from prmd.models.loading import (
     load_adapted,
     load_base_classifier,
     load_folder_config,
@@ -46,7 +46,7 @@ class SharedBase:
     """One base model in memory with the adapters of several reward models, one of them switched on at a time.
 
     Args:
-        directories: folders of the reward models, as `lora.save_merged` leaves them.
+        directories: folders of the reward models, as `models.loading.save_merged` leaves them.
     """
 
     def __init__(self, config: RewardModelConfig, directories: Sequence[Path]) -> None:

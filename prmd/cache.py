@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prmd.artifacts import io
 from prmd.errors import DataError
-from prmd.tokenization import PrefixRow
+from prmd.models.tokenization import PrefixRow
 
 KEY_BYTES = 16
 

@@ -19,10 +19,10 @@ from prmd.endpoint import Endpoint, EndpointError
 from prmd.errors import ConfigError, DataError
 from prmd.generation import generate
 from prmd.local_rows import json_rows
-from prmd.models import base_model_key, load_causal_lm, load_tokenizer
+from prmd.models.loading import base_model_key, load_causal_lm, load_tokenizer
+from prmd.models.tokenization import render, template_fingerprint
 from prmd.pairs import Message
 from prmd.runtime import free_memory, progress
-from prmd.tokenization import render, template_fingerprint
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from prmd.artifacts import io
 from prmd.contenders import REFERENCE, Contender
-from prmd.models import weights_fingerprint
+from prmd.models.loading import weights_fingerprint
 from prmd.policy_evaluation import Evaluation, judge_runs, measure, sample
 
 logger = logging.getLogger(__name__)

@@ -23,15 +23,15 @@ from prmd.cache import JsonTable, ScoreTable
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import DataError
 from prmd.generation import Engine, GeneratedResponse, generate, sample_rows
-from prmd.models import load_causal_lm, load_policy, weights_fingerprint
+from prmd.models.loading import load_causal_lm, load_policy, weights_fingerprint
+from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
+from prmd.models.tokenization import PrefixRow, Tokens, fit_messages, render
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import Message, PreferencePair, hash_share, read_pairs
 from prmd.reference import reference_key, reference_logps
 from prmd.response_kl import response_kls
 from prmd.runtime import free_memory, get_device
 from prmd.scoring import lookup, score_logps, score_rows
-from prmd.sequence_models import SequenceLogps, supports_shared_prompts
-from prmd.tokenization import PrefixRow, Tokens, fit_messages, render
 from prmd.vllm_engine import require_vllm, vllm_engine
 
 logger = logging.getLogger(__name__)

@@ -82,7 +82,9 @@ def _measure(sample: Sequence[PreferencePair], count: Callable[[str], int]) -> d
 
 def _token_counter(config: RewardModelConfig) -> Callable[[str], int] | None:
     """How many tokens a text has for the configured model, or None where its tokenizer is not at hand."""
-    from prmd.models import load_tokenizer  # brings transformers and peft, which nothing else here needs
+    from prmd.models.loading import (
+        load_tokenizer,  # brings transformers and peft, which nothing else here needs
+    )
 
     try:
         tokenizer = load_tokenizer(config.model, config.paths)

@@ -16,9 +16,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig, DPOTrainer
 
 from prmd.config.policy import PolicyConfig
-from prmd.lora import lora_config
-from prmd.models import load_causal_lm
-from prmd.pair_batches import MicroBatch, plan_batches
+from prmd.models.loading import load_causal_lm, lora_config
+from prmd.models.prefix_rows import MicroBatch, plan_batches
 from prmd.pairs import PreferencePair
 from prmd.policy_pairs import PolicyPairs
 from prmd.precision import Precision

@@ -35,7 +35,7 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import Contender, evaluation_prompts, find_contenders, policy_folders
 from prmd.errors import DataError, UserError
 from prmd.judges import Judge, given_judge, trained_judge
-from prmd.models import load_tokenizer
+from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PREPARE_COMMAND, read_pairs
 from prmd.policy_comparison import compare_methods

@@ -16,9 +16,9 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from prmd.cache import JsonTable, tokens_key
+from prmd.models.tokenization import PrefixRow, Tokens, end_of_turn, render
 from prmd.runtime import is_main_process, progress, wait_for_everyone
 from prmd.scoring import gather, place_among_processes, time_to_save
-from prmd.tokenization import PrefixRow, Tokens, end_of_turn, render
 
 TURNS_PER_SHARD = 8
 """In several processes a table is saved after this many turns (`scoring.time_to_save`)."""
@@ -103,7 +103,7 @@ def generate(
 
     Args:
         model: the policy, or an engine that serves it; None where `table` already holds every prompt.
-        prompts: rendered prompts with the generation prompt (`tokenization.tokenize_prompt`).
+        prompts: rendered prompts with the generation prompt (`models.tokenization.tokenize_prompt`).
         batch_size: responses generated together.
         temperature: 0 decodes greedily.
         table: finished prompts are read from it and new ones are added, so that an interruption costs little; its

@@ -18,10 +18,10 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import find_user_path, places_tried
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError, DataError
+from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.pairs import Message, PreferencePair, hash_share, read_pairs
 from prmd.reward_models import RewardModel, load_reward_model, weights_keys
 from prmd.statistics.intervals import accuracy_with_ties
-from prmd.tokenization import PrefixRow, tokenize_row
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from prmd.cache import KEY_BYTES, ScoreTable
 from prmd.chats import short_name
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError
-from prmd.models import load_labelled_classifier
+from prmd.models.loading import load_labelled_classifier
 from prmd.runtime import free_memory, progress
 
 POSITIVE_LABELS = (

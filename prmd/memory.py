@@ -17,11 +17,11 @@ from torch import nn
 
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
 from prmd.memory_plan import MemoryPlan
+from prmd.models.sequence_models import supports_shared_prompts
+from prmd.models.tokenization import PrefixRow
 from prmd.precision import Precision, eight_bit_precision, lora_precision
 from prmd.rehearsal import BatchShape, StepBytes, Task, meta_model, rehearse_scoring, rehearse_training
 from prmd.runtime import GIB
-from prmd.sequence_models import supports_shared_prompts
-from prmd.tokenization import PrefixRow
 
 _LEAST_LENGTH = 256
 _MIN_8BIT, _BLOCK_8BIT, _MAP_8BIT = (
@@ -47,7 +47,7 @@ def plan_memory(
     """Plan the peak of one training step.
 
     Args:
-        model_config: transformers configuration of the base model, as `models.load_model_config` gives it.
+        model_config: transformers configuration of the base model, as `models.loading.load_model_config` gives it.
         tuning: sizes of the adapters, and what may be changed to.
         training: `max_length` and `gradient_checkpointing` (`auto` recomputes layers on a card).
         precision: as `precision.resolve_precision` chose it.
@@ -168,7 +168,7 @@ def _batch_shape(
 
 
 def _attention(model_config: Any) -> str:
-    """As `models` loads it: sdpa, or eager for an architecture that has no other."""
+    """As `models.loading` loads it: sdpa, or eager for an architecture that has no other."""
     return meta_model(
         model_config, task="policy", dtype=torch.bfloat16, lora=None, layers=1
     ).config._attn_implementation
@@ -249,7 +249,7 @@ def plan_scoring_memory(
     """Plan a scoring pass: weights, and one layer's activations or one block of logits.
 
     Args:
-        tokens_per_batch: as given to `pair_batches.plan_scoring`.
+        tokens_per_batch: as given to `models.prefix_rows.plan_scoring`.
         longest: as for `plan_memory`.
     """
     one = _batch_shape(model_config, 1, max_length, longest)

@@ -19,12 +19,12 @@ from prmd.config.shared import ModelConfig, RewardModelConfig, TrainingConfig, T
 from prmd.errors import UserError
 from prmd.memory import plan_generation_memory, plan_memory
 from prmd.memory_plan import MemoryPlan, device_memory
-from prmd.models import load_model_config, load_tokenizer, model_source
+from prmd.models.loading import load_model_config, load_tokenizer, model_source
+from prmd.models.tokenization import PrefixRow, tokenize_pairs
 from prmd.pairs import PreferencePair
 from prmd.precision import Precision, eight_bit_precision, resolve_precision
 from prmd.rehearsal import Task
 from prmd.runtime import GIB
-from prmd.tokenization import PrefixRow, tokenize_pairs
 
 logger = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
 from prmd.generation import GeneratedResponse, sample_rows
+from prmd.models.tokenization import PrefixRow, TokenizedPairs, Tokens, tokenize_prompt, tokenize_row
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair
 from prmd.pessimism.aggregation import stack_objectives
@@ -25,7 +26,6 @@ from prmd.policy_methods import reference_sample_count
 from prmd.policy_pairs import PolicyPairs
 from prmd.reference import reference_logps, reference_samples
 from prmd.reward_models import RewardModel
-from prmd.tokenization import PrefixRow, TokenizedPairs, Tokens, tokenize_prompt, tokenize_row
 
 
 @dataclass(frozen=True)

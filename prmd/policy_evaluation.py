@@ -21,6 +21,7 @@ from prmd.contenders import REFERENCE, Contender, ContenderModels, EvaluationPro
 from prmd.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER
 from prmd.judges import Conversation, Judge, check_scores
+from prmd.models.tokenization import tokenize_row
 from prmd.over_optimisation import best_of_n_curves
 from prmd.policy_metrics import SampledMethod, method_metrics
 from prmd.proxies import MemberScores, proxy_metrics
@@ -28,7 +29,6 @@ from prmd.reference_scores import ReferenceScores
 from prmd.reward_models import RewardModel
 from prmd.runtime import free_memory
 from prmd.statistics.resampling import Resampling
-from prmd.tokenization import tokenize_row
 from prmd.verdicts import judging_metrics
 
 logger = logging.getLogger(__name__)

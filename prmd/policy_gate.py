@@ -20,7 +20,8 @@ from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import UserError
 from prmd.generation import sample_rows
-from prmd.models import load_tokenizer
+from prmd.models.loading import load_tokenizer
+from prmd.models.tokenization import Tokens, tokenize_prompt
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
 from prmd.pessimism.kl_budget import gate_row, usable_kl_target
@@ -30,7 +31,6 @@ from prmd.policy_rewards import solve_reward
 from prmd.reference import reference_samples, samples_table
 from prmd.reward_models import RewardModel, load_reward_models
 from prmd.runtime import is_main_process
-from prmd.tokenization import Tokens, tokenize_prompt
 
 logger = logging.getLogger(__name__)
 

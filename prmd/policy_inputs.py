@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prmd.config.policy import PolicyConfig
+from prmd.models.tokenization import PrefixRow
 from prmd.policy_data import (
     PairScores,
     ReferenceSamples,
@@ -37,7 +38,6 @@ from prmd.policy_samples import (
 from prmd.policy_targets import Targets, method_targets
 from prmd.reference import reference_logps
 from prmd.reward_models import RewardModel
-from prmd.tokenization import PrefixRow
 from prmd.trainer import PairData
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from prmd.config.policy import PolicyConfig
+from prmd.models.tokenization import TokenizedPairs, tokenize_pairs
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
-from prmd.tokenization import TokenizedPairs, tokenize_pairs
 
 EVAL_SHARE, EVAL_PAIRS = 0.25, 256
 """Held-out pairs watched during training: a quarter of the training pairs, 256 at most."""

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from prmd.errors import ConfigError
+from prmd.models.tokenization import PrefixRow
 from prmd.policy_data import PairScores, ReferenceSamples, ScaleResponses
-from prmd.tokenization import PrefixRow
 
 GAMMA_SAMPLES = 2
 """Reference samples behind every pair for the gamma term; two, because a batch is read as pairs of responses."""

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.errors import ConfigError
-from prmd.pair_batches import MicroBatch, collate_rows, plan_batches
+from prmd.models.prefix_rows import MicroBatch, collate_rows, plan_batches
+from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
+from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import edpo_member_losses, edpo_select, implicit_margins
 from prmd.policy_inputs import HELD_OUT, MethodInputs
 from prmd.policy_methods import POLICY_METHODS
 from prmd.policy_targets import policy_loss
 from prmd.runtime import get_runtime
-from prmd.sequence_models import SequenceLogps, supports_shared_prompts
-from prmd.tokenization import PrefixRow
 from prmd.trainer import Columns, LossFunction, PairLoss
 
 

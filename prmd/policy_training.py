@@ -34,8 +34,8 @@ from prmd.config.policy import PolicyConfig
 from prmd.dpo_baseline import train_trl_dpo
 from prmd.dry_run import describe_policies, gamma_lengths
 from prmd.errors import DataError
-from prmd.lora import add_lora
-from prmd.models import load_causal_lm, load_tokenizer
+from prmd.models.loading import add_lora, load_causal_lm, load_tokenizer
+from prmd.models.sequence_models import SequenceLogps
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
 from prmd.policy_gate import describe_gate, preview_gate
@@ -56,7 +56,6 @@ from prmd.reference import check_engine, reference_key
 from prmd.report import figures
 from prmd.reward_models import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
-from prmd.sequence_models import SequenceLogps
 from prmd.training import TrainingRun, check_training, run_training
 
 logger = logging.getLogger(__name__)

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from prmd.cache import ScoreTable
-from prmd.pair_batches import attention_mask
+from prmd.models.prefix_rows import attention_mask
+from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
+from prmd.models.tokenization import PrefixRow, Tokens
 from prmd.scoring import lookup, score_logps, score_rows
-from prmd.sequence_models import SequenceLogps, supports_shared_prompts
-from prmd.tokenization import PrefixRow, Tokens
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from prmd.artifacts import io
 from prmd.cache import JsonTable, ScoreTable
 from prmd.config.shared import RewardModelConfig
 from prmd.generation import Engine, GeneratedResponse, generate
-from prmd.models import base_model_key, load_causal_lm
+from prmd.models.loading import base_model_key, load_causal_lm
+from prmd.models.tokenization import PrefixRow, Tokens, template_fingerprint
 from prmd.scoring import score_logps
-from prmd.tokenization import PrefixRow, Tokens, template_fingerprint
 from prmd.vllm_engine import require_vllm, vllm_engine
 
 

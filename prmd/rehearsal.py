@@ -1,6 +1,6 @@
 """A training step or scoring pass run on tensors without storage, to learn the bytes it would hold.
 
-Two and three layers of the configured model are run forward and backward through `sequence_models`, on fake tensors
+Two and three layers of the configured model are run forward and backward through `models.sequence_models`, on fake tensors
 that have shapes and no data, and the count is continued linearly to all layers. So attention masks, autocast copies,
 recomputed layers, blocks of logits and gradients of tied embeddings are counted as they happen, whatever the family of
 the model. What the bytes add up to is in `memory`.
@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prmd.attention import or_eager
 from prmd.config.shared import LoraConfig
-from prmd.lora import add_lora
 from prmd.memory_accounting import TensorBytes, peak_tensor_bytes
+from prmd.models.attention import or_eager
+from prmd.models.loading import add_lora
+from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.runtime import get_device
-from prmd.sequence_models import SequenceLogps, SequenceRewards
 
 Task = Literal["reward_model", "policy"]
 
@@ -31,7 +31,7 @@ _FEW_LAYERS = 2
 
 @dataclass(frozen=True)
 class BatchShape:
-    """Sizes of one micro-batch as `pair_batches.collate_rows` makes it.
+    """Sizes of one micro-batch as `models.prefix_rows.collate_rows` makes it.
 
     Attributes:
         sequences: rows of the tensors.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prmd.kl import k1, k3_per_token, token_kl
-from prmd.sequence_models import LOGITS_AT_ONCE, SequenceLogps
+from prmd.models.sequence_models import LOGITS_AT_ONCE, SequenceLogps
 
 
 def response_kls(
@@ -23,7 +23,7 @@ def response_kls(
     Args:
         policy: the causal model the responses were sampled from.
         as_reference: opens the reference; it may be the same weights with adapters switched off.
-        batch: as `pair_batches.collate_rows` returns it.
+        batch: as `models.prefix_rows.collate_rows` returns it.
 
     Returns:
         [S, 3] float32 nats: exact KL, k1, k3 summed over tokens.

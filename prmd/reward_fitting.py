@@ -15,7 +15,8 @@ from prmd.artifacts import io
 from prmd.config.shared import RewardModelConfig
 from prmd.ensemble import fit_ensemble
 from prmd.generation import sample_rows
-from prmd.models import load_tokenizer
+from prmd.models.loading import load_tokenizer
+from prmd.models.tokenization import TokenizedPairs, tokenize_pairs, tokenize_prompt
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.pessimism.calibration import fit_calibration, prompt_means
@@ -26,7 +27,6 @@ from prmd.reward_metrics import HeldOut, extreme_examples, readable_examples, re
 from prmd.reward_models import ENSEMBLE_FILE, RewardModel, write_calibration
 from prmd.runtime import is_main_process
 from prmd.statistics.reliability import mean_pairwise_correlation
-from prmd.tokenization import TokenizedPairs, tokenize_pairs, tokenize_prompt
 
 logger = logging.getLogger(__name__)
 

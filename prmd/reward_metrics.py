@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prmd.models.tokenization import PrefixRow
 from prmd.pairs import PreferencePair
 from prmd.statistics.intervals import accuracy_with_ties
 from prmd.statistics.reliability import (
@@ -22,7 +23,6 @@ from prmd.statistics.reliability import (
     mean_pairwise_correlation,
     reliability_bins,
 )
-from prmd.tokenization import PrefixRow
 
 EXAMPLES = 10
 NEARLY_ONE_MODEL = 0.95

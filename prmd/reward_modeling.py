@@ -25,7 +25,7 @@ from prmd.artifacts.runs import (
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.dry_run import describe_training
-from prmd.models import load_tokenizer
+from prmd.models.loading import load_tokenizer
 from prmd.reference import check_engine
 from prmd.reward_data import RewardPairs, RewardTask, read_reward_pairs
 from prmd.reward_fitting import calibrate_reward_model, fit_heads, measure

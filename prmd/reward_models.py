@@ -23,13 +23,19 @@ from prmd.cache import ScoreTable
 from prmd.config.shared import ModelConfig, RewardModelConfig
 from prmd.ensemble import Ensemble
 from prmd.errors import DataError
-from prmd.models import base_model_key, load_classifier, load_folder_config, load_tokenizer_from, weight_files
+from prmd.models.loading import (
+    base_model_key,
+    load_classifier,
+    load_folder_config,
+    load_tokenizer_from,
+    weight_files,
+)
+from prmd.models.sequence_models import SequenceRewards, supports_shared_prompts
+from prmd.models.tokenization import PrefixRow, template_fingerprint
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration
 from prmd.runtime import free_memory
 from prmd.scoring import lookup, score_rows
-from prmd.sequence_models import SequenceRewards, supports_shared_prompts
-from prmd.tokenization import PrefixRow, template_fingerprint
 
 ENSEMBLE_FILE = "ensemble.safetensors"
 CALIBRATION_FILE = "calibration.json"

@@ -27,12 +27,11 @@ from prmd.adapter_members import (
 )
 from prmd.artifacts import io
 from prmd.checkpoints import best_step, copy_model, name_checkpoints
-from prmd.lora import add_lora, save_merged
-from prmd.models import load_adapted, load_base_classifier
+from prmd.models.loading import add_lora, load_adapted, load_base_classifier, save_merged
+from prmd.models.sequence_models import SequenceRewards
 from prmd.pessimism.losses import bradley_terry_loss
 from prmd.reward_data import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.runtime import free_memory, is_main_process, set_seed, wait_for_everyone
-from prmd.sequence_models import SequenceRewards
 from prmd.trainer import Columns, PairData, PairLoss
 from prmd.training import TrainingRun, run_training
 

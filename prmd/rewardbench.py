@@ -16,10 +16,10 @@ import numpy as np
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.local_rows import json_rows, parquet_rows
+from prmd.models.tokenization import template_fingerprint, tokenize_pairs
 from prmd.pairs import Message, PreferencePair
 from prmd.reward_models import load_reward_model
 from prmd.statistics.intervals import accuracy_with_ties, wilson_interval
-from prmd.tokenization import template_fingerprint, tokenize_pairs
 
 logger = logging.getLogger(__name__)
 

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from prmd.cache import ScoreTable, tokens_key
-from prmd.pair_batches import collate_rows, plan_scoring
+from prmd.models.prefix_rows import collate_rows, plan_scoring
+from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
+from prmd.models.tokenization import PrefixRow
 from prmd.runtime import is_main_process, progress, wait_for_everyone
-from prmd.sequence_models import SequenceLogps, supports_shared_prompts
-from prmd.tokenization import PrefixRow
 
 SHARD_SECONDS = 60.0
 """A table is saved about this often, so that an interruption costs at most a minute."""
@@ -39,7 +39,7 @@ def score_rows(
     """Values of every response of every row, from the table or computed and added to it.
 
     Args:
-        compute: batch tensors (`pair_batches.collate_rows`) -> [S, width] float32.
+        compute: batch tensors (`models.prefix_rows.collate_rows`) -> [S, width] float32.
         share_prompt: whether the model takes several responses in one row (`supports_shared_prompts`).
 
     Returns:

@@ -1,6 +1,6 @@
 """The one trainer: reward models, distillation and our DPO all train on prefix-shared pairs through it.
 
-`PairTrainer` is a `transformers.Trainer` over planned micro-batches (`pair_batches.plan_batches`). What differs between
+`PairTrainer` is a `transformers.Trainer` over planned micro-batches (`models.prefix_rows.plan_batches`). What differs between
 trainings is data: the wrapped model's output (rewards or log-probabilities), columns per pair, and a loss function.
 Checkpoint names are in `checkpoints`; the losses themselves in `pessimism.losses`.
 """
@@ -21,10 +21,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prmd.checkpoints import mark_complete
 from prmd.errors import DataError
-from prmd.pair_batches import MicroBatch, collate_rows, padding_share, plan_scoring
+from prmd.models.prefix_rows import MicroBatch, collate_rows, padding_share, plan_scoring
+from prmd.models.tokenization import PrefixRow
 from prmd.runtime import get_device
 from prmd.sharding import RefuseUnsharded, in_step, prepare_fsdp
-from prmd.tokenization import PrefixRow
 
 Columns = Mapping[str, Tensor]
 
@@ -108,7 +108,7 @@ class PairTrainer(Trainer):
         eval_data: held-out pairs, or None.
         loss_function: see `LossFunction`.
         tokenizer: saved with every checkpoint.
-        share_prompt: see `sequence_models.supports_shared_prompts`.
+        share_prompt: see `models.sequence_models.supports_shared_prompts`.
         eval_tokens: tokens per batch of the held-out pairs.
     """
 

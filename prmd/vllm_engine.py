@@ -16,9 +16,9 @@ from prmd.artifacts import io
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.generation import Decoding
-from prmd.models import model_source
+from prmd.models.loading import model_source
+from prmd.models.tokenization import Tokens
 from prmd.runtime import free_memory, get_runtime
-from prmd.tokenization import Tokens
 
 ADAPTER_CONFIG = "adapter_config.json"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tiny_pipeline import Pipeline
     from tiny_tables import Table
 
-    from prmd.sequence_models import SequenceLogps
+    from prmd.models.sequence_models import SequenceLogps
 
 
 @pytest.fixture(scope="session")

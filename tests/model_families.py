@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from prmd.tokenization import PrefixRow
+from prmd.models.tokenization import PrefixRow
 
 VOCABULARY = 61
 FAMILIES = {

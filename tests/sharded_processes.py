@@ -26,9 +26,9 @@ from two_processes import train
 
 from prmd.config.shared import LoraConfig
 from prmd.errors import ConfigError
-from prmd.lora import add_lora
+from prmd.models.loading import add_lora
+from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.rehearsal import enable_gradient_checkpointing
-from prmd.sequence_models import SequenceLogps, SequenceRewards
 
 PAIRS_PER_STEP = 8
 

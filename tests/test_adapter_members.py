@@ -35,12 +35,12 @@ from prmd.config.shared import (
     TuningConfig,
 )
 from prmd.errors import ConfigError, DataError
+from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.pairs import read_pairs
 from prmd.report import reward_figures
 from prmd.reward_data import RewardTask, read_reward_pairs
 from prmd.reward_modeling import train_judge, train_reward_model
 from prmd.reward_models import RewardModel, load_reward_model
-from prmd.tokenization import PrefixRow, tokenize_row
 
 MEMBERS, PAIRS, SEED = 2, 10, 7
 

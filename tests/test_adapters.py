@@ -24,14 +24,13 @@ from prmd.config.shared import (
     RewardModelConfig,
     TrainingConfig,
 )
-from prmd.lora import add_lora, save_merged
-from prmd.models import load_base_classifier, load_tokenizer
+from prmd.models.loading import add_lora, load_base_classifier, load_tokenizer, save_merged
+from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration
 from prmd.policy_data import score_pairs
 from prmd.policy_pairs import pooled_pairs
 from prmd.reward_models import RewardModel, load_reward_model, load_reward_models, write_calibration
-from prmd.tokenization import PrefixRow, tokenize_row
 
 TEXTS = [
     ("why?", ("I do not know", "no")),

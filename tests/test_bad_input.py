@@ -235,7 +235,7 @@ def test_no_model_there(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> No
     def unreachable(*arguments: Any, **keywords: Any) -> None:
         raise OSError("nobody/nothing is not a local folder and the hub cannot be reached")
 
-    monkeypatch.setattr("prmd.models.AutoTokenizer.from_pretrained", unreachable)
+    monkeypatch.setattr("prmd.models.loading.AutoTokenizer.from_pretrained", unreachable)
     said = refused(REWARD_MODELS["helpful"], "model.name=nobody/nothing")
     assert "model.name: cannot load 'nobody/nothing'" in said and "set model.name to its folder" in said
 

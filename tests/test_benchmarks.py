@@ -31,9 +31,9 @@ from prmd.config.evaluation import (
     TextJudgeConfig,
 )
 from prmd.evaluation import benchmark_eval
-from prmd.models import load_policy
+from prmd.models.loading import load_policy
+from prmd.models.tokenization import tokenize_row
 from prmd.objectives import OBJECTIVES
-from prmd.tokenization import tokenize_row
 
 
 @pytest.fixture(scope="module")

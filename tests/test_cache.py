@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from prmd.cache import JsonTable, ScoreTable, tokens_key
 from prmd.errors import DataError
-from prmd.tokenization import PrefixRow
+from prmd.models.tokenization import PrefixRow
 
 TOKENS = st.lists(st.integers(0, 200_000), max_size=6).map(tuple)
 KEYS = [tokens_key((i,)) for i in range(10)]

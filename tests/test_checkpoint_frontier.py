@@ -15,7 +15,7 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import Contender, find_contenders
 from prmd.evaluation import compute_metrics
 from prmd.judge_cards import CONSTANT_ANSWER
-from prmd.models import load_tokenizer
+from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.policy_evaluation import Evaluation
 from prmd.report.page import build_report

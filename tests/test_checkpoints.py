@@ -17,12 +17,11 @@ from prmd.checkpoints import (
     newest_complete,
 )
 from prmd.config.shared import LoraConfig, ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
-from prmd.lora import add_lora
-from prmd.models import load_base_classifier, load_causal_lm, load_tokenizer
+from prmd.models.loading import add_lora, load_base_classifier, load_causal_lm, load_tokenizer
+from prmd.models.sequence_models import SequenceLogps, SequenceRewards
+from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import bradley_terry_loss
 from prmd.runtime import set_seed
-from prmd.sequence_models import SequenceLogps, SequenceRewards
-from prmd.tokenization import PrefixRow
 from prmd.trainer import PairData, PairLoss
 from prmd.training import TrainingRun, run_training
 

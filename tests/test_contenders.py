@@ -10,7 +10,7 @@ from tiny_workspace import evaluation_config, write_lora_policy, write_prepared,
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig, GenerationConfig
 from prmd.contenders import ContenderModels, evaluation_prompts, find_contenders
-from prmd.models import load_tokenizer
+from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
 

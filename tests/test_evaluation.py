@@ -17,7 +17,7 @@ from prmd.contenders import ContenderModels, evaluation_prompts, find_contenders
 from prmd.errors import DataError
 from prmd.evaluation import compute_metrics
 from prmd.generation import GeneratedResponse
-from prmd.models import load_policy, load_tokenizer
+from prmd.models.loading import load_policy, load_tokenizer
 from prmd.objectives import OBJECTIVES
 
 METHODS = ("reference", "baseline_dpo", "hard_min")

@@ -23,17 +23,17 @@ from prmd.config.shared import RewardModelConfig
 from prmd.data_preparation import download_dataset, split_objectives
 from prmd.errors import ConfigError
 from prmd.evaluation import benchmark_eval, compute_metrics
+from prmd.models.tokenization import tokenize_pairs
 from prmd.pairs import read_pairs
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
 from prmd.reward_modeling import train_reward_model
 from prmd.reward_models import load_reward_model
-from prmd.tokenization import tokenize_pairs
 
 MADE = PROJECT_ROOT / "tests" / "fixtures" / "finished"
 CANDIDATES = ("reference", "baseline_dpo", "hard_min", "hierarchical")
 BENCHMARKS = ("hh_holdout", "heldout_pairs", "truthfulqa", "truthfulqa_generation")
 REWRITTEN = {"manifest.json", "run.json", "config.yaml", "comparison.json", "comparison.md"}
-"""Files in `data/raw` and `outputs` that a stage writes at every call; those below `models` it never does."""
+"""Files in `data/raw` and `outputs` that a stage writes at every call; those below `models.loading` it never does."""
 
 
 @dataclass(frozen=True)

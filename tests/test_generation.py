@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from prmd import generation, runtime, scoring
 from prmd.cache import JsonTable
 from prmd.generation import GeneratedResponse, generate, sample_rows, stop_token
-from prmd.models import load_tokenizer_from
-from prmd.tokenization import tokenize_prompt, tokenize_row
+from prmd.models.loading import load_tokenizer_from
+from prmd.models.tokenization import tokenize_prompt, tokenize_row
 
 
 @pytest.fixture(scope="module")

@@ -40,8 +40,8 @@ from benchmarks.gold_world import (
 from prmd import ensemble
 from prmd.config.shared import EnsembleConfig
 from prmd.generation import stop_token
+from prmd.models.tokenization import check_template, tokenize_prompt
 from prmd.plotting_study import plot_gold_reward
-from prmd.tokenization import check_template, tokenize_prompt
 
 TINY = Sizes(
     hidden=16,

@@ -12,16 +12,16 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prmd.artifacts import io
-from prmd.models import load_policy, load_tokenizer
+from prmd.models.loading import load_policy, load_tokenizer
+from prmd.models.prefix_rows import collate_rows
+from prmd.models.sequence_models import SequenceLogps
+from prmd.models.tokenization import tokenize_pairs
 from prmd.objectives import OBJECTIVES, SPLITS
-from prmd.pair_batches import collate_rows
 from prmd.pairs import read_pairs
 from prmd.policy_data import scale_responses, score_pairs
 from prmd.policy_pairs import held_out_pairs, pooled_pairs
 from prmd.policy_targets import method_targets
 from prmd.reward_models import RewardModel, load_reward_model, load_reward_models
-from prmd.sequence_models import SequenceLogps
-from prmd.tokenization import tokenize_pairs
 
 pytestmark = pytest.mark.slow
 

@@ -14,14 +14,14 @@ from prmd import policy_data
 from prmd.config.policy import PairsConfig, PolicyConfig
 from prmd.errors import DataError
 from prmd.generation import GeneratedResponse
-from prmd.models import load_tokenizer
+from prmd.models.loading import load_tokenizer
+from prmd.models.tokenization import PrefixRow, Tokens
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration, fit_calibration
 from prmd.policy_data import PairScores, ScaleResponses, draw_reference_samples, scale_responses, score_pairs
 from prmd.policy_pairs import pooled_pairs
 from prmd.policy_targets import method_targets
 from prmd.reward_models import load_reward_models
-from prmd.tokenization import PrefixRow, Tokens
 
 K, M = 3, 4
 

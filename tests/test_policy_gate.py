@@ -14,7 +14,7 @@ from prmd.artifacts import io
 from prmd.cache import tokens_key
 from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.generation import sample_rows
-from prmd.models import load_tokenizer
+from prmd.models.loading import load_tokenizer
 from prmd.policy_training import train_pessimistic
 from prmd.reference import reference_samples
 from prmd.report.evaluation_sections import gate_section

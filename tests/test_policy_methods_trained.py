@@ -18,10 +18,10 @@ from prmd import policy_gate
 from prmd.artifacts import io
 from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
 from prmd.errors import ConfigError, DataError
+from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
 from prmd.policy_selection import MemberSelection
 from prmd.policy_training import train_pessimistic
-from prmd.tokenization import PrefixRow
 
 DISTILLED = ("mean", "maxmin", "edpo", "paper_eq5", "paper_eq9")
 ALL = (*DISTILLED, "dpo", "ipo", "modpo", "dpo_helpful", "dpo_harmless", "dpo_honest", "soup")

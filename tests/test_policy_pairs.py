@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_workspace import policy_config
 
 from prmd.config.policy import PolicyConfig, PolicySection
-from prmd.models import load_tokenizer
+from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.policy_pairs import held_out_pairs, pool_order, pooled_pairs
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.errors import ConfigError, DataError
-from prmd.pair_batches import collate_rows
+from prmd.models.prefix_rows import collate_rows
+from prmd.models.sequence_models import SequenceLogps
 from prmd.pessimism.aggregation import METHODS
 from prmd.policy_data import PairScores
 from prmd.policy_targets import Targets, method_targets, policy_loss
 from prmd.policy_training import train_hierarchical
-from prmd.sequence_models import SequenceLogps
 
 SHIPPED = PolicyConfig().policy
 DISTILLED = ("mean", "hard_min", "cvar", "hierarchical", "lcb", "softmin")

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.benchmarks.truthfulqa import PRIMER, question_row, read_questions, strided
 from prmd.cache import ScoreTable
+from prmd.models.tokenization import PrefixRow
 from prmd.primer_scoring import PrimedLogps, score_logps_behind_primer, shared_beginning
 from prmd.scoring import score_logps
-from prmd.tokenization import PrefixRow
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "truthfulqa"
 OPTIONS = {"pad_id": 0, "tokens_per_batch": 6000, "description": "test"}

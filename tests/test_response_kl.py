@@ -8,9 +8,9 @@ import torch
 from tiny_models import direct_kl, tiny_config
 from transformers import LlamaForCausalLM
 
-from prmd.pair_batches import collate_rows
+from prmd.models.prefix_rows import collate_rows
+from prmd.models.tokenization import PrefixRow
 from prmd.response_kl import response_kls
-from prmd.tokenization import PrefixRow
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])

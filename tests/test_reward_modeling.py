@@ -14,7 +14,7 @@ from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import EnsembleConfig, RewardModelConfig, TrainingConfig
 from prmd.errors import ConfigError, DataError
-from prmd.models import load_tokenizer
+from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
 from prmd.reward_data import RewardTask, read_reward_pairs

@@ -13,9 +13,9 @@ from prmd.artifacts import io
 from prmd.config.shared import EnsembleConfig, ModelConfig, RewardModelConfig
 from prmd.ensemble import fit_ensemble
 from prmd.errors import DataError
+from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.pessimism.calibration import fit_calibration
 from prmd.reward_models import ENSEMBLE_FILE, load_reward_model, write_calibration
-from prmd.tokenization import PrefixRow, tokenize_row
 
 TEXTS = [
     ("why?", ("I do not know", "no")),

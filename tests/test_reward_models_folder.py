@@ -13,6 +13,7 @@ from prmd.artifacts import io
 from prmd.config.shared import DataConfig, ModelConfig, RewardModelConfig
 from prmd.ensemble import Ensemble, initial_heads
 from prmd.errors import DataError
+from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.pessimism.calibration import Calibration
 from prmd.reward_models import (
     CALIBRATION_FILE,
@@ -21,7 +22,6 @@ from prmd.reward_models import (
     load_reward_model,
     write_calibration,
 )
-from prmd.tokenization import PrefixRow, tokenize_row
 
 PROMPTS = (
     [{"role": "user", "content": "why is the sky blue"}],

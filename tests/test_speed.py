@@ -25,11 +25,11 @@ from benchmarks.speed_setup import (
 )
 from benchmarks.speed_shape import IsolatedRun, attention_row, shape_rows, training_flops
 from benchmarks.speed_trainings import our_scoring, our_training, trl_dpo
-from prmd.attention import SDPA_OR_FLEX, AttentionShape
 from prmd.config.shared import DataConfig
+from prmd.models.attention import SDPA_OR_FLEX, AttentionShape
+from prmd.models.sequence_models import SequenceLogps
+from prmd.models.tokenization import PrefixRow
 from prmd.policy_targets import policy_loss
-from prmd.sequence_models import SequenceLogps
-from prmd.tokenization import PrefixRow
 
 ONCE = speed.Preset(4, {name: (1, math.inf) for name in speed.QUICK.limits})
 

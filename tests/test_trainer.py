@@ -15,12 +15,11 @@ from transformers import (
 from transformers.training_args import OptimizerNames
 
 from prmd.config.shared import LoraConfig, TrainingConfig
-from prmd.lora import add_lora
-from prmd.models import load_tokenizer_from
-from prmd.pair_batches import collate_rows, plan_batches, total_steps
+from prmd.models.loading import add_lora, load_tokenizer_from
+from prmd.models.prefix_rows import collate_rows, plan_batches, total_steps
+from prmd.models.sequence_models import SequenceLogps, SequenceRewards
+from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import bradley_terry_loss, distillation_loss, dpo_loss, implicit_margins
-from prmd.sequence_models import SequenceLogps, SequenceRewards
-from prmd.tokenization import PrefixRow
 from prmd.trainer import PairData, PairLoss, PairTrainer
 from prmd.trainer_arguments import on_one_gpu, training_arguments
 

@@ -10,11 +10,11 @@ from tiny_models import tiny_causal_lm, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from trl import DPOConfig, DPOTrainer
 
-from prmd.models import load_tokenizer_from
-from prmd.pair_batches import collate_rows
+from prmd.models.loading import load_tokenizer_from
+from prmd.models.prefix_rows import collate_rows
+from prmd.models.sequence_models import SequenceLogps
+from prmd.models.tokenization import tokenize_row
 from prmd.pessimism.losses import dpo_loss, implicit_margins
-from prmd.sequence_models import SequenceLogps
-from prmd.tokenization import tokenize_row
 
 BETA = 0.1
 CONVERSATIONS = [

@@ -28,12 +28,11 @@ from prmd.config.shared import (
     TuningConfig,
 )
 from prmd.errors import ConfigError
-from prmd.lora import add_lora
-from prmd.models import load_causal_lm, load_tokenizer
+from prmd.models.loading import add_lora, load_causal_lm, load_tokenizer
+from prmd.models.sequence_models import SequenceLogps
+from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import dpo_loss
 from prmd.runtime import set_seed
-from prmd.sequence_models import SequenceLogps
-from prmd.tokenization import PrefixRow
 from prmd.trainer import Columns, PairData, PairLoss
 from prmd.training import TrainingRun, check_training, choose_precision, run_training
 

@@ -23,7 +23,7 @@ from prmd.benchmarks.truthfulqa import (
 )
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, TruthfulQaBenchmarkConfig
 from prmd.errors import ConfigError, DataError
-from prmd.models import load_policy
+from prmd.models.loading import load_policy
 from prmd.pairs import BENCHMARK_QUESTIONS_FILE
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -19,7 +19,7 @@ from prmd.contenders import EvaluationPrompt, evaluation_prompts
 from prmd.errors import ConfigError
 from prmd.evaluation import compute_metrics
 from prmd.generation import stop_token
-from prmd.models import load_tokenizer
+from prmd.models.loading import load_tokenizer
 from prmd.policy_training import train_pessimistic
 from prmd.reference import reference_samples
 from prmd.reward_modeling import train_reward_model

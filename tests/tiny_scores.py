@@ -8,10 +8,10 @@ from torch import Tensor
 
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import ModelConfig
-from prmd.models import load_causal_lm
+from prmd.models.loading import load_causal_lm
+from prmd.models.sequence_models import SequenceLogps
+from prmd.models.tokenization import PrefixRow
 from prmd.policy_data import PairScores, ScaleResponses
-from prmd.sequence_models import SequenceLogps
-from prmd.tokenization import PrefixRow
 
 K, M, N = 3, 20, 40
 ROWS = [

@@ -14,11 +14,11 @@ from prmd.artifacts.paths import ArtifactPaths
 from prmd.cache import ScoreTable, tokens_key
 from prmd.config.policy import PairsConfig, PolicyConfig
 from prmd.config.shared import CalibrationConfig, LoraConfig, RewardModelConfig, TrainingConfig, TuningConfig
-from prmd.models import load_tokenizer
+from prmd.models.loading import load_tokenizer
+from prmd.models.tokenization import PrefixRow, Tokens
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration, fit_calibration
 from prmd.report import figures
-from prmd.tokenization import PrefixRow, Tokens
 
 M = 3
 SAMPLES = 6

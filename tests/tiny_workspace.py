@@ -23,7 +23,7 @@ from prmd.config.shared import (
 )
 from prmd.contenders import ContenderModels, find_contenders
 from prmd.ensemble import Ensemble, initial_heads
-from prmd.models import load_tokenizer
+from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pairs import BENCHMARK_QUESTIONS_FILE, make_pair
 from prmd.pessimism.calibration import Calibration

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from prmd import generation
 from prmd.cache import JsonTable
 from prmd.generation import generate
-from prmd.models import load_tokenizer_from
+from prmd.models.loading import load_tokenizer_from
+from prmd.models.tokenization import tokenize_prompt
 from prmd.runtime import start_processes
-from prmd.tokenization import tokenize_prompt
 
 
 def main(directory: Path, model_folder: Path) -> None:

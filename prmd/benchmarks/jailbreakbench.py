@@ -31,12 +31,12 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.judge_cards import CONSTANT_ANSWER, judge_card
+from prmd.models.tokenization import Tokens, render
 from prmd.refusals import NON_REFUSAL
 from prmd.rubrics import REFUSAL, Verdict
 from prmd.statistics.intervals import wilson_interval
 from prmd.statistics.resampling import by_definition, with_chance
 from prmd.text_judges import TextJudge, make_text_judge
-from prmd.tokenization import Tokens, render
 
 logger = logging.getLogger(__name__)
 

@@ -14,8 +14,8 @@ from prmd.cache import JsonTable
 from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
 from prmd.generation import GeneratedResponse, generate
+from prmd.models.tokenization import Tokens, render
 from prmd.pairs import Message
-from prmd.tokenization import Tokens, render
 
 TEMPERATURES = {
     "writing": 0.7,

@@ -24,12 +24,12 @@ from prmd.errors import DataError, UserError
 from prmd.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER
 from prmd.local_rows import json_rows
+from prmd.models.tokenization import Tokens, render
 from prmd.pairs import hash_share
 from prmd.sources import benchmark_files, hub_rows
 from prmd.statistics.intervals import Estimate, bootstrap_mean, wilson_interval
 from prmd.statistics.outcomes import expected_max_order_statistic, prob_any_order
 from prmd.statistics.resampling import with_chance
-from prmd.tokenization import Tokens, render
 from prmd.toxicity import SUBSTITUTE, TOXIC, ScoredText, ToxicityScorer, make_scorer, scorer_card
 
 logger = logging.getLogger(__name__)

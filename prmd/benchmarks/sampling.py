@@ -10,7 +10,7 @@ from prmd.artifacts import io
 from prmd.cache import JsonTable
 from prmd.contenders import ContenderModels
 from prmd.generation import GeneratedResponse, generate
-from prmd.tokenization import Tokens
+from prmd.models.tokenization import Tokens
 
 
 def sample(

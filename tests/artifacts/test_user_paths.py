@@ -21,7 +21,7 @@ from prmd.data_preparation import download_dataset
 from prmd.errors import ConfigError
 from prmd.judges import judge_folder
 from prmd.label_classifiers import LabelClassifier
-from prmd.models import base_model_key, load_tokenizer, model_source
+from prmd.models.loading import base_model_key, load_tokenizer, model_source
 from prmd.sources import benchmark_files, plan_source
 from prmd.text_judges import ReplayJudge, make_text_judge
 

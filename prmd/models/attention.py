@@ -3,7 +3,7 @@
 Given such a mask, `sdpa` computes every pair of tokens and cannot use its fastest kernels; `flex_attention` skips blocks
 that nobody looks at, such as rejected x chosen, but is compiled and costs more to start. Neither wins at every length,
 so `auto` times both on the GPU at hand. The switch is an attention function that takes flex for a `BlockMask` and sdpa
-for everything else, so generation and TRL run as if it were not there. What a token may look at is in `pair_batches`;
+for everything else, so generation and TRL run as if it were not there. What a token may look at is in `prefix_rows`;
 who asks for a mask is `sequence_models`.
 """
 
@@ -25,7 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from prmd.errors import ConfigError
-from prmd.pair_batches import attention_mask, may_look
+from prmd.models.prefix_rows import attention_mask, may_look
 from prmd.runtime import get_device, missing_compiler
 
 logger = logging.getLogger(__name__)
@@ -137,11 +137,11 @@ def _log_once(line: str) -> None:
 
 # ------------------------------------------------------------------ masks
 def rows_mask(model: nn.Module, segment_ids: Tensor) -> Tensor | BlockMask:
-    """What the attention of `model` reads a batch by: `pair_batches.attention_mask`, or the same for `flex_attention`.
+    """What the attention of `model` reads a batch by: `prefix_rows.attention_mask`, or the same for `flex_attention`.
 
     Args:
         model: a transformers model on the device of the batch.
-        segment_ids: [B, L] as `pair_batches.collate_rows` gives them.
+        segment_ids: [B, L] as `prefix_rows.collate_rows` gives them.
     """
     name = model.config._attn_implementation
     if name not in (SDPA_OR_FLEX, SDPA_OR_FASTER_FLEX) or segment_ids.max() <= 1:
@@ -155,7 +155,7 @@ def block_mask(segment_ids: Tensor) -> BlockMask:
     """The mask of shared rows for `flex_attention`, [B, 1, L, L] in blocks.
 
     Args:
-        segment_ids: [B, L] as `pair_batches.collate_rows` gives them.
+        segment_ids: [B, L] as `prefix_rows.collate_rows` gives them.
     """
     segments = segment_ids.int()
 

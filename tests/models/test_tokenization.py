@@ -9,9 +9,8 @@ from tiny_models import TEMPLATE, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from prmd.errors import ConfigError, DataError
-from prmd.models import load_tokenizer_from
-from prmd.pairs import PreferencePair
-from prmd.tokenization import (
+from prmd.models.loading import load_tokenizer_from
+from prmd.models.tokenization import (
     end_of_turn,
     fit_messages,
     render,
@@ -20,6 +19,7 @@ from prmd.tokenization import (
     tokenize_prompt,
     tokenize_row,
 )
+from prmd.pairs import PreferencePair
 
 TEXT = st.text(
     st.characters(codec="utf-8", exclude_characters="<|>", exclude_categories=("Cs", "Cc")),

@@ -1,10 +1,8 @@
-"""Prefix-shared batches: each prompt is processed once for all its responses, and padding is next to none.
+"""Prefix-shared rows: each prompt is processed once for all its responses, and padding is next to none.
 
 A row is `prompt | response 1 | response 2 | ...`. Positions of every response continue from the prompt, and a response
-attends to the prompt and to itself only, so the results are those of separate conversations. `plan_batches` groups
-rows of like length inside large shuffled windows; models consume the tensors in `sequence_models.SequenceLogps` and
-`sequence_models.SequenceRewards`. Where a model cannot take such a mask exactly, `share_prompt=False` gives each response a
-row of its own; everything else stays the same.
+attends to the prompt and to itself only, so the results are those of separate conversations. Where a model cannot take
+such a mask exactly, `share_prompt=False` gives each response a row of its own; everything else stays the same.
 """
 
 import itertools
@@ -16,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prmd.tokenization import PrefixRow
+from prmd.models.tokenization import PrefixRow
 
 PADDING = -1
 

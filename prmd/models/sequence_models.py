@@ -1,7 +1,7 @@
 """What a language model computes for a batch of prefix-shared rows: log-probabilities or rewards of every response.
 
 `SequenceLogps` and `SequenceRewards` wrap a model so that everything happens inside one `forward`: a backbone called
-beside its distributed wrapper would train silently wrong. Loading is in `models`, adapters are in `lora`, batches in `pair_batches`,
+beside its distributed wrapper would train silently wrong. Loading is in `loading`, adapters are in `loading`, batches in `prefix_rows`,
 masks in `attention`.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from prmd.attention import SDPA_OR_FASTER_FLEX, SDPA_OR_FLEX, rows_mask
+from prmd.models.attention import SDPA_OR_FASTER_FLEX, SDPA_OR_FLEX, rows_mask
 
 LOGITS_AT_ONCE = 2**25
 """Elements of one float32 block of logits (128 MiB): 220 tokens at a vocabulary of 151,936."""
@@ -60,7 +60,7 @@ class SequenceLogps(_SequenceModel):
     ) -> Tensor:
         """log pi(y|x) = sum_t log pi(y_t | x, y_<t) of every response.
 
-        Args: as `pair_batches.collate_rows` returns them.
+        Args: as `prefix_rows.collate_rows` returns them.
 
         Returns:
             [S] nats, float32, the end-of-turn token included where the row holds it.

@@ -2,7 +2,7 @@
 
 The whole conversation is rendered and the response is what lies behind its common prefix with the rendered prompt, so
 that no token is ever merged or lost at the boundary. Rows that do not fit `max_length` lose whole turns of the prompt
-from the left, then tokens of its last message, never a token of a response. Batches are built in `pair_batches`.
+from the left, then tokens of its last message, never a token of a response. Batches are built in `prefix_rows`.
 """
 
 import hashlib
