@@ -21,7 +21,7 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.config.loading import load_pipeline
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
-from prmd.data_preparation import download_dataset, split_objectives
+from prmd.data.prepare import download_dataset, split_objectives
 from prmd.evaluation import benchmark_eval, compute_metrics
 from prmd.objectives import OBJECTIVES
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic

@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts run uninstalled, from any folder
 
-from prmd.data_preparation import split_objectives
+from prmd.data.prepare import split_objectives
 from utils import run_stage
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 The bias is made as in arXiv:2405.19316, by choosing which labelled pairs are in the training set: no label is changed.
 Validation, test and judge pairs are those of the unbiased data, file by file. Length is counted in characters, as a
-rater sees it. Preparing the unbiased data is stage 1 (`prmd.data_preparation`).
+rater sees it. Preparing the unbiased data is stage 1 (`data.prepare`).
 """
 
 import logging

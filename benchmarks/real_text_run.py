@@ -23,7 +23,7 @@ from prmd.checkpoint_frontier import checkpoint_contenders
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.contenders import REFERENCE, Contender, EvaluationPrompt, evaluation_prompts, find_contenders
-from prmd.data_preparation import download_dataset, split_objectives
+from prmd.data.prepare import download_dataset, split_objectives
 from prmd.errors import DataError
 from prmd.judges import RewardModelJudge, trained_judge
 from prmd.models.loading import load_tokenizer, model_source

@@ -24,16 +24,17 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths, find_user_path
 from prmd.config.loading import load_config
 from prmd.config.shared import DataConfig, HhRlhfConfig, ModelConfig, RewardModelConfig
+from prmd.data.collection import RawFile
+from prmd.data.embedded import embedded_pairs
+from prmd.data.hh_rlhf import hh_rlhf_pairs
+from prmd.data.sources import plan_source
 from prmd.errors import DataError
 from prmd.models.loading import load_base_classifier, load_causal_lm, load_tokenizer
 from prmd.models.prefix_rows import MicroBatch, collate_rows, padding_share, plan_batches
 from prmd.models.sequence_models import supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, tokenize_pairs
-from prmd.pair_builders import embedded_pairs, hh_rlhf_pairs
 from prmd.pairs import PreferencePair
-from prmd.raw_data import RawFile
 from prmd.runtime import get_device
-from prmd.sources import plan_source
 
 PAIRS_PER_BATCH = 4
 WINDOW_PAIRS = 1024

@@ -15,10 +15,10 @@ from prmd.artifacts import io
 from prmd.cache import JsonTable
 from prmd.config.evaluation import EvaluationConfig, TextJudgeConfig
 from prmd.config.shared import ModelConfig
+from prmd.data.readers import json_rows
 from prmd.endpoint import Endpoint, EndpointError
 from prmd.errors import ConfigError, DataError
 from prmd.generation import generate
-from prmd.local_rows import json_rows
 from prmd.models.loading import base_model_key, load_causal_lm, load_tokenizer
 from prmd.models.tokenization import render, template_fingerprint
 from prmd.pairs import Message

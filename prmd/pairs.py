@@ -1,7 +1,7 @@
 """A preference pair, how it is validated, and how the prepared splits are read.
 
 One row of `data/processed/<approach>/<objective>/<split>.jsonl` is one `PreferencePair`. Building pairs from the public
-data sets is in `pair_builders` and `pairs_pku`, splitting them in `splits`; turning them into tokens is in `models.tokenization`.
+data sets is in `data.collection` and `data.pku_safe_rlhf`, splitting them in `data.splits`; turning them into tokens is in `models.tokenization`.
 """
 
 import hashlib

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from prmd.config.shared import RewardModelConfig
+from prmd.data.readers import json_rows, parquet_rows
 from prmd.errors import ConfigError, DataError
-from prmd.local_rows import json_rows, parquet_rows
 from prmd.models.tokenization import template_fingerprint, tokenize_pairs
 from prmd.pairs import Message, PreferencePair
 from prmd.reward_models import load_reward_model

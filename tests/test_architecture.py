@@ -42,8 +42,6 @@ NOT_YET_MOVED = [
     "checkpoint_frontier",
     "checkpoints",
     "contenders",
-    "data_preparation",
-    "data_summary",
     "dpo_baseline",
     "dry_run",
     "endpoint",
@@ -54,15 +52,12 @@ NOT_YET_MOVED = [
     "judges",
     "kl",
     "label_classifiers",
-    "local_rows",
     "memory",
     "memory_accounting",
     "memory_plan",
     "memory_report",
     "ngram_regression",
     "over_optimisation",
-    "pair_builders",
-    "pairs_pku",
     "plotting_study",
     "policy_comparison",
     "policy_data",
@@ -82,7 +77,6 @@ NOT_YET_MOVED = [
     "precision",
     "primer_scoring",
     "proxies",
-    "raw_data",
     "reference",
     "reference_scores",
     "refusals",
@@ -99,14 +93,11 @@ NOT_YET_MOVED = [
     "rubrics",
     "scoring",
     "sharding",
-    "sources",
-    "splits",
     "text_judges",
     "toxicity",
     "trainer",
     "trainer_arguments",
     "training",
-    "transcripts",
     "verdicts",
     "vllm_engine",
 ]
@@ -304,7 +295,7 @@ def test_one_owner_each() -> None:
         "prmd/artifacts/runs.py",
     }  # runs.py writes config.yaml
     assert callers("from_pretrained") <= {"prmd/models/loading.py"}
-    assert callers("load_dataset") <= {"prmd/sources.py"}
+    assert callers("load_dataset") <= {"prmd/data/readers.py"}
     assert callers("save_file") | callers("load_file") <= {"prmd/artifacts/io.py"}
 
 

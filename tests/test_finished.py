@@ -20,7 +20,7 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.config.loading import load_config
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
-from prmd.data_preparation import download_dataset, split_objectives
+from prmd.data.prepare import download_dataset, split_objectives
 from prmd.errors import ConfigError
 from prmd.evaluation import benchmark_eval, compute_metrics
 from prmd.models.tokenization import tokenize_pairs

@@ -341,7 +341,7 @@ def test_the_hub_gives_the_same_behaviours(tmp_path: Path, monkeypatch: pytest.M
         rows = [{"Index": i, "Goal": f"goal {i}", "Category": "c"} for i in range(3)]
         return {"harmful": rows, "benign": rows[:2]}
 
-    monkeypatch.setattr("prmd.sources._load", load)
+    monkeypatch.setattr("prmd.data.readers._load", load)
     found, _ = read_behaviors(JailbreakBenchConfig(path="JailbreakBench/JBB-Behaviors", revision="abc"))
     assert [b.goal for b in found["harmful"]] == ["goal 0", "goal 1", "goal 2"] and len(found["benign"]) == 2
     key = "benchmarks.jailbreakbench.path"

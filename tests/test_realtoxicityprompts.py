@@ -226,7 +226,7 @@ def test_the_choice_of_prompts_does_not_depend_on_their_order() -> None:
 
 
 def test_the_hub_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prmd.sources._load", lambda *_: {"train": [row(i) for i in range(5)]})
+    monkeypatch.setattr("prmd.data.readers._load", lambda *_: {"train": [row(i) for i in range(5)]})
     hub = read_data(configured(tmp_path, path="allenai/real-toxicity-prompts", revision="abc"))
     file = write(tmp_path / "prompts.jsonl", [row(i) for i in range(5)])
     local = read_data(configured(tmp_path, path=str(file)))

@@ -13,9 +13,8 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import resolve_user_path
 from prmd.benchmarks.rows import Row, csv_rows, integer_of, numbered, refuse_twice, text_of
 from prmd.config.evaluation import JailbreakBenchConfig
+from prmd.data.readers import benchmark_files, hub_rows, json_rows
 from prmd.errors import ConfigError, DataError
-from prmd.local_rows import json_rows
-from prmd.sources import benchmark_files, hub_rows
 
 KEY = "benchmarks.jailbreakbench.path"
 ATTACKS_KEY = "benchmarks.jailbreakbench.attacks"

@@ -20,13 +20,12 @@ from prmd.benchmarks.rows import Row, numbered, refuse_twice, share_of, text_of,
 from prmd.benchmarks.sampling import sample
 from prmd.config.evaluation import EvaluationConfig
 from prmd.contenders import ContenderModels
+from prmd.data.readers import benchmark_files, hub_rows, json_rows
 from prmd.errors import DataError, UserError
 from prmd.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER
-from prmd.local_rows import json_rows
 from prmd.models.tokenization import Tokens, render
 from prmd.pairs import hash_share
-from prmd.sources import benchmark_files, hub_rows
 from prmd.statistics.intervals import Estimate, bootstrap_mean, wilson_interval
 from prmd.statistics.outcomes import expected_max_order_statistic, prob_any_order
 from prmd.statistics.resampling import with_chance

@@ -1,6 +1,6 @@
 """Rows of benchmark files, checked field by field; every mistake is one line that names row and field.
 
-Where the files are is `sources.benchmark_files`; what the rows mean is in the benchmarks.
+Where the files are is `data.readers.benchmark_files`; what the rows mean is in the benchmarks.
 """
 
 import csv

@@ -16,9 +16,9 @@ from prmd.artifacts.paths import find_user_path, stage_command
 from prmd.artifacts.runs import read_run
 from prmd.benchmarks.truthfulqa import Question
 from prmd.config.evaluation import EvaluationConfig
+from prmd.data.readers import json_rows
 from prmd.judge_cards import agreement, judge_card
 from prmd.judges import Conversation, RewardModelJudge, trained_judge
-from prmd.local_rows import json_rows
 from prmd.pairs import hash_share
 from prmd.rubrics import JudgeItem, Rubric, Verdict, item_key
 from prmd.text_judges import TextJudge, make_text_judge

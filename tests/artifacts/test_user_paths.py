@@ -17,12 +17,13 @@ from prmd.config.evaluation import EvaluationConfig, JailbreakBenchConfig, MtBen
 from prmd.config.loading import load_config, load_pipeline
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import DataConfig, ModelConfig, RewardModelConfig
-from prmd.data_preparation import download_dataset
+from prmd.data.prepare import download_dataset
+from prmd.data.readers import benchmark_files
+from prmd.data.sources import plan_source
 from prmd.errors import ConfigError
 from prmd.judges import judge_folder
 from prmd.label_classifiers import LabelClassifier
 from prmd.models.loading import base_model_key, load_tokenizer, model_source
-from prmd.sources import benchmark_files, plan_source
 from prmd.text_judges import ReplayJudge, make_text_judge
 
 NAME = "my/own/files"  # three parts: no hub id, so that nothing asks the hub

@@ -1,16 +1,30 @@
-"""Parsing HH-RLHF transcripts by a role state machine, without losing a character.
+"""HH-RLHF: its files, its transcripts and its pairs.
 
 A transcript is text like `\\n\\nHuman: ...\\n\\nAssistant: ...`. `parse_transcript` cuts it at the role markers into
 `Turn`s that keep their raw text, so that joining them gives the source back; messages are the stripped turns. Searching
-for the last `\\n\\nAssistant:` is not enough: some rows differ before their last turn. Pairs are made in `pair_builders`.
+for the last `\\n\\nAssistant:` is not enough: some rows differ before their last turn.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
-from prmd.pairs import Message
+from prmd.config.shared import DataConfig, HhRlhfConfig
+from prmd.data.collection import PairCollection, RawFile, SourcedPair
+from prmd.data.readers import (
+    HUB_ID,
+    SourceFile,
+    first_existing,
+    hub_file,
+    local_file,
+    local_path,
+    split_rows,
+)
+from prmd.errors import ConfigError
+from prmd.pairs import Message, make_pair
+from prmd.runtime import progress
 
 _MARKER = re.compile(r"(?:\A\s*|\n\n[ \t]*)(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -150,3 +164,60 @@ def compare_transcripts(chosen: str, rejected: str) -> ComparedTranscripts:
     if sides.chosen.response == sides.rejected.response:
         raise TranscriptError("identical_responses")
     return sides
+
+
+# ------------------------------------------------------------------ one function per source
+def plan_hh_rlhf(data: DataConfig) -> list[SourceFile]:
+    """Train and test file of every subset that an objective names."""
+    settings = data.hh_rlhf
+    key = "data.hh_rlhf.path"
+    folder = local_path(settings.path, key)
+    files = []
+    for subset in dict.fromkeys(settings.helpful_subsets + settings.harmless_subsets):
+        if not HUB_ID.fullmatch(subset) or subset.startswith("red-team"):
+            raise ConfigError(
+                f"data.hh_rlhf: {subset!r} is no preference subset (the bare repository would mix in red-team rows); "
+                "name folders such as helpful-base or harmless-base"
+            )
+        for split in ("train", "test"):
+            label = f"{subset}/{split}"
+            if folder is None:
+                read = partial(split_rows, key, settings.path, settings.revision, split, subset=subset)
+                files.append(hub_file("hh_rlhf", label, split, settings, read))
+            else:
+                path = first_existing(folder, (f"{label}.jsonl.gz", f"{label}.jsonl"), key)
+                files.append(local_file(path, label, split))
+    return files
+
+
+def hh_rlhf_pairs(files: Iterable[RawFile], settings: HhRlhfConfig) -> PairCollection:
+    """Pairs of HH-RLHF: `helpful_subsets` for helpful, `harmless_subsets` for harmless."""
+    collection = PairCollection()
+    subsets = {"helpful": settings.helpful_subsets, "harmless": settings.harmless_subsets}
+    for file in files:
+        subset = file.label.split("/")[0]
+        objectives = [objective for objective, names in subsets.items() if subset in names]
+        for index, row in enumerate(progress(file.rows, len(file.rows), f"pairs of {file.label}")):
+            for objective in objectives:
+                _add_hh_row(collection, row, source=file.where(index), objective=objective, file=file)
+    return collection
+
+
+def _add_hh_row(
+    collection: PairCollection, row: dict[str, Any], *, source: str, objective: str, file: RawFile
+) -> None:
+    try:
+        if not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
+            raise TranscriptError("malformed")
+        sides = compare_transcripts(row["chosen"], row["rejected"])
+    except TranscriptError as error:
+        collection.refuse(source=source, objective=objective, reason=str(error), row=row)
+        return
+    pair = make_pair(
+        prompt=sides.chosen.prompt,
+        chosen=sides.chosen.response,
+        rejected=sides.rejected.response,
+        source=source,
+        objective=objective,
+    )
+    collection.pairs.append(SourcedPair(pair, file.upstream_split))

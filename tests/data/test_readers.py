@@ -4,8 +4,9 @@ import gzip
 
 import pytest
 
+from prmd.data.readers import json_rows
+from prmd.data.truthfulqa import truthfulqa_row
 from prmd.errors import DataError
-from prmd.local_rows import json_rows, truthfulqa_row
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import json
 import datasets
 import pytest
 
-from prmd import sources
 from prmd.config.shared import DataConfig
+from prmd.data import sources
+from prmd.data.sources import plan_source, required_sources
 from prmd.errors import ConfigError, DataError
-from prmd.sources import plan_source, required_sources
 
 HH_ROW = {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"}
 CSV = (

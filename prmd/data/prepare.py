@@ -1,7 +1,7 @@
 """Stage 1: download the sources of an approach, and turn them into splits per objective.
 
-`download_dataset` fills `data/raw/<source>/` (through `raw_data` and `sources`); `split_objectives` makes
-`data/processed/<approach>/` (through `pair_builders`, `pairs_pku` and `splits`). Stage 2 reads the splits with
+`download_dataset` fills `data/raw/<source>/` (through `raw` and `sources`); `split_objectives` makes
+`data/processed/<approach>/` (through `collection`, `pku_safe_rlhf` and `splits`). Stage 2 reads the splits with
 `pairs.read_pairs`.
 """
 
@@ -12,15 +12,18 @@ from typing import Any
 
 from prmd.artifacts import io, runs
 from prmd.config.shared import DataConfig, RewardModelConfig
-from prmd.data_summary import sizes_of, write_summary
+from prmd.data.collection import PairCollection, merge
+from prmd.data.embedded import embedded_pairs
+from prmd.data.hh_rlhf import hh_rlhf_pairs
+from prmd.data.pku_safe_rlhf import pku_pairs
+from prmd.data.raw import MANIFEST, fetch_source, read_manifest, read_source
+from prmd.data.sources import plan_source, required_sources
+from prmd.data.splits import SplitPairs, SplitResult, check_no_leak, limit_pairs, split_pairs
+from prmd.data.summary import sizes_of, write_summary
+from prmd.data.truthfulqa import truthfulqa_pairs
 from prmd.errors import DataError, UserError
 from prmd.objectives import OBJECTIVES, SPLITS
-from prmd.pair_builders import PairCollection, embedded_pairs, hh_rlhf_pairs, merge, truthfulqa_pairs
 from prmd.pairs import BENCHMARK_QUESTIONS_FILE
-from prmd.pairs_pku import pku_pairs
-from prmd.raw_data import MANIFEST, fetch_source, read_manifest, read_source
-from prmd.sources import plan_source, required_sources
-from prmd.splits import SplitPairs, SplitResult, check_no_leak, limit_pairs, split_pairs
 
 logger = logging.getLogger(__name__)
 

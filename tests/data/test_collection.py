@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 
 from prmd.config.shared import HhRlhfConfig, TruthfulQaConfig
+from prmd.data.collection import PairCollection, RawFile, merge
+from prmd.data.embedded import embedded_pairs
+from prmd.data.hh_rlhf import hh_rlhf_pairs
+from prmd.data.truthfulqa import truthfulqa_pairs
 from prmd.errors import DataError
-from prmd.pair_builders import PairCollection, embedded_pairs, hh_rlhf_pairs, merge, truthfulqa_pairs
-from prmd.raw_data import RawFile
 
 
 def raw(rows, source="hh_rlhf", label="helpful-base/train", split="train"):

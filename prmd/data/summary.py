@@ -11,10 +11,10 @@ from typing import Any
 
 from prmd.artifacts import io
 from prmd.config.shared import RewardModelConfig
+from prmd.data.splits import SplitPairs
 from prmd.errors import UserError
 from prmd.pairs import Message, PreferencePair
 from prmd.report import figures
-from prmd.splits import SplitPairs
 
 logger = logging.getLogger(__name__)
 

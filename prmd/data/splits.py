@@ -1,7 +1,7 @@
 """Splitting pairs by their first human turn, so that no prompt is in two splits of any objective.
 
 Everything here is decided by hashes of text: no random state, the same split on every machine. Making pairs is in
-`pair_builders`, writing them in `data_preparation`.
+`collection`, writing them in `prepare`.
 """
 
 from collections import Counter, defaultdict
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from datasketch import MinHash, MinHashLSH
 
 from prmd.config.shared import SplitsConfig
+from prmd.data.collection import SourcedPair
 from prmd.objectives import OBJECTIVES, SPLITS
-from prmd.pair_builders import SourcedPair
 from prmd.pairs import PreferencePair, hash_share, prompt_key
 from prmd.runtime import progress
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prmd.transcripts import TranscriptError, compare_transcripts, parse_transcript, render_transcript
+from prmd.data.hh_rlhf import TranscriptError, compare_transcripts, parse_transcript, render_transcript
 
-HH = Path(__file__).resolve().parents[2] / "shared" / "data" / "hh-rlhf"
+HH = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-rlhf"
 NAMES = {"user": "Human", "assistant": "Assistant"}
 
 # text that cannot contain a marker: no colon

@@ -1,18 +1,26 @@
-"""Preference pairs from PKU-SafeRLHF, in its first schema (seven columns) and the current one (19 harm categories).
+"""PKU-SafeRLHF: its files and its pairs, in the first schema (seven columns) and the current one (19 harm categories).
 
 `better_response_id` is helpfulness and `safer_response_id` harmlessness. No version has an honesty label, so the honest
-pairs are a proxy that `data.pku_safe_rlhf.honest` chooses. Other sources are in `pair_builders`.
+pairs are a proxy that `data.pku_safe_rlhf.honest` chooses.
 """
 
 import hashlib
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
-from prmd.config.shared import PkuSafeRlhfConfig
+from prmd.config.shared import DataConfig, PkuSafeRlhfConfig
+from prmd.data.collection import PairCollection, RawFile, SourcedPair
+from prmd.data.readers import (
+    SourceFile,
+    hub_file,
+    local_file,
+    local_path,
+    plain_stem,
+    split_rows,
+)
 from prmd.errors import ConfigError
-from prmd.pair_builders import PairCollection, SourcedPair
 from prmd.pairs import make_pair
-from prmd.raw_data import RawFile
 from prmd.runtime import progress
 
 DECEPTION_CATEGORIES = ("Mental Manipulation", "Economic Crime", "White-Collar Crime")
@@ -93,3 +101,33 @@ def _sha256_mismatches(row: dict[str, Any]) -> int:
         for number, digest in recorded
         if digest
     )
+
+
+def plan_pku(data: DataConfig) -> list[SourceFile]:
+    """Train and test split on the hub; else the one file, or all files of the folder."""
+    settings = data.pku_safe_rlhf
+    key = "data.pku_safe_rlhf.path"
+    path = local_path(settings.path, key)
+    if path is None:
+        return [
+            hub_file(
+                "pku_safe_rlhf",
+                f"default/{split}",
+                split,
+                settings,
+                partial(split_rows, key, settings.path, settings.revision, split),
+            )
+            for split in ("train", "test")
+        ]
+    if path.is_file():
+        return [local_file(path, plain_stem(path), None)]
+    if found := sorted(p for s in ("train", "test") for p in path.glob(f"data/*/{s}.json*")):
+        return [local_file(p, f"{p.parent.name}/{plain_stem(p)}", plain_stem(p)) for p in found]
+    found = sorted(p for pattern in ("*.json", "*.jsonl", "*.jsonl.gz") for p in path.glob(pattern))
+    if not found:
+        raise ConfigError(
+            f"{key}: {path} has neither data/<model>/train.jsonl nor *.json, *.jsonl or *.jsonl.gz files; "
+            "point it at a folder in the hub's layout"
+        )
+    splits = {"train": "train", "test": "test"}
+    return [local_file(p, plain_stem(p), splits.get(plain_stem(p))) for p in found]

@@ -7,46 +7,22 @@ Readers of the sources themselves are in `sources`.
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prmd import sources
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, stage_command
 from prmd.config.shared import DataConfig, RewardModelConfig
+from prmd.data import sources
+from prmd.data.collection import RawFile
+from prmd.data.readers import SourceFile
 from prmd.errors import DataError
-from prmd.local_rows import Row
 from prmd.runtime import progress, require_disk
-from prmd.sources import SourceFile
 
 logger = logging.getLogger(__name__)
 
 DOWNLOAD_COMMAND = stage_command("download_dataset")
 MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class RawFile:
-    """One file of a source, read back.
-
-    Attributes:
-        source: `hh_rlhf`, `truthfulqa`, `pku_safe_rlhf` or `embedded`.
-        label: `helpful-base/train`.
-        upstream_split: `train`, `test` or None.
-        path: the file, for messages.
-        rows: its rows; row i is line i + 1.
-    """
-
-    source: str
-    label: str
-    upstream_split: str | None
-    path: Path
-    rows: list[Row]
-
-    def where(self, index: int) -> str:
-        """The `source` of the pair made from row `index` (0-based): `hh_rlhf/helpful-base/train:12`."""
-        return f"{self.source}/{self.label}:{index + 1}"
 
 
 def fetch_source(source: str, config: RewardModelConfig, *, force: bool) -> dict[str, Any]:

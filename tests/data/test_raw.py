@@ -6,10 +6,11 @@ import logging
 
 import pytest
 
-from prmd import raw_data, sources
 from prmd.config.shared import RewardModelConfig
+from prmd.data import raw as data_raw
+from prmd.data import sources
+from prmd.data.raw import fetch_source, read_manifest, read_source
 from prmd.errors import ConfigError, DataError
-from prmd.raw_data import fetch_source, read_manifest, read_source
 
 ROW = {"chosen": "\n\nHuman: a\n\nAssistant: é", "rejected": "\n\nHuman: a\n\nAssistant: c"}
 
@@ -57,7 +58,7 @@ def test_manifest_says_where_from_how_many_and_which_bytes(config):
 
 
 def test_interrupted_fetch_is_resumed(config, monkeypatch, caplog):
-    real, written = raw_data._write_file, []
+    real, written = data_raw._write_file, []
 
     def interrupted(source, directory, file):
         if len(written) == 2:
@@ -65,13 +66,13 @@ def test_interrupted_fetch_is_resumed(config, monkeypatch, caplog):
         written.append(file.label)
         return real(source, directory, file)
 
-    monkeypatch.setattr(raw_data, "_write_file", interrupted)
+    monkeypatch.setattr(data_raw, "_write_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
         fetch_source("hh_rlhf", config, force=False)
     with pytest.raises(DataError, match="interrupted"):
         read_manifest("hh_rlhf", config.data, config.paths)
     written.clear()
-    monkeypatch.setattr(raw_data, "_write_file", lambda s, d, f: written.append(f.label) or real(s, d, f))
+    monkeypatch.setattr(data_raw, "_write_file", lambda s, d, f: written.append(f.label) or real(s, d, f))
     with caplog.at_level(logging.INFO, "prmd"):
         fetch_source("hh_rlhf", config, force=False)
     assert written == ["harmless-base/train", "harmless-base/test"]
@@ -81,8 +82,8 @@ def test_interrupted_fetch_is_resumed(config, monkeypatch, caplog):
 
 def test_damaged_and_changed_files_are_fetched_again_and_force_fetches_all(config, tmp_path, monkeypatch):
     fetch_source("hh_rlhf", config, force=False)
-    real, written = raw_data._write_file, []
-    monkeypatch.setattr(raw_data, "_write_file", lambda s, d, f: written.append(f.label) or real(s, d, f))
+    real, written = data_raw._write_file, []
+    monkeypatch.setattr(data_raw, "_write_file", lambda s, d, f: written.append(f.label) or real(s, d, f))
     raw = config.paths.raw("hh_rlhf")
     (raw / "helpful-base-test.jsonl").write_text("{}\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"helpful-base-test\.jsonl: missing or changed.*download_dataset"):
@@ -123,7 +124,7 @@ def test_full_disk_is_refused_before_anything_is_written(config, monkeypatch):
     def full(path, size):
         raise ConfigError(f"{path}: {size} bytes do not fit")
 
-    monkeypatch.setattr(raw_data, "require_disk", full)
+    monkeypatch.setattr(data_raw, "require_disk", full)
     with pytest.raises(ConfigError, match="do not fit"):
         fetch_source("hh_rlhf", config, force=False)
     assert not config.paths.raw("hh_rlhf").exists()

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from prmd.config.shared import PkuSafeRlhfConfig
+from prmd.data.collection import RawFile
+from prmd.data.pku_safe_rlhf import pku_pairs
 from prmd.errors import ConfigError
-from prmd.pairs_pku import pku_pairs
-from prmd.raw_data import RawFile
 
-FIXTURE = Path(__file__).parent / "fixtures" / "pku_current_schema.jsonl"
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "pku-saferlhf"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "pku_current_schema.jsonl"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "pku-saferlhf"
 
 
 def lines(path):

@@ -8,17 +8,17 @@ from statistics import mean
 
 import pytest
 
-from prmd import data_preparation
 from prmd.artifacts.paths import EMBEDDED_DIR
 from prmd.config.shared import RewardModelConfig
-from prmd.data_preparation import download_dataset, split_objectives
+from prmd.data import prepare
+from prmd.data.prepare import download_dataset, split_objectives
 from prmd.errors import ConfigError, DataError
 from prmd.models import loading
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pairs import prompt_key, read_benchmark_questions, read_pairs
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-FIXTURE = Path(__file__).parent / "fixtures" / "pku_current_schema.jsonl"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+FIXTURE = Path(__file__).parents[1] / "fixtures" / "pku_current_schema.jsonl"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="no local data sets beside the project")
 
 
@@ -114,7 +114,7 @@ def test_an_interruption_leaves_the_former_data_whole(tmp_path, monkeypatch):
     download_dataset(config)
     split_objectives(config)
     before = run_record(config)
-    monkeypatch.setattr(data_preparation, "write_summary", lambda *_: 1 / 0)
+    monkeypatch.setattr(prepare, "write_summary", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         split_objectives(config, force=True)
     assert run_record(config) == before

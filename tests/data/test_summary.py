@@ -5,7 +5,7 @@ import json
 import pytest
 
 from prmd.config.shared import RewardModelConfig
-from prmd.data_summary import EXAMPLES, write_summary
+from prmd.data.summary import EXAMPLES, write_summary
 from prmd.errors import ConfigError
 from prmd.models import loading
 from prmd.pairs import make_pair

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prmd.config.shared import SplitsConfig
-from prmd.pair_builders import SourcedPair
+from prmd.data.collection import SourcedPair
+from prmd.data.splits import check_no_leak, limit_pairs, split_pairs
 from prmd.pairs import make_pair, prompt_key
-from prmd.splits import check_no_leak, limit_pairs, split_pairs
 
 FRACTIONS = SplitsConfig(val_fraction=0.1, test_fraction=0.2, judge_fraction=0.15)
 

@@ -1,0 +1,197 @@
+"""Rows of local files and of hub repositories; only this module calls `load_dataset`.
+
+JSON arrays and lines (gzipped or not) and parquet. Every mistake in a file is one `DataError` that names file and line; a
+place that cannot be reached is one `ConfigError` that names the YAML key.
+"""
+
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from prmd.artifacts import io
+from prmd.artifacts.paths import find_user_path, places_tried, safe_name
+from prmd.config.shared import HhRlhfConfig, PkuSafeRlhfConfig, TruthfulQaConfig
+from prmd.errors import ConfigError, DataError
+
+Row = dict[str, Any]
+
+
+def json_rows(path: Path) -> Iterator[Row]:
+    """Rows of a JSON array or of JSON Lines, gzipped or not."""
+    opener = gzip.open if path.suffix == ".gz" else Path.open
+    try:
+        with opener(path, "rt", encoding="utf-8") as stream:
+            text = stream.read()
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: not readable as UTF-8 text ({error}); fetch the file again") from error
+    if text.lstrip().startswith("["):
+        yield from _array_rows(path, text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield _parse_object(line, f"{path}:{number}")
+
+
+def _array_rows(path: Path, text: str) -> Iterator[Row]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); mend the file") from error
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{path}: item {number} is {type(row).__name__}, not a JSON object; mend the file"
+            )
+        yield row
+
+
+def _parse_object(line: str, where: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg}); mend or remove this line") from error
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{where}: expected a JSON object, got {type(row).__name__}; mend or remove this line"
+        )
+    return row
+
+
+def parquet_rows(path: Path) -> list[Row]:
+    """Rows of a parquet file."""
+    from pyarrow import parquet  # slow to import, and only this layout needs it
+
+    return parquet.read_table(path).to_pylist()
+
+
+HubSource = HhRlhfConfig | TruthfulQaConfig | PkuSafeRlhfConfig
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_FILE_BYTES = {"hh_rlhf": 150_000_000, "truthfulqa": 5_000_000, "pku_safe_rlhf": 400_000_000}
+"""Room one raw file and its share of the hub's cache need (rounded up from the pinned revisions)."""
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source.
+
+    Attributes:
+        label: `helpful-base/train`: what a row's `source` is made of.
+        upstream_split: `train` or `test` where upstream says so, else None.
+        origin: what its content depends on: the sha256 of a local file, or hub id and revision.
+        size: bytes it is expected to take in `data/raw`.
+        read: gives its rows.
+    """
+
+    label: str
+    upstream_split: str | None
+    origin: str
+    size: int
+    read: Callable[[], Iterable[Row]]
+
+    @property
+    def name(self) -> str:
+        """File name in `data/raw/<source>/`."""
+        return safe_name(self.label.replace("/", "-")) + ".jsonl"
+
+
+# ------------------------------------------------------------------ benchmarks
+def benchmark_files(path: str, patterns: tuple[str, ...], key: str) -> list[Path] | None:
+    """Local files of a benchmark: the file `path` names, or all in the folder that a pattern matches; None for a hub id.
+
+    Raises:
+        ConfigError: `path` is neither local nor a hub id, or the folder has no such file; names the YAML key.
+    """
+    found = local_path(path, key)
+    if found is None or found.is_file():
+        return None if found is None else [found]
+    if files := sorted({file for pattern in patterns for file in found.glob(pattern)}):
+        return files
+    raise ConfigError(f"{key}: {found} has no {' or '.join(patterns)}; point it at a folder that has")
+
+
+def hub_rows(path: str, revision: str, split: str, key: str, *, name: str | None = None) -> Iterable[Row]:
+    """Rows of one split of a benchmark on the hub.
+
+    Raises:
+        ConfigError: it cannot be fetched; names the YAML key.
+    """
+    return split_rows(key, path, revision, split, name=name)
+
+
+# ------------------------------------------------------------------ local files
+def local_path(text: str, key: str) -> Path | None:
+    """The local file or folder `text` names, or None where it is a hub id."""
+    if found := find_user_path(text):
+        return found.resolve()
+    if not HUB_ID.fullmatch(text):
+        raise ConfigError(
+            f"{key}: {text!r} is neither an existing folder nor a hub id such as owner/name ({places_tried(text)}); "
+            "correct it"
+        )
+    return None
+
+
+def first_existing(folder: Path, patterns: tuple[str, ...], key: str) -> Path:
+    """The first file in a folder that one of the patterns matches, in their order."""
+    for pattern in patterns:
+        if found := sorted(folder.glob(pattern)):
+            return found[0]
+    raise ConfigError(
+        f"{key}: {folder} has no {' or '.join(patterns)}; point it at a folder in the hub's file layout"
+    )
+
+
+def plain_stem(path: Path) -> str:
+    """File name without .json, .jsonl and .gz."""
+    return path.name.removesuffix(".gz").removesuffix(".jsonl").removesuffix(".json")
+
+
+def local_file(
+    path: Path, label: str, split: str | None, read: Callable[[], Iterable[Row]] | None = None
+) -> SourceFile:
+    """A local file as one of a source; without `read` it is JSON."""
+    size = path.stat().st_size * (5 if path.suffix == ".gz" else 2)
+    return SourceFile(label, split, io.file_sha256(path), size, read or partial(json_rows, path))
+
+
+# ------------------------------------------------------------------ the hub
+def hub_file(
+    source: str, label: str, split: str | None, settings: HubSource, read: Callable[[], Iterable[Row]]
+) -> SourceFile:
+    """A split on the hub as one file of a source."""
+    return SourceFile(label, split, f"{settings.path}@{settings.revision}", _HUB_FILE_BYTES[source], read)
+
+
+def split_rows(
+    key: str, path: str, revision: str, split: str, *, name: str | None = None, subset: str | None = None
+) -> Iterable[Row]:
+    """Rows of one split on the hub; a mistake names the YAML key."""
+    dataset = _load(key, path, revision, name, subset)
+    if split not in dataset:
+        raise ConfigError(
+            f"{key}: {path}@{revision} has no split {split!r} (it has {', '.join(dataset)}); correct it"
+        )
+    return dataset[split]
+
+
+@cache
+def _load(key: str, path: str, revision: str, name: str | None, subset: str | None) -> Mapping[str, Any]:
+    """A hub data set with all its splits; loaded once a run, because two raw files share it."""
+    from datasets import load_dataset  # slow to import, and not needed for local folders
+
+    try:
+        return load_dataset(path, name, data_dir=subset, revision=revision)
+    except (
+        OSError
+    ) as error:  # unreachable, offline, no such repository or revision, no room: all are OSErrors
+        detail = str(error).strip().splitlines() or [type(error).__name__]
+        raise ConfigError(
+            f"{key}: cannot get {path!r} at revision {revision} from the hub ({detail[0][:160]}), and {places_tried(path)}; "
+            f"check the connection and the id, or set {key} to a local folder in the hub's file layout"
+        ) from error
