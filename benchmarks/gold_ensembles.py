@@ -27,7 +27,7 @@ from prmd.objectives import OBJECTIVES
 from prmd.pessimism.losses import bradley_terry_loss
 from prmd.runtime import get_device, set_seed
 from prmd.statistics.reliability import disagreement_error_correlation, mean_pairwise_correlation
-from prmd.trainer import Columns, PairData, PairLoss
+from prmd.training.trainer import Columns, PairData, PairLoss
 
 
 def reward_folder(world: World, objective: str, bias: float) -> Path:

@@ -20,12 +20,12 @@ from prmd.artifacts import io
 from prmd.cache import ScoreTable
 from prmd.config.shared import EnsembleConfig, TrainingConfig
 from prmd.generation import GeneratedResponse, generate
-from prmd.models.prefix_rows import plan_batches, total_steps
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import get_device
 from prmd.scoring import score_rows
-from prmd.trainer import LossFunction, PairData, PairTrainer
-from prmd.trainer_arguments import training_arguments
+from prmd.training.arguments import training_arguments
+from prmd.training.batches import plan_batches, total_steps
+from prmd.training.trainer import LossFunction, PairData, PairTrainer
 
 MAX_NEW_TOKENS = 24
 """Ten letters more than the prior's longest response: a policy that grows longer is seen to."""
@@ -45,7 +45,7 @@ class Sizes:
         pairs: labelled pairs of each objective.
         reward_epochs: of the reward models; `reward_rate` their peak learning rate.
         members: heads of an ensemble; the other `ensemble` settings are the shipped defaults.
-        policy_steps: optimiser steps of a policy at `policy_rate`; `checkpoints` are the steps at which it is evaluated.
+        policy_steps: optimiser steps of a policy at `policy_rate`; `training.checkpoints` are the steps at which it is evaluated.
         test_prompts, test_samples: held-out prompts, and samples of a policy for each; the reference has twice as many.
         batch: pairs of an optimiser step.
     """

@@ -32,7 +32,7 @@ from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
 from prmd.reference_scores import ReferenceScores
 from prmd.runtime import get_device, set_seed
-from prmd.trainer import PairData, PairLoss
+from prmd.training.trainer import PairData, PairLoss
 
 DISTINCT_PROMPTS = 1680
 

@@ -21,7 +21,7 @@ from prmd.policy_data import PairScores, ScaleResponses
 from prmd.policy_pairs import pool_order
 from prmd.policy_rewards import RobustReward, solve_reward
 from prmd.policy_targets import Targets, method_targets
-from prmd.trainer import PairData
+from prmd.training.trainer import PairData
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
     python benchmarks/memory_table.py [--json FILE] [--model FOLDER_OR_WHEEL] [--without-trl]
 
 A model of two layers and hidden size 64, so that logits and not weights decide; one pair with half of its tokens in the
-prompt. Bytes of live tensors are counted on the CPU (`prmd.memory_accounting`), the same on every machine.
+prompt. Bytes of live tensors are counted on the CPU (`training.rehearsal`), the same on every machine.
 """
 
 import sys
@@ -21,10 +21,10 @@ from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config.loading import load_config
 from prmd.config.shared import RewardModelConfig
 from prmd.models.loading import load_tokenizer
-from prmd.models.prefix_rows import MicroBatch
 from prmd.models.tokenization import tokenize_pairs
 from prmd.pairs import make_pair
 from prmd.runtime import configure_logging
+from prmd.training.batches import MicroBatch
 from utils import user_errors_exit
 
 VOCABULARIES, LENGTHS = (49_152, 151_936), (256, 512, 1024)

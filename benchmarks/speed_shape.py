@@ -35,9 +35,9 @@ from benchmarks.speed_trainings import (
 from prmd.models.attention import SDPA_OR_FLEX, attention_implementation, attention_seconds, layer_shape
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.policy_targets import policy_loss
-from prmd.rehearsal import meta_model
 from prmd.runtime import get_device
-from prmd.trainer import PairData
+from prmd.training.rehearsal import meta_model
+from prmd.training.trainer import PairData
 
 CAP_BYTES = 32 * 10**9
 PEAK_TFLOPS = {

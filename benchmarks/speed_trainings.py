@@ -28,8 +28,8 @@ from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.reward_training import reward_loss
 from prmd.runtime import get_device
 from prmd.scoring import score_logps
-from prmd.trainer import Columns, LossFunction, PairData, PairLoss, PairTrainer
-from prmd.trainer_arguments import training_arguments
+from prmd.training.arguments import training_arguments
+from prmd.training.trainer import Columns, LossFunction, PairData, PairLoss, PairTrainer
 
 LEARNING_RATE = 5e-7
 CENTERING = 0.01

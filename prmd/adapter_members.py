@@ -19,11 +19,11 @@ from torch import Tensor
 from prmd.adapters import ADAPTER_FOLDER, load_adapters
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.checkpoints import PREFIX, copy_model, drop_notes
 from prmd.config.shared import ModelConfig
 from prmd.ensemble import bootstrap_weights
 from prmd.models.sequence_models import SequenceRewards
 from prmd.pairs import PreferencePair, hash_share
+from prmd.training.checkpoints import PREFIX, copy_model, drop_notes
 
 MEMBERS_FOLDER = "members"
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"

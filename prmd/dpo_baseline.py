@@ -17,15 +17,14 @@ from trl import DPOConfig, DPOTrainer
 
 from prmd.config.policy import PolicyConfig
 from prmd.models.loading import load_causal_lm, lora_config
-from prmd.models.prefix_rows import MicroBatch, plan_batches
 from prmd.pairs import PreferencePair
 from prmd.policy_pairs import PolicyPairs
-from prmd.precision import Precision
-from prmd.reporting import reporting_callbacks
 from prmd.runtime import get_device, get_runtime, is_main_process, set_seed
-from prmd.sharding import RefuseUnsharded, requested_sharding
-from prmd.trainer_arguments import on_one_gpu
-from prmd.training import choose_precision
+from prmd.training.arguments import on_one_gpu, reporting_callbacks
+from prmd.training.batches import MicroBatch, plan_batches
+from prmd.training.precision import Precision
+from prmd.training.run import choose_precision
+from prmd.training.sharding import RefuseUnsharded, requested_sharding
 
 TEMPLATE_TAIL = 8
 """Tokens TRL may see beyond ours: it keeps what the template puts behind the end of the turn."""

@@ -1,78 +1,21 @@
 """What `--dry-run` says of a training: what would be read, trained and written, and whether it fits the memory.
 
 No model is loaded and nothing is written; a missing input is said with the command that makes it. The lines on memory are
-made in `memory_report`; the closed-form gate, which a dry run of pessimistic_dpo.py adds, is in `policy_gate`.
+made in `training.dry_run`; the closed-form gate, which a dry run of pessimistic_dpo.py adds, is in `policy_gate`.
 """
 
 import logging
-import math
 from collections.abc import Sequence
-from pathlib import Path
 
-from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command
 from prmd.artifacts.runs import read_run
 from prmd.config.policy import PolicyConfig
-from prmd.config.shared import RewardModelConfig, TrainingConfig, TuningConfig
-from prmd.memory_report import UNSAMPLED, Sampled, memory_lines
 from prmd.objectives import OBJECTIVES
-from prmd.pairs import PREPARE_COMMAND
 from prmd.policy_methods import BASELINE, POLICY_METHODS, SOUP, SOUP_MEMBERS, uses_gamma
 from prmd.policy_samples import GAMMA_SAMPLES
-from prmd.rehearsal import Task
-from prmd.runtime import GIB, free_disk_bytes
+from prmd.training.dry_run import Sampled, describe_training
 
 logger = logging.getLogger(__name__)
-
-
-def describe_inputs(files: Sequence[Path], command: str) -> int:
-    """Log size and rows of each JSON Lines file, or the command that makes it.
-
-    Returns:
-        Rows of all files together.
-    """
-    total = 0
-    for path in files:
-        if path.is_file():
-            rows = len(io.read_jsonl(path))
-            total += rows
-            logger.info("would read  %s (%d rows, %.1f MB)", path, rows, path.stat().st_size / 1e6)
-        else:
-            logger.info("would read  %s: missing; make it with `%s`", path, command)
-    return total
-
-
-def describe_training(
-    config: RewardModelConfig,
-    *,
-    name: str,
-    trained_on: Sequence[Path],
-    also_read: Sequence[Path],
-    tuning: TuningConfig,
-    training: TrainingConfig,
-    task: Task,
-    output: Path,
-    sampled: Sampled = UNSAMPLED,
-) -> None:
-    """Log what one training would do.
-
-    Args:
-        trained_on: files whose rows are pooled and trained on.
-        also_read: the held-out ones.
-    """
-    rows = describe_inputs(trained_on, PREPARE_COMMAND)
-    describe_inputs(also_read, PREPARE_COMMAND)
-    if training.max_pairs:
-        rows = min(rows, training.max_pairs)
-    step_pairs = training.pairs_per_device * training.gradient_accumulation_steps
-    logger.info(
-        "would train %s on about %d pairs x %g epochs = %d optimiser steps of %d pairs (%s, %s)",
-        *(name, rows, training.epochs, math.ceil(rows * training.epochs / step_pairs), step_pairs),
-        *(config.model.name, tuning.method),
-    )
-    for line in memory_lines(config, tuning, training, task, trained_on=trained_on, sampled=sampled):
-        logger.info("%s", line)
-    logger.info("would write %s (%.1f GiB free on this disk)", output, free_disk_bytes(output) / GIB)
 
 
 def describe_policies(config: PolicyConfig, methods: Sequence[str]) -> None:

@@ -38,7 +38,7 @@ from prmd.policy_samples import (
 from prmd.policy_targets import Targets, method_targets
 from prmd.reference import reference_logps
 from prmd.reward_models import RewardModel
-from prmd.trainer import PairData
+from prmd.training.trainer import PairData
 
 logger = logging.getLogger(__name__)
 

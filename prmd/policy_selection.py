@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.errors import ConfigError
-from prmd.models.prefix_rows import MicroBatch, collate_rows, plan_batches
+from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import edpo_member_losses, edpo_select, implicit_margins
@@ -23,7 +23,8 @@ from prmd.policy_inputs import HELD_OUT, MethodInputs
 from prmd.policy_methods import POLICY_METHODS
 from prmd.policy_targets import policy_loss
 from prmd.runtime import get_runtime
-from prmd.trainer import Columns, LossFunction, PairLoss
+from prmd.training.batches import MicroBatch, plan_batches
+from prmd.training.trainer import Columns, LossFunction, PairLoss
 
 
 def loss_function(

@@ -32,7 +32,7 @@ from prmd.policy_data import PairScores, ScaleResponses
 from prmd.policy_methods import POLICY_METHODS, aggregation
 from prmd.policy_notes import cvar_atoms, method_notes
 from prmd.policy_rewards import RobustReward, objective_weights, solve_reward
-from prmd.trainer import Columns, PairLoss
+from prmd.training.trainer import Columns, PairLoss
 
 __all__ = ["Targets", "aggregation", "describe_targets", "method_targets", "policy_loss"]
 

@@ -28,7 +28,6 @@ from prmd.artifacts.runs import (
     start_run,
     write_step_result,
 )
-from prmd.checkpoints import copy_model, name_checkpoints
 from prmd.config.loading import as_dict
 from prmd.config.policy import PolicyConfig
 from prmd.dpo_baseline import train_trl_dpo
@@ -56,7 +55,8 @@ from prmd.reference import check_engine, reference_key
 from prmd.report import figures
 from prmd.reward_models import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
-from prmd.training import TrainingRun, check_training, run_training
+from prmd.training.checkpoints import copy_model, name_checkpoints
+from prmd.training.run import TrainingRun, check_training, run_training
 
 logger = logging.getLogger(__name__)
 

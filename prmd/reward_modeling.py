@@ -24,7 +24,6 @@ from prmd.artifacts.runs import (
 )
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import RewardModelConfig
-from prmd.dry_run import describe_training
 from prmd.models.loading import load_tokenizer
 from prmd.reference import check_engine
 from prmd.reward_data import RewardPairs, RewardTask, read_reward_pairs
@@ -32,7 +31,8 @@ from prmd.reward_fitting import calibrate_reward_model, fit_heads, measure
 from prmd.reward_models import load_reward_model
 from prmd.reward_training import train_backbone, train_members
 from prmd.runtime import is_main_process, wait_for_everyone
-from prmd.training import check_training
+from prmd.training.dry_run import describe_training
+from prmd.training.run import check_training
 
 logger = logging.getLogger(__name__)
 

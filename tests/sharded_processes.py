@@ -28,7 +28,7 @@ from prmd.config.shared import LoraConfig
 from prmd.errors import ConfigError
 from prmd.models.loading import add_lora
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
-from prmd.rehearsal import enable_gradient_checkpointing
+from prmd.training.rehearsal import enable_gradient_checkpointing
 
 PAIRS_PER_STEP = 8
 

@@ -10,18 +10,19 @@ import torch
 from tiny_models import tiny_causal_lm
 from tiny_workspace import reward_model_config, write_prepared
 
-from prmd import dpo_baseline, training
+from prmd import dpo_baseline
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
 from prmd.dpo_baseline import baseline_rows, train_trl_dpo
 from prmd.models.loading import load_causal_lm, load_tokenizer
-from prmd.models.prefix_rows import MicroBatch, plan_batches
 from prmd.models.sequence_models import SequenceLogps
 from prmd.pairs import PreferencePair
 from prmd.policy_pairs import PolicyPairs, pooled_pairs
 from prmd.policy_targets import policy_loss
-from prmd.trainer import PairData
-from prmd.training import TrainingRun, run_training
+from prmd.training import run as training_run
+from prmd.training.batches import MicroBatch, plan_batches
+from prmd.training.run import TrainingRun, run_training
+from prmd.training.trainer import PairData
 
 EPOCHS, PER_DEVICE, ACCUMULATION = 2.0, 3, 2
 
@@ -96,7 +97,7 @@ def test_trl_gets_the_pairs_in_the_order_our_trainer_sees_them(
         plans.append(plan_batches(*arguments, **keywords))
         raise CaughtError
 
-    monkeypatch.setattr(training, "plan_batches", caught_plan)
+    monkeypatch.setattr(training_run, "plan_batches", caught_plan)
     tokenized = pairs.tokenized
     run = TrainingRun(
         name="t", directory=config.paths.policies, shared=config.shared, tuning=config.tuning, training=config.training,

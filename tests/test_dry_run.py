@@ -9,7 +9,6 @@ from tiny_pipeline import no_model_loads
 from tiny_workspace import write_prepared
 from transformers import Qwen2Config
 
-from prmd import memory_report
 from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
 from prmd.config.shared import (
     CalibrationConfig,
@@ -20,8 +19,7 @@ from prmd.config.shared import (
     TrainingConfig,
     TuningConfig,
 )
-from prmd.dry_run import describe_inputs, gamma_lengths
-from prmd.memory_report import longest_row, memory_lines
+from prmd.dry_run import gamma_lengths
 from prmd.models import loading
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import tokenize_pairs
@@ -29,6 +27,8 @@ from prmd.pairs import read_pairs
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
 from prmd.reward_modeling import train_reward_model
 from prmd.runtime import GIB
+from prmd.training import dry_run
+from prmd.training.dry_run import describe_inputs, longest_row, memory_lines
 
 TRAINING = TrainingConfig(epochs=3.0, pairs_per_device=2, gradient_accumulation_steps=2, max_length=128)
 
@@ -125,9 +125,9 @@ def test_a_model_that_cannot_be_found_is_said_and_is_no_error(
 def test_memory_is_planned_against_the_card(
     config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_report, "device_memory", lambda: 32 * GIB)
+    monkeypatch.setattr(dry_run, "device_memory", lambda: 32 * GIB)
     fits = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy"))
-    monkeypatch.setattr(memory_report, "device_memory", lambda: 1000)
+    monkeypatch.setattr(dry_run, "device_memory", lambda: 1000)
     does_not = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy"))
     assert "memory      on this card: all weights in float32" in fits and "fits a card of 32.0 GiB" in fits
     assert "first change" not in fits and "first change: " in does_not
@@ -136,7 +136,7 @@ def test_memory_is_planned_against_the_card(
 def test_without_a_card_one_of_32_gib_is_planned_besides(
     config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_report, "device_memory", lambda: None)
+    monkeypatch.setattr(dry_run, "device_memory", lambda: None)
     text = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy"))
     here, there = text.split("on a card of 32 GiB, which is not here: ")
     assert "layers kept" in here and "which has no card" in here and "a card of" not in here
@@ -169,7 +169,7 @@ def test_what_fits_32_gib_of_a_model_of_3b(
     Qwen2Config(**SHAPE).save_pretrained(tmp_path / "shape")
     model = ModelConfig(name=str(tmp_path / "shape"), revision=None)
     config = RewardModelConfig(artifact_root=str(tmp_path / "root"), model=model)
-    monkeypatch.setattr(memory_report, "device_memory", lambda: 32 * GIB)
+    monkeypatch.setattr(dry_run, "device_memory", lambda: 32 * GIB)
     training = TrainingConfig(pairs_per_device=4, max_length=512)
     lines = memory_lines(config, tuning, training, "policy")
     sizes = {line.split()[1]: float(line.split()[-2]) for line in lines if line.endswith(" GiB")}

@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaForCausalLM
 
 from benchmarks import memory_table
-from prmd.memory_accounting import peak_tensor_bytes
 from prmd.models import sequence_models
 from prmd.models.loading import load_tokenizer_from
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
+from prmd.training.rehearsal import peak_tensor_bytes
 
 BLOCK_ELEMENTS = 2**17
 

@@ -12,7 +12,6 @@ from tiny_scores import ROWS, K, random_scores, reference
 
 from prmd.config.policy import PolicySection
 from prmd.errors import ConfigError, DataError
-from prmd.models.prefix_rows import MicroBatch
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
 from prmd.policy_data import ReferenceSamples
@@ -29,6 +28,7 @@ from prmd.policy_samples import (
 )
 from prmd.policy_selection import MemberSelection, refuse_sharded
 from prmd.policy_soup import average_policies
+from prmd.training.batches import MicroBatch
 
 
 def samples_of(prompts: int, n: int, long: tuple[int, ...] = ()) -> ReferenceSamples:

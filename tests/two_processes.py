@@ -18,16 +18,16 @@ from transformers.training_args import OptimizerNames
 
 from prmd import scoring
 from prmd.cache import ScoreTable
-from prmd.checkpoints import ShareCheckpoints, newest_complete
 from prmd.config.shared import TrainingConfig
 from prmd.models.loading import load_tokenizer_from
-from prmd.models.prefix_rows import plan_batches, total_steps
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import dpo_loss
 from prmd.scoring import score_logps
-from prmd.trainer import PairData, PairLoss, PairTrainer
-from prmd.trainer_arguments import training_arguments
+from prmd.training.arguments import training_arguments
+from prmd.training.batches import plan_batches, total_steps
+from prmd.training.checkpoints import ShareCheckpoints, newest_complete
+from prmd.training.trainer import PairData, PairLoss, PairTrainer
 
 ROWS_PER_BATCH = 2
 

@@ -112,7 +112,7 @@ def dotted_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def did_you_mean(text: str, known: Iterable[str]) -> str:
     """`; did you mean X?` for the known keys whose last part is closest to that of `text`; empty if none is close.
 
-    Only last parts are compared: any unknown key of `training` shares most of its letters with every key of its section.
+    Only last parts are compared: any unknown key of `training.run` shares most of its letters with every key of its section.
     """
     known = list(dict.fromkeys(known))
     tails = [key.rsplit(".", 1)[-1] for key in known]

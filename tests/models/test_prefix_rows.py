@@ -13,15 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_families import rows_of
 
-from prmd.models.prefix_rows import (
-    PADDING,
-    attention_mask,
-    collate_rows,
-    padding_share,
-    plan_batches,
-    plan_scoring,
-)
+from prmd.models.prefix_rows import PADDING, attention_mask, collate_rows, padding_share, plan_scoring
 from prmd.models.tokenization import PrefixRow
+from prmd.training.batches import plan_batches
 
 HH = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-rlhf"
 PLANS = {

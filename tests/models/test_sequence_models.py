@@ -24,11 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Gemma3Config
 
-from prmd.memory_accounting import peak_tensor_bytes
 from prmd.models import sequence_models
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
+from prmd.training.rehearsal import peak_tensor_bytes
 
 WINDOWED = ("mistral", "gemma3", "gemma2")
 ROWS = [

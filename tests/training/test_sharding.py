@@ -15,9 +15,9 @@ from torch import nn
 from transformers import LlamaForCausalLM
 
 from prmd.errors import ConfigError
-from prmd.sharding import check_sharded, in_step, requested_sharding
+from prmd.training.sharding import check_sharded, in_step, requested_sharding
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "accelerate"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "accelerate"
 FSDP = yaml.safe_load((CONFIGS / "fsdp2.yaml").read_text(encoding="utf-8"))["fsdp_config"]
 TRAININGS = ("policy", "reward_model", "lora")
 
@@ -99,7 +99,7 @@ def test_a_sharded_checkpoint_is_a_whole_model_that_anyone_loads(one, two):
 @pytest.mark.slow
 @pytest.mark.parametrize("training", TRAININGS)
 def test_a_sharded_checkpoint_holds_all_weights_once_more(one, two, training):
-    """What `training.check_training` asks the disk for besides; adapters bring the frozen weights along."""
+    """What `training.run.check_training` asks the disk for besides; adapters bring the frozen weights along."""
     copy = two[0]["directory"] / training / "checkpoint-3" / "pytorch_model_fsdp.bin"
     saved = torch.load(copy, weights_only=True)
     names = load_file(one["directory"] / f"{training}.safetensors").keys()

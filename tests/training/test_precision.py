@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from transformers import Trainer
 
-from prmd import precision as module
 from prmd.config.shared import LoraConfig, ModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
-from prmd.precision import Precision, probe_progress, refuse_if_stuck, resolve_precision
 from prmd.runtime import missing_compiler
-from prmd.trainer_arguments import training_arguments
+from prmd.training import precision as module
+from prmd.training.arguments import training_arguments
+from prmd.training.precision import Precision, probe_progress, refuse_if_stuck, resolve_precision
 
 RATE = 5e-7
 FLOAT32 = Precision("adamw_float32", True, True, RATE, "full")

@@ -1,6 +1,6 @@
 """The one trainer: reward models, distillation and our DPO all train on prefix-shared pairs through it.
 
-`PairTrainer` is a `transformers.Trainer` over planned micro-batches (`models.prefix_rows.plan_batches`). What differs between
+`PairTrainer` is a `transformers.Trainer` over planned micro-batches (`batches.plan_batches`). What differs between
 trainings is data: the wrapped model's output (rewards or log-probabilities), columns per pair, and a loss function.
 Checkpoint names are in `checkpoints`; the losses themselves in `pessimism.losses`.
 """
@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from prmd.checkpoints import mark_complete
 from prmd.errors import DataError
-from prmd.models.prefix_rows import MicroBatch, collate_rows, padding_share, plan_scoring
+from prmd.models.prefix_rows import collate_rows, padding_share, plan_scoring
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import get_device
-from prmd.sharding import RefuseUnsharded, in_step, prepare_fsdp
+from prmd.training.batches import MicroBatch
+from prmd.training.checkpoints import mark_complete
+from prmd.training.sharding import RefuseUnsharded, in_step, prepare_fsdp
 
 Columns = Mapping[str, Tensor]
 

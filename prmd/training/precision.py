@@ -2,7 +2,7 @@
 
 At 5e-7 a weight held in bfloat16 does not move: nearest rounding needs a change of 2^-9 of the weight. So full
 fine-tuning keeps float32 master weights, or bfloat16 weights with stochastic rounding and 8-bit AdamW states (torchao),
-and LoRA keeps float32 adapters. `trainer_arguments.training_arguments` turns the choice into optimiser arguments, `memory` says
+and LoRA keeps float32 adapters. `arguments.training_arguments` turns the choice into optimiser arguments, `memory` says
 what it takes; nothing here loads a model.
 """
 

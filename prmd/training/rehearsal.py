@@ -3,25 +3,104 @@
 Two and three layers of the configured model are run forward and backward through `models.sequence_models`, on fake tensors
 that have shapes and no data, and the count is continued linearly to all layers. So attention masks, autocast copies,
 recomputed layers, blocks of logits and gradients of tied embeddings are counted as they happen, whatever the family of
-the model. What the bytes add up to is in `memory`.
+the model. `peak_tensor_bytes` counts live tensors while any code runs: a dispatch mode sees every tensor an operator returns
+and forgets it when its storage is freed, so the count has no allocator's rounding in it; scratch space inside one operator
+is not seen.
 """
 
 import copy
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prmd.config.shared import LoraConfig
-from prmd.memory_accounting import TensorBytes, peak_tensor_bytes
 from prmd.models.attention import or_eager
 from prmd.models.loading import add_lora
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.runtime import get_device
+
+
+class TensorBytes(TorchDispatchMode):
+    """Counts bytes of live storages while it is entered; see `peak_tensor_bytes`.
+
+    Attributes:
+        current: bytes alive now.
+        peak: most bytes alive at once since entering or `reset_peak`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.current = 0
+        self.peak = 0
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def register(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that were made before (a storage shared by several counts once)."""
+        for tensor in tensors:
+            for part in _parts(tensor):
+                self._count(part.untyped_storage())
+        self.peak = max(self.peak, self.current)
+
+    def reset_peak(self) -> int:
+        """Return the peak so far and start a new one from what is alive."""
+        peak, self.peak = self.peak, self.current
+        return peak
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._alive:
+            return
+
+        def freed(_: Any) -> None:
+            self._alive.pop(key, None)
+            self.current -= size
+
+        self._alive[key] = weakref.ref(storage, freed)
+        self.current += size
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.register(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+        return result
+
+
+def _parts(tensor: Tensor) -> Iterable[Tensor]:
+    """The plain tensors inside a wrapper (8-bit optimiser states), else the tensor itself."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
+
+
+def peak_tensor_bytes(existing: Iterable[Tensor] = ()) -> TensorBytes:
+    """A context that counts the bytes of all tensors made inside it, on top of `existing` ones.
+
+    Example:
+        with peak_tensor_bytes(model.parameters()) as count:
+            model(**batch).sum().backward()
+        count.peak
+
+    Args:
+        existing: tensors made before, counted from the start (weights, optimiser states).
+    """
+    count = TensorBytes()
+    count.register(existing)
+    return count
+
 
 Task = Literal["reward_model", "policy"]
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from prmd.memory_accounting import peak_tensor_bytes
+from prmd.training.rehearsal import peak_tensor_bytes
 
 
 def test_count_follows_storages_not_views() -> None:

@@ -8,7 +8,13 @@ from safetensors.torch import load_file
 from tiny_models import VOCABULARY, tiny_causal_lm, tiny_classifier
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
-from prmd.checkpoints import (
+from prmd.config.shared import LoraConfig, ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
+from prmd.models.loading import add_lora, load_base_classifier, load_causal_lm, load_tokenizer
+from prmd.models.sequence_models import SequenceLogps, SequenceRewards
+from prmd.models.tokenization import PrefixRow
+from prmd.pessimism.losses import bradley_terry_loss
+from prmd.runtime import set_seed
+from prmd.training.checkpoints import (
     ShareCheckpoints,
     best_step,
     checkpoint_steps,
@@ -16,14 +22,8 @@ from prmd.checkpoints import (
     name_checkpoints,
     newest_complete,
 )
-from prmd.config.shared import LoraConfig, ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
-from prmd.models.loading import add_lora, load_base_classifier, load_causal_lm, load_tokenizer
-from prmd.models.sequence_models import SequenceLogps, SequenceRewards
-from prmd.models.tokenization import PrefixRow
-from prmd.pessimism.losses import bradley_terry_loss
-from prmd.runtime import set_seed
-from prmd.trainer import PairData, PairLoss
-from prmd.training import TrainingRun, run_training
+from prmd.training.run import TrainingRun, run_training
+from prmd.training.trainer import PairData, PairLoss
 
 PAIRS, STEPS = 22, 6  # 4 pairs a step; the last one has 2
 

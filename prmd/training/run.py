@@ -13,22 +13,26 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.runs import partial_path
-from prmd.checkpoints import START_FILE, STEPS_FILE, ShareCheckpoints, checkpoint_steps, newest_complete
 from prmd.config.shared import RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
-from prmd.memory import plan_memory, state_bytes
-from prmd.memory_plan import device_memory
 from prmd.models.attention import attention_implementation
 from prmd.models.loading import load_model_config
-from prmd.models.prefix_rows import MicroBatch, plan_batches, total_steps
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
-from prmd.precision import Precision, refuse_if_stuck, resolve_precision
-from prmd.rehearsal import enable_gradient_checkpointing, meta_model
-from prmd.reporting import reporting_callbacks
 from prmd.runtime import free_memory, get_runtime, is_main_process, require_disk, wait_for_everyone
-from prmd.sharding import requested_sharding
-from prmd.trainer import LossFunction, PairData, PairTrainer
-from prmd.trainer_arguments import training_arguments
+from prmd.training.arguments import reporting_callbacks, training_arguments
+from prmd.training.batches import MicroBatch, plan_batches, total_steps
+from prmd.training.checkpoints import (
+    START_FILE,
+    STEPS_FILE,
+    ShareCheckpoints,
+    checkpoint_steps,
+    newest_complete,
+)
+from prmd.training.memory import device_memory, plan_memory, state_bytes
+from prmd.training.precision import Precision, refuse_if_stuck, resolve_precision
+from prmd.training.rehearsal import enable_gradient_checkpointing, meta_model
+from prmd.training.sharding import requested_sharding
+from prmd.training.trainer import LossFunction, PairData, PairTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -19,9 +19,6 @@ from transformers import (
 
 from prmd.config.policy import PolicySection
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
-from prmd.memory import plan_generation_memory, plan_memory, plan_scoring_memory
-from prmd.memory_accounting import peak_tensor_bytes
-from prmd.memory_plan import USABLE, MemoryPlan
 from prmd.models import sequence_models
 from prmd.models.loading import add_lora
 from prmd.models.prefix_rows import collate_rows
@@ -30,8 +27,9 @@ from prmd.models.tokenization import PrefixRow
 from prmd.policy_data import ReferenceSamples
 from prmd.policy_samples import GAMMA_SAMPLES, with_gamma_samples
 from prmd.policy_targets import policy_loss
-from prmd.precision import Precision, eight_bit_precision, lora_precision
-from prmd.rehearsal import enable_gradient_checkpointing
+from prmd.training.memory import USABLE, MemoryPlan, plan_generation_memory, plan_memory, plan_scoring_memory
+from prmd.training.precision import Precision, eight_bit_precision, lora_precision
+from prmd.training.rehearsal import enable_gradient_checkpointing, peak_tensor_bytes
 
 FLOAT32 = Precision("adamw_float32", True, False, 5e-7, "full")
 MASTER = Precision("adamw_float32", True, True, 5e-7, "full")

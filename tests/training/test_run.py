@@ -18,7 +18,6 @@ from transformers import LlamaForCausalLM, MistralForCausalLM
 from prmd import runtime
 from prmd.artifacts import io
 from prmd.artifacts.runs import partial_path
-from prmd.checkpoints import checkpoint_steps, name_checkpoints
 from prmd.config.shared import (
     DataConfig,
     LoraConfig,
@@ -33,8 +32,9 @@ from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import dpo_loss
 from prmd.runtime import set_seed
-from prmd.trainer import Columns, PairData, PairLoss
-from prmd.training import TrainingRun, check_training, choose_precision, run_training
+from prmd.training.checkpoints import checkpoint_steps, name_checkpoints
+from prmd.training.run import TrainingRun, check_training, choose_precision, run_training
+from prmd.training.trainer import Columns, PairData, PairLoss
 
 LORA = TuningConfig(method="lora", lora=LoraConfig(r=4, alpha=8, learning_rate=1e-2))
 TRAINING = TrainingConfig(
@@ -309,7 +309,7 @@ def test_adapters_need_less_disk_than_all_weights(
     shared: RewardModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
-    monkeypatch.setattr("prmd.training.require_disk", lambda path, size: asked.append(size))
+    monkeypatch.setattr("prmd.training.run.require_disk", lambda path, size: asked.append(size))
     for tuning in (LORA, TuningConfig()):
         for task in ("policy", "reward_model"):
             check_training(shared, tuning, TRAINING, task=task, directory=tmp_path)

@@ -16,12 +16,13 @@ from transformers.training_args import OptimizerNames
 
 from prmd.config.shared import LoraConfig, TrainingConfig
 from prmd.models.loading import add_lora, load_tokenizer_from
-from prmd.models.prefix_rows import collate_rows, plan_batches, total_steps
+from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import bradley_terry_loss, distillation_loss, dpo_loss, implicit_margins
-from prmd.trainer import PairData, PairLoss, PairTrainer
-from prmd.trainer_arguments import on_one_gpu, training_arguments
+from prmd.training.arguments import on_one_gpu, training_arguments
+from prmd.training.batches import plan_batches, total_steps
+from prmd.training.trainer import PairData, PairLoss, PairTrainer
 
 BETA = 0.1
 LEARNING_RATE = 0.05

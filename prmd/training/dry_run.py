@@ -1,10 +1,12 @@
-"""A training's memory as `--dry-run` says it: the longest row of the prepared data, the precision, the plan, in lines.
+"""What `--dry-run` says of one training: what would be read, trained and written, and whether it fits the memory.
 
-No model is loaded: plans are made in `memory`, from the configuration of the model and rows of tokens alone.
+No model is loaded and nothing is written; a missing input is said with the command that makes it. The plan of the memory is
+made of the model's configuration and the longest row of the prepared data.
 """
 
 import heapq
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,14 +19,13 @@ from huggingface_hub import try_to_load_from_cache
 from prmd.artifacts import io
 from prmd.config.shared import ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import UserError
-from prmd.memory import plan_generation_memory, plan_memory
-from prmd.memory_plan import MemoryPlan, device_memory
 from prmd.models.loading import load_model_config, load_tokenizer, model_source
 from prmd.models.tokenization import PrefixRow, tokenize_pairs
-from prmd.pairs import PreferencePair
-from prmd.precision import Precision, eight_bit_precision, resolve_precision
-from prmd.rehearsal import Task
-from prmd.runtime import GIB
+from prmd.pairs import PREPARE_COMMAND, PreferencePair
+from prmd.runtime import GIB, free_disk_bytes
+from prmd.training.memory import MemoryPlan, device_memory, plan_generation_memory, plan_memory
+from prmd.training.precision import Precision, eight_bit_precision, resolve_precision
+from prmd.training.rehearsal import Task
 
 logger = logging.getLogger(__name__)
 
@@ -226,3 +227,53 @@ def _sampling_line(
         f"of sampling {config.calibration.batch_size} responses at once, {tokens} tokens with their prompts: weights "
         f"{plan.weights / GIB:.2f} GiB, cache {plan.cache / GIB:.2f} GiB, logits {plan.logits / GIB:.2f} GiB"
     )
+
+
+def describe_inputs(files: Sequence[Path], command: str) -> int:
+    """Log size and rows of each JSON Lines file, or the command that makes it.
+
+    Returns:
+        Rows of all files together.
+    """
+    total = 0
+    for path in files:
+        if path.is_file():
+            rows = len(io.read_jsonl(path))
+            total += rows
+            logger.info("would read  %s (%d rows, %.1f MB)", path, rows, path.stat().st_size / 1e6)
+        else:
+            logger.info("would read  %s: missing; make it with `%s`", path, command)
+    return total
+
+
+def describe_training(
+    config: RewardModelConfig,
+    *,
+    name: str,
+    trained_on: Sequence[Path],
+    also_read: Sequence[Path],
+    tuning: TuningConfig,
+    training: TrainingConfig,
+    task: Task,
+    output: Path,
+    sampled: Sampled = UNSAMPLED,
+) -> None:
+    """Log what one training would do.
+
+    Args:
+        trained_on: files whose rows are pooled and trained on.
+        also_read: the held-out ones.
+    """
+    rows = describe_inputs(trained_on, PREPARE_COMMAND)
+    describe_inputs(also_read, PREPARE_COMMAND)
+    if training.max_pairs:
+        rows = min(rows, training.max_pairs)
+    step_pairs = training.pairs_per_device * training.gradient_accumulation_steps
+    logger.info(
+        "would train %s on about %d pairs x %g epochs = %d optimiser steps of %d pairs (%s, %s)",
+        *(name, rows, training.epochs, math.ceil(rows * training.epochs / step_pairs), step_pairs),
+        *(config.model.name, tuning.method),
+    )
+    for line in memory_lines(config, tuning, training, task, trained_on=trained_on, sampled=sampled):
+        logger.info("%s", line)
+    logger.info("would write %s (%.1f GiB free on this disk)", output, free_disk_bytes(output) / GIB)
