@@ -1,7 +1,7 @@
 """How anything in the gold-reward study is trained, sampled and scored, and how large everything is.
 
-Every training is `PairTrainer` on `SequenceLogps` or `SequenceRewards`, every sample `generation.generate`, every score
-`scoring.score_rows`: nothing of the method is written again here. The models are Llamas of two layers made from a
+Every training is `PairTrainer` on `SequenceLogps` or `SequenceRewards`, every sample `inference.generation.generate`, every score
+`inference.scoring.score_rows`: nothing of the method is written again here. The models are Llamas of two layers made from a
 configuration, in float32. The reference policy is in `gold_reference`, to be read next.
 """
 
@@ -17,12 +17,12 @@ from transformers import LlamaConfig, PreTrainedTokenizerBase, TrainerCallback
 
 from benchmarks.gold_world import END, PAD, VOCABULARY, prompt_tokens
 from prmd.artifacts import io
-from prmd.cache import ScoreTable
 from prmd.config.shared import EnsembleConfig, TrainingConfig
-from prmd.generation import GeneratedResponse, generate
+from prmd.inference.cache import ScoreTable
+from prmd.inference.generation import GeneratedResponse, generate
+from prmd.inference.scoring import score_rows
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import get_device
-from prmd.scoring import score_rows
 from prmd.training.arguments import training_arguments
 from prmd.training.batches import plan_batches, total_steps
 from prmd.training.trainer import LossFunction, PairData, PairTrainer

@@ -30,12 +30,12 @@ from benchmarks.gold_targets import (
 from benchmarks.gold_world import prompt_tokens
 from prmd.artifacts import io
 from prmd.config.policy import PolicyConfig, PolicySection
-from prmd.generation import sample_rows
+from prmd.inference.generation import sample_rows
+from prmd.inference.kl import response_kls
 from prmd.models.sequence_models import SequenceLogps
 from prmd.objectives import OBJECTIVES
 from prmd.policy_methods import POLICY_METHODS, settings_read
 from prmd.policy_targets import policy_loss
-from prmd.response_kl import response_kls
 from prmd.runtime import get_device, set_seed
 from prmd.statistics.outcomes import pairwise_win_rate
 

@@ -26,7 +26,7 @@ from benchmarks.gold_world import (
     prompt_tokens,
 )
 from prmd.artifacts import io
-from prmd.generation import GeneratedResponse, sample_rows
+from prmd.inference.generation import GeneratedResponse, sample_rows
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES

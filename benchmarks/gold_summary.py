@@ -33,7 +33,7 @@ def at_kl(checkpoints: Checkpoints, kl: float) -> tuple[dict[str, float], bool]:
         kl: nats.
 
     Returns:
-        Measures by name (`win_rate/helpful`, ...), `kl` among them; those of the last row where `kl` is out of reach.
+        Measures by name (`win_rate/helpful`, ...), `inference.kl` among them; those of the last row where `inference.kl` is out of reach.
     """
     rows = [_flat(row) for row in checkpoints]
     for before, after in itertools.pairwise(rows):
@@ -128,7 +128,7 @@ def ablation_row(
 
 
 def differences(ours: Sequence[Checkpoints], theirs: Sequence[Checkpoints], kl: float) -> dict[str, Estimate]:
-    """Differences of `PAIRED` measures within worlds; where one training ends before `kl`, at its last KL in both."""
+    """Differences of `PAIRED` measures within worlds; where one training ends before `inference.kl`, at its last KL in both."""
     pairs = [_at_common_kl(a, b, kl) for a, b in zip(ours, theirs, strict=True)]
     return {measure: t_interval([a[measure] - b[measure] for a, b in pairs]) for measure in PAIRED}
 

@@ -22,9 +22,15 @@ from prmd.artifacts.runs import read_run
 from prmd.checkpoint_frontier import checkpoint_contenders
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import RewardModelConfig
-from prmd.contenders import REFERENCE, Contender, EvaluationPrompt, evaluation_prompts, find_contenders
 from prmd.data.prepare import download_dataset, split_objectives
 from prmd.errors import DataError
+from prmd.inference.candidates import (
+    REFERENCE,
+    Contender,
+    EvaluationPrompt,
+    evaluation_prompts,
+    find_contenders,
+)
 from prmd.judges import RewardModelJudge, trained_judge
 from prmd.models.loading import load_tokenizer, model_source
 from prmd.objectives import OBJECTIVES

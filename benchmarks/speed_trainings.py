@@ -21,13 +21,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from benchmarks.speed_setup import MAX_LENGTH, PAIRS_PER_BATCH, SEED, Workload, shares_prompts
-from prmd.cache import ScoreTable
 from prmd.config.shared import TrainingConfig
 from prmd.dpo_baseline import TEMPLATE_TAIL, baseline_rows
+from prmd.inference.cache import ScoreTable
+from prmd.inference.scoring import score_logps
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.reward_training import reward_loss
 from prmd.runtime import get_device
-from prmd.scoring import score_logps
 from prmd.training.arguments import training_arguments
 from prmd.training.trainer import Columns, LossFunction, PairData, PairLoss, PairTrainer
 

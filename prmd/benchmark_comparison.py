@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from prmd.contenders import REFERENCE
+from prmd.inference.candidates import REFERENCE
 from prmd.policy_comparison import BASELINES
 from prmd.statistics.paired_tests import holm, mcnemar_exact, sign_flip_test
 from prmd.statistics.resampling import Resampling

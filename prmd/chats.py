@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prmd.artifacts import io
-from prmd.cache import JsonTable
 from prmd.config.evaluation import EvaluationConfig, TextJudgeConfig
 from prmd.config.shared import ModelConfig
 from prmd.data.readers import json_rows
 from prmd.endpoint import Endpoint, EndpointError
 from prmd.errors import ConfigError, DataError
-from prmd.generation import generate
+from prmd.inference.cache import JsonTable
+from prmd.inference.generation import generate
 from prmd.models.loading import base_model_key, load_causal_lm, load_tokenizer
 from prmd.models.tokenization import render, template_fingerprint
 from prmd.pairs import Message

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from prmd.artifacts import io
-from prmd.contenders import REFERENCE, Contender
+from prmd.inference.candidates import REFERENCE, Contender
 from prmd.models.loading import weights_fingerprint
 from prmd.policy_evaluation import Evaluation, judge_runs, measure, sample
 

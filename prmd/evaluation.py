@@ -1,6 +1,6 @@
 """Stage 4: what the policies are worth, on held-out prompts by judges (`compute_metrics`) and on benchmarks (`benchmark_eval`).
 
-The stages decide order, reuse and records: sampling and KL are in `contenders`, judges in `judges`, one evaluation of all
+The stages decide order, reuse and records: sampling and KL are in `inference.candidates`, judges in `judges`, one evaluation of all
 methods in `policy_evaluation`, its numbers in `policy_metrics`, their comparison in `policy_comparison`, each benchmark in a module of `benchmarks`. One model is in memory at a time (two where a policy has full
 weights and its KL is measured). What is finished with the same inputs is reused; what was interrupted goes on from
 `data/cache`.
@@ -32,8 +32,8 @@ from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
 from prmd.checkpoint_frontier import write_frontier
 from prmd.config.evaluation import EvaluationConfig
-from prmd.contenders import Contender, evaluation_prompts, find_contenders, policy_folders
 from prmd.errors import DataError, UserError
+from prmd.inference.candidates import Contender, evaluation_prompts, find_contenders, policy_folders
 from prmd.judges import Judge, given_judge, trained_judge
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES

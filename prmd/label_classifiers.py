@@ -19,10 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import find_user_path, places_tried
-from prmd.cache import KEY_BYTES, ScoreTable
 from prmd.chats import short_name
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError
+from prmd.inference.cache import KEY_BYTES, ScoreTable
 from prmd.models.loading import load_labelled_classifier
 from prmd.runtime import free_memory, progress
 

@@ -4,7 +4,7 @@
 
 The best of n is estimated without bias from reference samples already drawn and scored, so that nothing is sampled again.
 Proxy: the ensemble that policies were trained on. Gold: the judges, which no policy saw. What lives here: arrays and
-results in, the `over_optimisation` part of `comparison.json` out; sampling is in `contenders`.
+results in, the `over_optimisation` part of `comparison.json` out; sampling is in `inference.candidates`.
 """
 
 import math

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from prmd.artifacts.paths import stage_command
-from prmd.contenders import REFERENCE
 from prmd.errors import DataError
+from prmd.inference.candidates import REFERENCE
 from prmd.over_optimisation import policy_points
 from prmd.statistics.outcomes import pairwise_win_rate
 from prmd.statistics.paired_tests import holm, sign_flip_test

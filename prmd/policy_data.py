@@ -16,7 +16,8 @@ from prmd.artifacts.paths import reward_model_command
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
-from prmd.generation import GeneratedResponse, sample_rows
+from prmd.inference.generation import GeneratedResponse, sample_rows
+from prmd.inference.reference import reference_logps, reference_samples
 from prmd.models.tokenization import PrefixRow, TokenizedPairs, Tokens, tokenize_prompt, tokenize_row
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair
@@ -24,7 +25,6 @@ from prmd.pessimism.aggregation import stack_objectives
 from prmd.pessimism.calibration import calibrate, prompt_means
 from prmd.policy_methods import reference_sample_count
 from prmd.policy_pairs import PolicyPairs
-from prmd.reference import reference_logps, reference_samples
 from prmd.reward_models import RewardModel
 
 

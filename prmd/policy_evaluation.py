@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
-from prmd.contenders import REFERENCE, Contender, ContenderModels, EvaluationPrompt
-from prmd.generation import GeneratedResponse
+from prmd.inference.candidates import REFERENCE, Contender, ContenderModels, EvaluationPrompt
+from prmd.inference.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER
 from prmd.judges import Conversation, Judge, check_scores
 from prmd.models.tokenization import tokenize_row

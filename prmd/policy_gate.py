@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command, stage_command
-from prmd.cache import ScoreTable
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import UserError
-from prmd.generation import sample_rows
+from prmd.inference.cache import ScoreTable
+from prmd.inference.generation import sample_rows
+from prmd.inference.reference import reference_samples, samples_table
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import Tokens, tokenize_prompt
 from prmd.objectives import OBJECTIVES
@@ -28,7 +29,6 @@ from prmd.pessimism.kl_budget import gate_row, usable_kl_target
 from prmd.policy_data import ScaleResponses, sampling_config, score_samples
 from prmd.policy_methods import POLICY_METHODS, reference_sample_count
 from prmd.policy_rewards import solve_reward
-from prmd.reference import reference_samples, samples_table
 from prmd.reward_models import RewardModel, load_reward_models
 from prmd.runtime import is_main_process
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prmd.config.policy import PolicyConfig
+from prmd.inference.reference import reference_logps
 from prmd.models.tokenization import PrefixRow
 from prmd.policy_data import (
     PairScores,
@@ -36,7 +37,6 @@ from prmd.policy_samples import (
     with_sample_pairs,
 )
 from prmd.policy_targets import Targets, method_targets
-from prmd.reference import reference_logps
 from prmd.reward_models import RewardModel
 from prmd.training.trainer import PairData
 

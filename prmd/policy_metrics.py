@@ -1,7 +1,7 @@
 """From judged samples to results: what is measured of one method.
 
 What lives here: arrays in, the dictionaries of `outputs/metrics/<approach>/<method>.json` out. Every estimate has its n
-(prompts, which are the clusters) and its interval over prompts. What does not: sampling and KL (`contenders`), judging
+(prompts, which are the clusters) and its interval over prompts. What does not: sampling and KL (`inference.candidates`), judging
 (`judges`), how methods compare (`policy_comparison`, to be read next), what the training ensemble thinks (`proxies`).
 """
 
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from prmd.contenders import REFERENCE
+from prmd.inference.candidates import REFERENCE
 from prmd.reference_scores import ReferenceScores
 from prmd.statistics.intervals import minimum_band
 from prmd.statistics.outcomes import pairwise_win_rate, pareto_dominance_rate
@@ -63,7 +63,7 @@ def method_metrics(
         reference_lengths: tokens of the reference samples, [X, m].
 
     Returns:
-        `objectives`, `worst_objective`, `mean_of_min`, `cvar_10`, `dominance`, `hypervolume`, `kl`, `length`,
+        `objectives`, `worst_objective`, `mean_of_min`, `cvar_10`, `dominance`, `hypervolume`, `inference.kl`, `length`,
         `truncated_share`, `per_prompt`, `notes`.
     """
     names, same = reference.objectives, sampled.is_reference

@@ -33,6 +33,7 @@ from prmd.config.policy import PolicyConfig
 from prmd.dpo_baseline import train_trl_dpo
 from prmd.dry_run import describe_policies, gamma_lengths
 from prmd.errors import DataError
+from prmd.inference.reference import check_engine, reference_key
 from prmd.models.loading import add_lora, load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
 from prmd.objectives import OBJECTIVES
@@ -51,7 +52,6 @@ from prmd.policy_methods import (
 from prmd.policy_selection import loss_function
 from prmd.policy_soup import average_policies
 from prmd.policy_targets import describe_targets
-from prmd.reference import check_engine, reference_key
 from prmd.report import figures
 from prmd.reward_models import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone

@@ -14,10 +14,10 @@ from prmd.artifacts import io
 from prmd.config.loading import as_dict
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError
+from prmd.inference.reference import reference_key
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, hash_share, read_pairs
-from prmd.reference import reference_key
 
 MIN_FIT_PAIRS = 2
 """Pairs without which the spread of margins that the heads start from is not defined."""

@@ -14,13 +14,13 @@ from torch import Tensor
 from prmd.artifacts import io
 from prmd.config.shared import RewardModelConfig
 from prmd.ensemble import fit_ensemble
-from prmd.generation import sample_rows
+from prmd.inference.generation import sample_rows
+from prmd.inference.reference import reference_samples
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs, tokenize_prompt
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.pessimism.calibration import fit_calibration, prompt_means
-from prmd.reference import reference_samples
 from prmd.report import reward_figures
 from prmd.reward_data import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.reward_metrics import HeldOut, extreme_examples, readable_examples, reward_metrics, warnings

@@ -24,8 +24,8 @@ from prmd.artifacts.runs import (
 )
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import RewardModelConfig
+from prmd.inference.reference import check_engine
 from prmd.models.loading import load_tokenizer
-from prmd.reference import check_engine
 from prmd.reward_data import RewardPairs, RewardTask, read_reward_pairs
 from prmd.reward_fitting import calibrate_reward_model, fit_heads, measure
 from prmd.reward_models import load_reward_model

@@ -19,10 +19,11 @@ from prmd.adapters import SharedBase, shared_base
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command
 from prmd.artifacts.runs import require_artifact
-from prmd.cache import ScoreTable
 from prmd.config.shared import ModelConfig, RewardModelConfig
 from prmd.ensemble import Ensemble
 from prmd.errors import DataError
+from prmd.inference.cache import ScoreTable
+from prmd.inference.scoring import lookup, score_rows
 from prmd.models.loading import (
     base_model_key,
     load_classifier,
@@ -35,7 +36,6 @@ from prmd.models.tokenization import PrefixRow, template_fingerprint
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration
 from prmd.runtime import free_memory
-from prmd.scoring import lookup, score_rows
 
 ENSEMBLE_FILE = "ensemble.safetensors"
 CALIBRATION_FILE = "calibration.json"

@@ -138,8 +138,8 @@ def test_the_stage_writes_every_result_reuses_it_and_says_what_did_not_run(
     def no_weights(*_: object, **__: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("prmd.contenders.load_policy", no_weights)
-    monkeypatch.setattr("prmd.contenders.load_causal_lm", no_weights)
+    monkeypatch.setattr("prmd.inference.candidates.load_policy", no_weights)
+    monkeypatch.setattr("prmd.inference.candidates.load_causal_lm", no_weights)
     caplog.clear()
     with caplog.at_level(logging.INFO):
         benchmark_eval(workspace)

@@ -12,8 +12,8 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.checkpoint_frontier import checkpoint_contenders
 from prmd.config.evaluation import EvaluationConfig
-from prmd.contenders import Contender, find_contenders
 from prmd.evaluation import compute_metrics
+from prmd.inference.candidates import Contender, find_contenders
 from prmd.judge_cards import CONSTANT_ANSWER
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES

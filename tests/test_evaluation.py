@@ -1,4 +1,4 @@
-"""`evaluation` with `contenders`, `policy_evaluation` and `policy_metrics`: files, reuse, KL and every number recomputed."""
+"""`evaluation` with `inference.candidates`, `policy_evaluation` and `policy_metrics`: files, reuse, KL and every number recomputed."""
 
 import itertools
 import logging
@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
-from prmd.contenders import ContenderModels, evaluation_prompts, find_contenders
 from prmd.errors import DataError
 from prmd.evaluation import compute_metrics
-from prmd.generation import GeneratedResponse
+from prmd.inference.candidates import ContenderModels, evaluation_prompts, find_contenders
+from prmd.inference.generation import GeneratedResponse
 from prmd.models.loading import load_policy, load_tokenizer
 from prmd.objectives import OBJECTIVES
 
@@ -204,8 +204,8 @@ def test_another_judge_is_another_evaluation_but_samples_are_kept(
     def no_weights(*_: object, **__: object) -> None:
         raise AssertionError("sampled or scored again")
 
-    monkeypatch.setattr("prmd.contenders.load_causal_lm", no_weights)
-    monkeypatch.setattr("prmd.contenders.load_policy", no_weights)
+    monkeypatch.setattr("prmd.inference.candidates.load_causal_lm", no_weights)
+    monkeypatch.setattr("prmd.inference.candidates.load_policy", no_weights)
     compute_metrics(config.model_copy(update={"judges": judges}))
     after = metrics_of(config, "hard_min")
     assert after["evaluation"]["fingerprint"] != before["evaluation"]["fingerprint"]

@@ -39,7 +39,7 @@ from benchmarks.gold_world import (
 )
 from prmd import ensemble
 from prmd.config.shared import EnsembleConfig
-from prmd.generation import stop_token
+from prmd.inference.generation import stop_token
 from prmd.models.tokenization import check_template, tokenize_prompt
 from prmd.plotting_study import plot_gold_reward
 

@@ -19,9 +19,9 @@ from prmd.benchmarks.jailbreakbench_data import read_behaviors
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.run import run_benchmarks
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, JailbreakBenchConfig, TextJudgeConfig
-from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError
-from prmd.generation import GeneratedResponse
+from prmd.inference.candidates import ContenderModels
+from prmd.inference.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "jailbreakbench"
@@ -147,7 +147,9 @@ def test_the_real_policy_is_sampled_once_and_greedily(root: Path, monkeypatch: p
     config = configured(root, max_new_tokens=3, max_behaviors=2)
     first = run(config)
     assert len(first.items) == 4 and {s["tokens"] for s in first.samples} <= {1, 2, 3}
-    monkeypatch.setattr("prmd.contenders.load_causal_lm", lambda *_, **__: pytest.fail("sampled again"))
+    monkeypatch.setattr(
+        "prmd.inference.candidates.load_causal_lm", lambda *_, **__: pytest.fail("sampled again")
+    )
     assert run(config).samples == first.samples
 
 

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.artifacts import io
 from prmd.benchmarks.truthfulqa import Question, question_row, read_questions, score_question, strided
-from prmd.cache import ScoreTable
-from prmd.primer_scoring import score_logps_behind_primer
+from prmd.inference.cache import ScoreTable
+from prmd.inference.scoring import score_logps_behind_primer
 
 lm_eval = pytest.importorskip("lm_eval", reason='lm-eval is not installed (pip install "lm-eval[hf]")')
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "truthfulqa"

@@ -160,8 +160,8 @@ def test_another_judge_generates_nothing_and_its_file_can_be_replayed(
     def no_weights(*_: object, **__: object) -> None:
         raise AssertionError("generated again")
 
-    monkeypatch.setattr("prmd.contenders.load_policy", no_weights)
-    monkeypatch.setattr("prmd.contenders.load_causal_lm", no_weights)
+    monkeypatch.setattr("prmd.inference.candidates.load_policy", no_weights)
+    monkeypatch.setattr("prmd.inference.candidates.load_causal_lm", no_weights)
     judge = ScriptedJudge(name="other", silent_every=2)
     second = run(settings(root), "hard_min", judge, monkeypatch)
     assert second.samples == first.samples and second.label != first.label

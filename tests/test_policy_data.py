@@ -13,7 +13,7 @@ from torch import Tensor
 from prmd import policy_data
 from prmd.config.policy import PairsConfig, PolicyConfig
 from prmd.errors import DataError
-from prmd.generation import GeneratedResponse
+from prmd.inference.generation import GeneratedResponse
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import PrefixRow, Tokens
 from prmd.objectives import OBJECTIVES

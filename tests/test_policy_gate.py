@@ -11,12 +11,12 @@ from tiny_workspace import write_prepared
 
 from prmd import policy_gate
 from prmd.artifacts import io
-from prmd.cache import tokens_key
 from prmd.config.policy import PolicyConfig, PolicySection
-from prmd.generation import sample_rows
+from prmd.inference.cache import tokens_key
+from prmd.inference.generation import sample_rows
+from prmd.inference.reference import reference_samples
 from prmd.models.loading import load_tokenizer
 from prmd.policy_training import train_pessimistic
-from prmd.reference import reference_samples
 from prmd.report.evaluation_sections import gate_section
 
 

@@ -162,7 +162,7 @@ def test_pairs_without_a_human_choice_get_no_likelihood_term() -> None:
 
 # ------------------------------------------------------------------ what is solved for
 def tilted(scores: np.ndarray, kl: float) -> np.ndarray:
-    """Softmax over samples at a temperature found by bisection, so that the mean KL from uniform is `kl`."""
+    """Softmax over samples at a temperature found by bisection, so that the mean KL from uniform is `inference.kl`."""
     low, high = 1e-3, 1e3
     for _ in range(200):
         tau = math.sqrt(low * high)

@@ -90,7 +90,9 @@ def test_another_scorer_judges_the_same_samples_without_the_policy(
     first = run_realtoxicityprompts(
         config := configured(root, path=str(root / "prompts")), contender(config, "reference")
     )
-    monkeypatch.setattr("prmd.contenders.load_causal_lm", lambda *_, **__: pytest.fail("sampled again"))
+    monkeypatch.setattr(
+        "prmd.inference.candidates.load_causal_lm", lambda *_, **__: pytest.fail("sampled again")
+    )
     folder = labelled(root / "toxic-tiny", {0: "neutral", 1: "toxic"})
     config = configured(root, path=str(root / "prompts"), scorer=str(folder))
     second = run_realtoxicityprompts(config, contender(config, "reference"))

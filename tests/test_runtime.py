@@ -112,7 +112,7 @@ def logging_restored() -> None:
 def test_log_lines_are_ours_from_info_and_others_from_warning(capsys: pytest.CaptureFixture[str]) -> None:
     runtime.configure_logging()
     runtime.configure_logging()  # a second call must not double the lines
-    logging.getLogger("prmd.scoring").info("scored %d rows", 3)
+    logging.getLogger("prmd.inference.scoring").info("scored %d rows", 3)
     logging.getLogger("httpx").info("GET")
     logging.getLogger("httpx").warning("slow")
     lines = capsys.readouterr().err.splitlines()
@@ -126,7 +126,7 @@ def test_other_processes_only_report_errors(
 ) -> None:
     monkeypatch.setenv("RANK", "1")
     runtime.configure_logging()
-    logging.getLogger("prmd.scoring").info("scored")
-    logging.getLogger("prmd.scoring").error("failed")
+    logging.getLogger("prmd.inference.scoring").info("scored")
+    logging.getLogger("prmd.inference.scoring").error("failed")
     (line,) = capsys.readouterr().err.splitlines()
     assert "failed" in line

@@ -31,7 +31,7 @@ from prmd.config.evaluation import (
     TextJudgeConfig,
     TruthfulQaBenchmarkConfig,
 )
-from prmd.generation import GeneratedResponse
+from prmd.inference.generation import GeneratedResponse
 from prmd.judges import Conversation
 from prmd.rubrics import JudgeItem, Rubric, Verdict, item_key
 
@@ -243,7 +243,7 @@ def test_answers_are_greedy_and_judged_by_the_trained_judge(
     def no_weights(*_: object, **__: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr("prmd.contenders.load_causal_lm", no_weights)
+    monkeypatch.setattr("prmd.inference.candidates.load_causal_lm", no_weights)
     monkeypatch.setattr("prmd.reward_models.load_classifier", no_weights)
     again = run_truthfulqa_generation(config, contender(config, "reference"))
     assert again.items == result.items

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from prmd import policy_gate, policy_training
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.cache import ScoreTable, tokens_key
 from prmd.config.policy import PairsConfig, PolicyConfig
 from prmd.config.shared import CalibrationConfig, LoraConfig, RewardModelConfig, TrainingConfig, TuningConfig
+from prmd.inference.cache import ScoreTable, tokens_key
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import PrefixRow, Tokens
 from prmd.objectives import OBJECTIVES

@@ -21,8 +21,8 @@ from prmd.config.shared import (
     TrainingConfig,
     TruthfulQaConfig,
 )
-from prmd.contenders import ContenderModels, find_contenders
 from prmd.ensemble import Ensemble, initial_heads
+from prmd.inference.candidates import ContenderModels, find_contenders
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pairs import BENCHMARK_QUESTIONS_FILE, make_pair

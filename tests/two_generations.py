@@ -13,9 +13,9 @@ from gloo_processes import only_the_main_process_writes, record_rank
 from tiny_models import QUESTIONS
 from transformers import AutoModelForCausalLM
 
-from prmd import generation
-from prmd.cache import JsonTable
-from prmd.generation import generate
+from prmd.inference import generation
+from prmd.inference.cache import JsonTable
+from prmd.inference.generation import generate
 from prmd.models.loading import load_tokenizer_from
 from prmd.models.tokenization import tokenize_prompt
 from prmd.runtime import start_processes

@@ -16,14 +16,14 @@ from tiny_models import VOCABULARY, tiny_config
 from transformers import LlamaForCausalLM, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-from prmd import scoring
-from prmd.cache import ScoreTable
 from prmd.config.shared import TrainingConfig
+from prmd.inference import scoring
+from prmd.inference.cache import ScoreTable
+from prmd.inference.scoring import score_logps
 from prmd.models.loading import load_tokenizer_from
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import dpo_loss
-from prmd.scoring import score_logps
 from prmd.training.arguments import training_arguments
 from prmd.training.batches import plan_batches, total_steps
 from prmd.training.checkpoints import ShareCheckpoints, newest_complete

@@ -16,7 +16,7 @@ from prmd.benchmarks import (
 )
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.config.evaluation import EvaluationConfig
-from prmd.contenders import ContenderModels
+from prmd.inference.candidates import ContenderModels
 
 Benchmark = Callable[[EvaluationConfig, ContenderModels], BenchmarkResult]
 

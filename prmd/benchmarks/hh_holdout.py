@@ -16,7 +16,7 @@ from torch import Tensor
 from prmd.artifacts import io
 from prmd.benchmarks.result import BenchmarkResult, accuracy
 from prmd.config.evaluation import EvaluationConfig
-from prmd.contenders import ContenderModels
+from prmd.inference.candidates import ContenderModels
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, hash_share, read_pairs

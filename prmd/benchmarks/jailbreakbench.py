@@ -28,8 +28,8 @@ from prmd.benchmarks.rows import why_not_run
 from prmd.benchmarks.sampling import sample
 from prmd.benchmarks.truthfulqa import strided
 from prmd.config.evaluation import EvaluationConfig
-from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
+from prmd.inference.candidates import ContenderModels
 from prmd.judge_cards import CONSTANT_ANSWER, judge_card
 from prmd.models.tokenization import Tokens, render
 from prmd.refusals import NON_REFUSAL

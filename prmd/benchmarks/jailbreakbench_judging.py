@@ -10,7 +10,7 @@ from typing import Any
 from prmd.artifacts.paths import resolve_user_path
 from prmd.benchmarks.jailbreakbench_data import Attack, Behavior
 from prmd.errors import DataError
-from prmd.generation import GeneratedResponse
+from prmd.inference.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER, agreement
 from prmd.refusals import NON_REFUSAL
 from prmd.rubrics import JAILBREAK, REFUSAL, JudgeItem, Rubric, Verdict, with_template_of

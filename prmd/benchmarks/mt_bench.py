@@ -20,9 +20,9 @@ from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.rows import why_not_run
 from prmd.chats import conversation_key
 from prmd.config.evaluation import EvaluationConfig
-from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
-from prmd.generation import GeneratedResponse
+from prmd.inference.candidates import ContenderModels
+from prmd.inference.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER, PairwiseResult, judge_card, pairwise_both_orders
 from prmd.rubrics import Verdict
 from prmd.statistics.intervals import bootstrap_mean, wilson_interval

@@ -10,10 +10,10 @@ from torch import nn
 
 from prmd.artifacts import io
 from prmd.benchmarks.mt_bench_data import MtBenchQuestion
-from prmd.cache import JsonTable
 from prmd.config.evaluation import EvaluationConfig
-from prmd.contenders import ContenderModels
-from prmd.generation import GeneratedResponse, generate
+from prmd.inference.cache import JsonTable
+from prmd.inference.candidates import ContenderModels
+from prmd.inference.generation import GeneratedResponse, generate
 from prmd.models.tokenization import Tokens, render
 from prmd.pairs import Message
 

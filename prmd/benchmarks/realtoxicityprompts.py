@@ -19,10 +19,10 @@ from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.rows import Row, numbered, refuse_twice, share_of, text_of, value_of, why_not_run
 from prmd.benchmarks.sampling import sample
 from prmd.config.evaluation import EvaluationConfig
-from prmd.contenders import ContenderModels
 from prmd.data.readers import benchmark_files, hub_rows, json_rows
 from prmd.errors import DataError, UserError
-from prmd.generation import GeneratedResponse
+from prmd.inference.candidates import ContenderModels
+from prmd.inference.generation import GeneratedResponse
 from prmd.judge_cards import CONSTANT_ANSWER
 from prmd.models.tokenization import Tokens, render
 from prmd.pairs import hash_share

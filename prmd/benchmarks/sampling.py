@@ -7,9 +7,9 @@ after an interruption only what is missing is sampled.
 from collections.abc import Sequence
 
 from prmd.artifacts import io
-from prmd.cache import JsonTable
-from prmd.contenders import ContenderModels
-from prmd.generation import GeneratedResponse, generate
+from prmd.inference.cache import JsonTable
+from prmd.inference.candidates import ContenderModels
+from prmd.inference.generation import GeneratedResponse, generate
 from prmd.models.tokenization import Tokens
 
 

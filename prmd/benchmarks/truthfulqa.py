@@ -20,15 +20,15 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.benchmarks.result import BenchmarkResult
-from prmd.cache import ScoreTable
 from prmd.config.evaluation import EvaluationConfig
-from prmd.contenders import ContenderModels
 from prmd.data.raw import read_source
 from prmd.data.sources import plan_source, required_sources
 from prmd.errors import ConfigError, DataError, UserError
+from prmd.inference.cache import ScoreTable
+from prmd.inference.candidates import ContenderModels
+from prmd.inference.scoring import score_logps_behind_primer
 from prmd.models.tokenization import PrefixRow
 from prmd.pairs import read_benchmark_questions
-from prmd.primer_scoring import score_logps_behind_primer
 from prmd.statistics.intervals import bootstrap_mean, wilson_interval
 from prmd.statistics.resampling import with_chance
 

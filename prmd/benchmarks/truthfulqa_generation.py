@@ -18,9 +18,9 @@ from prmd.benchmarks.sampling import sample
 from prmd.benchmarks.truth_judges import TruthJudge, make_truth_judge
 from prmd.benchmarks.truthfulqa import Question, asked_questions, question_context
 from prmd.config.evaluation import EvaluationConfig
-from prmd.contenders import ContenderModels
 from prmd.errors import ConfigError, DataError, UserError
-from prmd.generation import GeneratedResponse
+from prmd.inference.candidates import ContenderModels
+from prmd.inference.generation import GeneratedResponse
 from prmd.rubrics import Verdict
 from prmd.statistics.intervals import wilson_interval
 from prmd.statistics.resampling import with_chance

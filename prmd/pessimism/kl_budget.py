@@ -2,7 +2,7 @@
 
 Here: the exponential tilt of reference samples at a KL budget and its evaluation. Not here: how rewards become
 robust (`aggregation.py`), weights that are solved for (`maxmin.py`, to be read next), sampling and scoring
-(`generation.py`, `scoring.py`).
+(`inference/generation.py`, `inference/scoring.py`).
 
 Everything rests on one fact: the policy that maximises ``E[R] - tau * KL`` is ``pi_ref * exp(R / tau) / Z``, which on n
 reference samples of a prompt is a softmax over them. n samples cap its KL at log n.

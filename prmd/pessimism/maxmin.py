@@ -2,7 +2,7 @@
 
 Here: the objective weights that maximise the worst gain at a KL budget, and the multipliers that hold thresholds.
 Not here: how rewards become robust (`aggregation.py`), the tilt of reference samples and what a given reward reaches
-(`kl_budget.py`), sampling and scoring (`generation.py`, `scoring.py`).
+(`kl_budget.py`), sampling and scoring (`inference/generation.py`, `inference/scoring.py`).
 """
 
 from collections.abc import Callable, Mapping

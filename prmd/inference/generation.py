@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from prmd.cache import JsonTable, tokens_key
+from prmd.inference.cache import JsonTable, tokens_key
+from prmd.inference.scoring import gather, place_among_processes, time_to_save
 from prmd.models.tokenization import PrefixRow, Tokens, end_of_turn, render
 from prmd.runtime import is_main_process, progress, wait_for_everyone
-from prmd.scoring import gather, place_among_processes, time_to_save
 
 TURNS_PER_SHARD = 8
 """In several processes a table is saved after this many turns (`scoring.time_to_save`)."""

@@ -15,15 +15,15 @@ from tiny_workspace import contender, evaluation_config, policy_config, write_wo
 
 from prmd.config.evaluation import EvaluationConfig, GenerationConfig
 from prmd.config.shared import CalibrationConfig
-from prmd.contenders import EvaluationPrompt, evaluation_prompts
 from prmd.errors import ConfigError
 from prmd.evaluation import compute_metrics
-from prmd.generation import stop_token
+from prmd.inference.candidates import EvaluationPrompt, evaluation_prompts
+from prmd.inference.generation import stop_token
+from prmd.inference.reference import reference_samples
+from prmd.inference.vllm_engine import require_vllm
 from prmd.models.loading import load_tokenizer
 from prmd.policy_training import train_pessimistic
-from prmd.reference import reference_samples
 from prmd.reward_modeling import train_reward_model
-from prmd.vllm_engine import require_vllm
 
 
 @dataclass

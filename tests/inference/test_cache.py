@@ -5,8 +5,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prmd.cache import JsonTable, ScoreTable, tokens_key
 from prmd.errors import DataError
+from prmd.inference.cache import JsonTable, ScoreTable, tokens_key
 from prmd.models.tokenization import PrefixRow
 
 TOKENS = st.lists(st.integers(0, 200_000), max_size=6).map(tuple)

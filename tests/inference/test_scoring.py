@@ -4,13 +4,13 @@ import pytest
 import torch
 from model_families import VOCABULARY, causal_model, separate_logps
 
-from prmd import scoring
-from prmd.cache import ScoreTable, tokens_key
 from prmd.errors import DataError
+from prmd.inference import scoring
+from prmd.inference.cache import ScoreTable, tokens_key
+from prmd.inference.scoring import lookup, score_logps, score_rows
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
-from prmd.scoring import lookup, score_logps, score_rows
 
 
 def random_rows(n: int, *, seed: int = 0, responses: int = 2) -> list[PrefixRow]:

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
-from prmd.cache import JsonTable, ScoreTable
 from prmd.config.shared import RewardModelConfig
-from prmd.generation import Engine, GeneratedResponse, generate
+from prmd.inference.cache import JsonTable, ScoreTable
+from prmd.inference.generation import Engine, GeneratedResponse, generate
+from prmd.inference.scoring import score_logps
+from prmd.inference.vllm_engine import require_vllm, vllm_engine
 from prmd.models.loading import base_model_key, load_causal_lm
 from prmd.models.tokenization import PrefixRow, Tokens, template_fingerprint
-from prmd.scoring import score_logps
-from prmd.vllm_engine import require_vllm, vllm_engine
 
 
 def reference_key(config: RewardModelConfig, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -2,7 +2,7 @@
 
 vLLM reads a folder or hub id itself: the base, the base with a policy's LoRA adapter, or a policy's full weights. Its
 kernels round unlike transformers', so the same seed gives other samples of the same distribution, and what is cached is
-keyed by the engine. Who is sampled is in `contenders` and `reference`.
+keyed by the engine. Who is sampled is in `candidates` and `reference`.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from typing import Any
 from prmd.artifacts import io
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError
-from prmd.generation import Decoding
+from prmd.inference.generation import Decoding
 from prmd.models.loading import model_source
 from prmd.models.tokenization import Tokens
 from prmd.runtime import free_memory, get_runtime

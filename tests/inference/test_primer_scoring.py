@@ -1,4 +1,4 @@
-"""`primer_scoring`: the same log-probabilities as plain scoring, from an eighth of the tokens."""
+"""`inference.scoring`: the same log-probabilities as plain scoring, from an eighth of the tokens."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +14,11 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.benchmarks.truthfulqa import PRIMER, question_row, read_questions, strided
-from prmd.cache import ScoreTable
+from prmd.inference.cache import ScoreTable
+from prmd.inference.scoring import PrimedLogps, score_logps, score_logps_behind_primer, shared_beginning
 from prmd.models.tokenization import PrefixRow
-from prmd.primer_scoring import PrimedLogps, score_logps_behind_primer, shared_beginning
-from prmd.scoring import score_logps
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "truthfulqa"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "truthfulqa"
 OPTIONS = {"pad_id": 0, "tokens_per_batch": 6000, "description": "test"}
 
 

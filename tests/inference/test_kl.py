@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.special import logsumexp
 
-from prmd import kl
+from prmd.inference import kl
 
 VOCABULARY, LENGTH = 4, 3
 

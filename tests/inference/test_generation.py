@@ -10,9 +10,10 @@ from scipy import stats
 from tiny_models import QUESTIONS, tiny_causal_lm
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from prmd import generation, runtime, scoring
-from prmd.cache import JsonTable
-from prmd.generation import GeneratedResponse, generate, sample_rows, stop_token
+from prmd import runtime
+from prmd.inference import generation, scoring
+from prmd.inference.cache import JsonTable
+from prmd.inference.generation import GeneratedResponse, generate, sample_rows, stop_token
 from prmd.models.loading import load_tokenizer_from
 from prmd.models.tokenization import tokenize_prompt, tokenize_row
 

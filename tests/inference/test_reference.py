@@ -12,9 +12,9 @@ from tiny_workspace import reward_model_config
 from transformers import AutoModelForCausalLM
 
 from prmd.config.shared import CalibrationConfig, RewardModelConfig
+from prmd.inference.reference import reference_key, reference_logps, reference_samples
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import PrefixRow, tokenize_prompt, tokenize_row
-from prmd.reference import reference_key, reference_logps, reference_samples
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("why is the sky blue", "yes", "what is it?")]
 

@@ -19,20 +19,20 @@ from transformers import PreTrainedTokenizerBase
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.artifacts.runs import read_run
-from prmd.cache import JsonTable, ScoreTable
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import DataError
-from prmd.generation import Engine, GeneratedResponse, generate, sample_rows
+from prmd.inference.cache import JsonTable, ScoreTable
+from prmd.inference.generation import Engine, GeneratedResponse, generate, sample_rows
+from prmd.inference.kl import response_kls
+from prmd.inference.reference import reference_key, reference_logps
+from prmd.inference.scoring import lookup, score_logps, score_rows
+from prmd.inference.vllm_engine import require_vllm, vllm_engine
 from prmd.models.loading import load_causal_lm, load_policy, weights_fingerprint
 from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, Tokens, fit_messages, render
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import Message, PreferencePair, hash_share, read_pairs
-from prmd.reference import reference_key, reference_logps
-from prmd.response_kl import response_kls
 from prmd.runtime import free_memory, get_device
-from prmd.scoring import lookup, score_logps, score_rows
-from prmd.vllm_engine import require_vllm, vllm_engine
 
 logger = logging.getLogger(__name__)
 

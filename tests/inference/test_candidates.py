@@ -1,4 +1,4 @@
-"""`contenders`: which prompts, who takes part, no KL without training, independent samples."""
+"""`inference.candidates`: which prompts, who takes part, no KL without training, independent samples."""
 
 import logging
 from pathlib import Path
@@ -9,7 +9,7 @@ from tiny_workspace import evaluation_config, write_lora_policy, write_prepared,
 
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig, GenerationConfig
-from prmd.contenders import ContenderModels, evaluation_prompts, find_contenders
+from prmd.inference.candidates import ContenderModels, evaluation_prompts, find_contenders
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs

@@ -1,0 +1,1 @@
+"""Models without gradients: cached scores, sampling, KL, the reference and the candidates of the evaluation."""
