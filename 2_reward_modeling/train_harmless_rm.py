@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts run uninstalled, from any folder
 
-from prmd.reward_modeling import train_reward_model
+from prmd.rewards.train import train_reward_model
 from utils import run_stage
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ For every setting the heads are fit on pairs that the backbone never saw and mea
 it did not get, test and judge splits; val chose its checkpoint): accuracy and negative log-likelihood of the mean member
 beside those of r_0 on the same pairs, mean correlation of the members' margins, and whether their disagreement foretells
 the mean's mistakes. A larger slice would cost the backbone its pairs; here the backbone is given, so that cost is not in
-the table. How heads are fit is in `prmd.ensemble`; what the study with known
+the table. How heads are fit is in `rewards.heads`; what the study with known
 rewards says is in `gold_heads`.
 """
 
@@ -29,10 +29,10 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import resolve_user_path
 from prmd.config.loading import load_config
 from prmd.config.shared import EnsembleConfig, RewardModelConfig
-from prmd.ensemble import fit_ensemble
 from prmd.pairs import hash_share, read_pairs
-from prmd.reward_data import RewardTask, read_reward_pairs, tokenize_reward_pairs
-from prmd.reward_models import load_reward_model
+from prmd.rewards.heads import fit_ensemble
+from prmd.rewards.reward_model import load_reward_model
+from prmd.rewards.task import RewardTask, read_reward_pairs, tokenize_reward_pairs
 from prmd.runtime import configure_logging
 from prmd.statistics.intervals import accuracy_with_ties
 from prmd.statistics.reliability import disagreement_measures, mean_pairwise_correlation

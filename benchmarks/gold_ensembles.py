@@ -1,7 +1,7 @@
 """Reward models of the gold-reward study: Bradley-Terry backbones, their ensembles of heads, their scores of all samples.
 
 A reward model is trained on the labelled pairs of one objective at one bias, starts from pi_ref's backbone, and gets its
-heads from the pairs of prompts it never saw (`ensemble.fit_ensemble`, shipped settings). Heads of a smaller ensemble are
+heads from the pairs of prompts it never saw (`rewards.heads.fit_ensemble`, shipped settings). Heads of a smaller ensemble are
 the first ones of a larger one, as every head has its own initialisation and bootstrap; member 0 of the scores here is the
 backbone's own reward r_0, the single reward model. Calibration and pessimism over the scores are in `gold_targets`.
 """
@@ -20,11 +20,11 @@ from benchmarks.gold_models import fit, model_config, score
 from benchmarks.gold_reference import World
 from prmd.artifacts import io
 from prmd.config.shared import EnsembleConfig, RewardModelConfig
-from prmd.ensemble import Ensemble, fit_ensemble
 from prmd.models.sequence_models import SequenceRewards
 from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.losses import bradley_terry_loss
+from prmd.rewards.heads import Ensemble, fit_ensemble
 from prmd.runtime import get_device, set_seed
 from prmd.statistics.reliability import disagreement_error_correlation, mean_pairwise_correlation
 from prmd.training.trainer import Columns, PairData, PairLoss

@@ -44,7 +44,7 @@ class Sizes:
             calibrate the reward models.
         pairs: labelled pairs of each objective.
         reward_epochs: of the reward models; `reward_rate` their peak learning rate.
-        members: heads of an ensemble; the other `ensemble` settings are the shipped defaults.
+        members: heads of an ensemble; the other `rewards.heads` settings are the shipped defaults.
         policy_steps: optimiser steps of a policy at `policy_rate`; `training.checkpoints` are the steps at which it is evaluated.
         test_prompts, test_samples: held-out prompts, and samples of a policy for each; the reference has twice as many.
         batch: pairs of an optimiser step.

@@ -129,7 +129,7 @@ def assemble(
 
     Returns:
         `summary`, one row per (method, bias); `paired` against dpo; `falls` with the bias; `over_optimisation`, points over
-        sqrt(KL); `ablations`, lists of rows; `reward_models`; and how it was run.
+        sqrt(KL); `ablations`, lists of rows; `rewards.reward_model`; and how it was run.
     """
 
     def runs(units: Sequence[Unit]) -> list[Any]:

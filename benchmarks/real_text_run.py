@@ -38,7 +38,7 @@ from prmd.pairs import read_pairs
 from prmd.policy_evaluation import Evaluation, judge_runs, measure, sample
 from prmd.policy_methods import BASELINE
 from prmd.policy_training import train_baseline_dpo, train_pessimistic
-from prmd.reward_modeling import train_judge, train_reward_model
+from prmd.rewards.train import train_judge, train_reward_model
 
 logger = logging.getLogger("prmd.real_text")
 Row = dict[str, Any]
@@ -69,7 +69,7 @@ def run_seed(study: Study, seed: int, judges: Sequence[RewardModelJudge], model:
     """One seed from its biased pairs to its results.
 
     Returns:
-        `methods`: the checkpoints of every training from pi_ref on, as `real_text_summary` reads them; `reward_models`;
+        `methods`: the checkpoints of every training from pi_ref on, as `real_text_summary` reads them; `rewards.reward_model`;
         `longer_is_chosen` of the data.
     """
     shared, sizes = study.shared(seed, model), study.sizes

@@ -26,7 +26,7 @@ from prmd.dpo_baseline import TEMPLATE_TAIL, baseline_rows
 from prmd.inference.cache import ScoreTable
 from prmd.inference.scoring import score_logps
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
-from prmd.reward_training import reward_loss
+from prmd.rewards.backbone import reward_loss
 from prmd.runtime import get_device
 from prmd.training.arguments import training_arguments
 from prmd.training.trainer import Columns, LossFunction, PairData, PairLoss, PairTrainer

@@ -43,8 +43,8 @@ from prmd.policy_evaluation import Evaluation, evaluate_methods, is_finished
 from prmd.report.evaluation_sections import benchmark_results, headline_section
 from prmd.report.page import build_report
 from prmd.report.tables import Table, format_estimate, format_number, to_markdown
-from prmd.reward_modeling import train_judge
-from prmd.reward_models import RewardModel, load_reward_models
+from prmd.rewards.reward_model import RewardModel, load_reward_models
+from prmd.rewards.train import train_judge
 from prmd.statistics.resampling import Resampling
 
 logger = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 A judge gives every response of a prompt a number, higher is better; calibration and win rates are made of these numbers in
 `policy_metrics`. A reward model judges well only if no policy was trained on it: by default it is trained on the `judge`
-split (`reward_modeling.train_judge`), or it is any one-logit classifier by folder or hub id.
+split (`rewards.train.train_judge`), or it is any one-logit classifier by folder or hub id.
 """
 
 import logging
@@ -20,7 +20,7 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError, DataError
 from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.pairs import Message, PreferencePair, hash_share, read_pairs
-from prmd.reward_models import RewardModel, load_reward_model, weights_keys
+from prmd.rewards.reward_model import RewardModel, load_reward_model, weights_keys
 from prmd.statistics.intervals import accuracy_with_ties
 
 logger = logging.getLogger(__name__)

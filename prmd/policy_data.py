@@ -25,7 +25,7 @@ from prmd.pessimism.aggregation import stack_objectives
 from prmd.pessimism.calibration import calibrate, prompt_means
 from prmd.policy_methods import reference_sample_count
 from prmd.policy_pairs import PolicyPairs
-from prmd.reward_models import RewardModel
+from prmd.rewards.reward_model import RewardModel
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from prmd.over_optimisation import best_of_n_curves
 from prmd.policy_metrics import SampledMethod, method_metrics
 from prmd.proxies import MemberScores, proxy_metrics
 from prmd.reference_scores import ReferenceScores
-from prmd.reward_models import RewardModel
+from prmd.rewards.reward_model import RewardModel
 from prmd.runtime import free_memory
 from prmd.statistics.resampling import Resampling
 from prmd.verdicts import judging_metrics

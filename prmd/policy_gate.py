@@ -29,7 +29,7 @@ from prmd.pessimism.kl_budget import gate_row, usable_kl_target
 from prmd.policy_data import ScaleResponses, sampling_config, score_samples
 from prmd.policy_methods import POLICY_METHODS, reference_sample_count
 from prmd.policy_rewards import solve_reward
-from prmd.reward_models import RewardModel, load_reward_models
+from prmd.rewards.reward_model import RewardModel, load_reward_models
 from prmd.runtime import is_main_process
 
 logger = logging.getLogger(__name__)

@@ -37,7 +37,7 @@ from prmd.policy_samples import (
     with_sample_pairs,
 )
 from prmd.policy_targets import Targets, method_targets
-from prmd.reward_models import RewardModel
+from prmd.rewards.reward_model import RewardModel
 from prmd.training.trainer import PairData
 
 logger = logging.getLogger(__name__)

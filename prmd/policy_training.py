@@ -53,7 +53,7 @@ from prmd.policy_selection import loss_function
 from prmd.policy_soup import average_policies
 from prmd.policy_targets import describe_targets
 from prmd.report import figures
-from prmd.reward_models import RewardModel, load_reward_models
+from prmd.rewards.reward_model import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
 from prmd.training.checkpoints import copy_model, name_checkpoints
 from prmd.training.run import TrainingRun, check_training, run_training

@@ -1,7 +1,7 @@
 """Scores of the reference samples and the units they define: reference standard deviations above the reference's mean.
 
 What lives here: `ReferenceScores`, for judges and for ensemble members alike. What does not: where scores come from
-(`judges`, `reward_models`), what is made of them (`policy_metrics`, `proxies`, to be read next).
+(`judges`, `rewards.reward_model`), what is made of them (`policy_metrics`, `proxies`, to be read next).
 """
 
 from collections.abc import Sequence

@@ -18,7 +18,7 @@ from prmd.data.readers import json_rows, parquet_rows
 from prmd.errors import ConfigError, DataError
 from prmd.models.tokenization import template_fingerprint, tokenize_pairs
 from prmd.pairs import Message, PreferencePair
-from prmd.reward_models import load_reward_model
+from prmd.rewards.reward_model import load_reward_model
 from prmd.statistics.intervals import accuracy_with_ties, wilson_interval
 
 logger = logging.getLogger(__name__)

@@ -34,15 +34,12 @@ LEVELS = (
 """Rooms of `prmd`, packages and root modules: each may import what stands above it. Rooms on one line do not import each other."""
 
 NOT_YET_MOVED = [
-    "adapter_members",
-    "adapters",
     "benchmark_comparison",
     "chats",
     "checkpoint_frontier",
     "dpo_baseline",
     "dry_run",
     "endpoint",
-    "ensemble",
     "evaluation",
     "judge_cards",
     "judges",
@@ -68,12 +65,6 @@ NOT_YET_MOVED = [
     "proxies",
     "reference_scores",
     "refusals",
-    "reward_data",
-    "reward_fitting",
-    "reward_metrics",
-    "reward_modeling",
-    "reward_models",
-    "reward_training",
     "rewardbench",
     "rubrics",
     "text_judges",

@@ -170,7 +170,7 @@ def test_ensembles_of_different_size(copied: Pipeline, refused: Refused) -> None
     io.write_tensors(folder / "ensemble.safetensors", fewer)
     (folder / "calibration.json").unlink()
     from prmd.pessimism.calibration import Calibration
-    from prmd.reward_models import load_reward_model, write_calibration
+    from prmd.rewards.reward_model import load_reward_model, write_calibration
 
     model = load_reward_model(folder, config=copied.reward_models())
     values = Calibration.from_json(

@@ -25,7 +25,7 @@ from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import tokenize_pairs
 from prmd.pairs import read_pairs
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
-from prmd.reward_modeling import train_reward_model
+from prmd.rewards.train import train_reward_model
 from prmd.runtime import GIB
 from prmd.training import dry_run
 from prmd.training.dry_run import describe_inputs, longest_row, memory_lines

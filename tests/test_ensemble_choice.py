@@ -26,7 +26,7 @@ def made_up_pairs(n: int = 60, width: int = 5, trained: int = 60) -> ensemble_ch
 
 @pytest.fixture(autouse=True)
 def quick_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prmd.ensemble.FIT_STEPS", 20)
+    monkeypatch.setattr("prmd.rewards.heads.FIT_STEPS", 20)
 
 
 def test_heads_are_measured_on_the_pairs_they_were_not_fit_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,8 @@ from prmd.evaluation import benchmark_eval, compute_metrics
 from prmd.models.tokenization import tokenize_pairs
 from prmd.pairs import read_pairs
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
-from prmd.reward_modeling import train_reward_model
-from prmd.reward_models import load_reward_model
+from prmd.rewards.reward_model import load_reward_model
+from prmd.rewards.train import train_reward_model
 
 MADE = PROJECT_ROOT / "tests" / "fixtures" / "finished"
 CANDIDATES = ("reference", "baseline_dpo", "hard_min", "hierarchical")

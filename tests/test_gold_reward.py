@@ -37,11 +37,11 @@ from benchmarks.gold_world import (
     make_tokenizer,
     prompt_tokens,
 )
-from prmd import ensemble
 from prmd.config.shared import EnsembleConfig
 from prmd.inference.generation import stop_token
 from prmd.models.tokenization import check_template, tokenize_prompt
 from prmd.plotting_study import plot_gold_reward
+from prmd.rewards import heads as rewards_heads
 
 TINY = Sizes(
     hidden=16,
@@ -190,12 +190,12 @@ def test_members_are_the_first_heads_and_one_member_is_the_single_reward_model()
 
 
 def test_a_smaller_ensemble_is_the_beginning_of_a_larger_one(monkeypatch) -> None:
-    monkeypatch.setattr(ensemble, "FIT_STEPS", 50)
+    monkeypatch.setattr(rewards_heads, "FIT_STEPS", 50)
     generator = torch.Generator().manual_seed(0)
     features, rewards = torch.randn(2, 12, 4, generator=generator), torch.randn(2, 12, generator=generator)
 
     def heads(members: int) -> torch.Tensor:
-        fitted = ensemble.fit_ensemble(
+        fitted = rewards_heads.fit_ensemble(
             chosen_features=features[0],
             rejected_features=features[1],
             chosen_rewards=rewards[0],
@@ -351,7 +351,7 @@ def test_the_plan_is_what_is_claimed() -> None:
 
 
 def test_the_whole_study_runs_resumes_and_is_drawn(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(ensemble, "FIT_STEPS", 30)
+    monkeypatch.setattr(rewards_heads, "FIT_STEPS", 30)
     monkeypatch.setattr(gold_run, "FIT_FRACTIONS", (0.2,))
     monkeypatch.setattr(gold_heads, "ANCHORS", (1.0, 10.0))
     preset = Preset(TINY, (0,), (0.8,), 0.8, 1, ("over_optimisation", "calibration"), heads=True)

@@ -21,7 +21,7 @@ from prmd.pairs import read_pairs
 from prmd.policy_data import scale_responses, score_pairs
 from prmd.policy_pairs import held_out_pairs, pooled_pairs
 from prmd.policy_targets import method_targets
-from prmd.reward_models import RewardModel, load_reward_model, load_reward_models
+from prmd.rewards.reward_model import RewardModel, load_reward_model, load_reward_models
 
 pytestmark = pytest.mark.slow
 

@@ -16,7 +16,7 @@ from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
 from prmd.report import figures, reward_figures
-from prmd.reward_modeling import train_reward_model
+from prmd.rewards.train import train_reward_model
 
 pytestmark = pytest.mark.slow
 

@@ -21,7 +21,7 @@ from prmd.pessimism.calibration import Calibration, fit_calibration
 from prmd.policy_data import PairScores, ScaleResponses, draw_reference_samples, scale_responses, score_pairs
 from prmd.policy_pairs import pooled_pairs
 from prmd.policy_targets import method_targets
-from prmd.reward_models import load_reward_models
+from prmd.rewards.reward_model import load_reward_models
 
 K, M = 3, 4
 

@@ -10,7 +10,7 @@ import pytest
 from tiny_models import tiny_causal_lm
 from tiny_workspace import reward_model_config, write_prepared, write_reward_models, write_workspace
 
-from prmd import judges, reward_modeling, reward_models
+from prmd import judges
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
@@ -27,7 +27,8 @@ from prmd.objectives import OBJECTIVES
 from prmd.policy_gate import gate_file
 from prmd.policy_training import train_pessimistic
 from prmd.report import figures, reward_figures
-from prmd.reward_modeling import train_reward_model
+from prmd.rewards import reward_model, train
+from prmd.rewards.train import train_reward_model
 
 pytestmark = pytest.mark.slow
 
@@ -78,12 +79,10 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
     monkeypatch.setattr(io, "_blocks", counted_blocks)
     monkeypatch.setattr(io, "_digests", {})
-    load = counted(reward_models.load_reward_model, reads.opened)
-    for module in (reward_models, judges, reward_modeling):
+    load = counted(reward_model.load_reward_model, reads.opened)
+    for module in (reward_model, judges, train):
         monkeypatch.setattr(module, "load_reward_model", load)
-    monkeypatch.setattr(
-        reward_models, "load_classifier", counted(reward_models.load_classifier, reads.loaded)
-    )
+    monkeypatch.setattr(reward_model, "load_classifier", counted(reward_model.load_classifier, reads.loaded))
     return reads
 
 

@@ -244,6 +244,6 @@ def test_answers_are_greedy_and_judged_by_the_trained_judge(
         raise AssertionError("computed again")
 
     monkeypatch.setattr("prmd.inference.candidates.load_causal_lm", no_weights)
-    monkeypatch.setattr("prmd.reward_models.load_classifier", no_weights)
+    monkeypatch.setattr("prmd.rewards.reward_model.load_classifier", no_weights)
     again = run_truthfulqa_generation(config, contender(config, "reference"))
     assert again.items == result.items

@@ -21,13 +21,13 @@ from prmd.config.shared import (
     TrainingConfig,
     TruthfulQaConfig,
 )
-from prmd.ensemble import Ensemble, initial_heads
 from prmd.inference.candidates import ContenderModels, find_contenders
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pairs import BENCHMARK_QUESTIONS_FILE, make_pair
 from prmd.pessimism.calibration import Calibration
-from prmd.reward_models import ENSEMBLE_FILE, load_reward_model, write_calibration
+from prmd.rewards.heads import Ensemble, initial_heads
+from prmd.rewards.reward_model import ENSEMBLE_FILE, load_reward_model, write_calibration
 
 PAIRS = 6
 

@@ -1,7 +1,7 @@
 """Calibration: bring rewards of different models to one unit.
 
 Here: the within-prompt scale and the offset that make rewards comparable, and the reward scale that meets a KL
-budget. Not here: reading and writing calibration files (`reward_models.py`), how good a reward model's
+budget. Not here: reading and writing calibration files (`rewards/reward_model.py`), how good a reward model's
 margins are (`statistics/reliability.py`), pessimism over calibrated rewards (`aggregation.py`, to be read next).
 
 Bradley-Terry fixes a reward only up to a positive factor and a constant per prompt. A minimum over two raw rewards

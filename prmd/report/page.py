@@ -157,7 +157,7 @@ def _write_tables(directory: Path, headline: dict[str, Any], benchmarks: dict[st
 
 # ------------------------------------------------------------------ figures
 def draw_figures(paths: ArtifactPaths) -> dict[str, list[Figure]]:
-    """Draw anew every figure whose file is there; keys `data`, `reward_models`, `policies`, `metrics`."""
+    """Draw anew every figure whose file is there; keys `data`, `rewards.reward_model`, `policies`, `metrics`."""
     shown = paths.visualizations
     return {
         "data": [

@@ -1,7 +1,7 @@
 """The figures of one reward model: rewards, margins, reliability, members, disagreement, held-out curve.
 
-What lives here: functions from the analysis file of `reward_fitting.measure` to PNGs beside it. What does not: the canvas
-(`figures`) and every number, which `reward_metrics` computes. Read `evaluation_figures` next.
+What lives here: functions from the analysis file of `rewards.fitting.measure` to PNGs beside it. What does not: the canvas
+(`figures`) and every number, which `rewards.metrics` computes. Read `evaluation_figures` next.
 """
 
 from collections.abc import Sequence

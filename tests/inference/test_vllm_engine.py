@@ -23,7 +23,7 @@ from prmd.inference.reference import reference_samples
 from prmd.inference.vllm_engine import require_vllm
 from prmd.models.loading import load_tokenizer
 from prmd.policy_training import train_pessimistic
-from prmd.reward_modeling import train_reward_model
+from prmd.rewards.train import train_reward_model
 
 
 @dataclass

@@ -18,8 +18,6 @@ from tiny_pipeline import no_model_loads
 from tiny_workspace import write_prepared
 from transformers import AutoModelForSequenceClassification
 
-from prmd import reward_training
-from prmd.adapter_members import member_seed, resampled
 from prmd.artifacts import io
 from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config.evaluation import EvaluationConfig
@@ -38,9 +36,11 @@ from prmd.errors import ConfigError, DataError
 from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.pairs import read_pairs
 from prmd.report import reward_figures
-from prmd.reward_data import RewardTask, read_reward_pairs
-from prmd.reward_modeling import train_judge, train_reward_model
-from prmd.reward_models import RewardModel, load_reward_model
+from prmd.rewards import backbone
+from prmd.rewards.adapters import member_seed, resampled
+from prmd.rewards.reward_model import RewardModel, load_reward_model
+from prmd.rewards.task import RewardTask, read_reward_pairs
+from prmd.rewards.train import train_judge, train_reward_model
 
 MEMBERS, PAIRS, SEED = 2, 10, 7
 
@@ -69,7 +69,7 @@ class TrainedOn:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails_at: int | None = None) -> None:
         self.pairs: dict[int | None, list[str]] = {}
         self.seeds: dict[int | None, int] = {}
-        original = reward_training._train
+        original = backbone._train
 
         def train(task: RewardTask, data: Any, *rest: Any) -> Any:
             if fails_at is not None and task.member == fails_at:
@@ -78,7 +78,7 @@ class TrainedOn:
             self.seeds[task.member] = task.config.seed
             return original(task, data, *rest)
 
-        monkeypatch.setattr(reward_training, "_train", train)
+        monkeypatch.setattr(backbone, "_train", train)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from tiny_pipeline import count_loads
 from tiny_workspace import write_prepared
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prmd.adapters import shared_base
 from prmd.artifacts import io
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import (
@@ -30,7 +29,8 @@ from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration
 from prmd.policy_data import score_pairs
 from prmd.policy_pairs import pooled_pairs
-from prmd.reward_models import RewardModel, load_reward_model, load_reward_models, write_calibration
+from prmd.rewards.adapters import shared_base
+from prmd.rewards.reward_model import RewardModel, load_reward_model, load_reward_models, write_calibration
 
 TEXTS = [
     ("why?", ("I do not know", "no")),

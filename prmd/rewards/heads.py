@@ -3,7 +3,7 @@
     r_m(x, y) = r_0(x, y) + f_m(h(x, y)),   f_m = linear . ReLU . linear . ReLU . linear
 
 Every head is fit on its own Poisson bootstrap and pulled towards its own random initialisation: members agree where the
-data speaks and keep disagreeing where it does not. Features come from `reward_models`; pessimism over the members is in
+data speaks and keep disagreeing where it does not. Features come from `reward_model`; pessimism over the members is in
 `pessimism.aggregation`.
 """
 

@@ -11,11 +11,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from prmd.artifacts import io
 from prmd.config.shared import DataConfig, ModelConfig, RewardModelConfig
-from prmd.ensemble import Ensemble, initial_heads
 from prmd.errors import DataError
 from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.pessimism.calibration import Calibration
-from prmd.reward_models import (
+from prmd.rewards.heads import Ensemble, initial_heads
+from prmd.rewards.reward_model import (
     CALIBRATION_FILE,
     ENSEMBLE_FILE,
     RewardModel,

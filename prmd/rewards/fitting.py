@@ -1,6 +1,6 @@
 """What a trained backbone still needs to be a reward model: its heads, its measures, its calibration.
 
-Each is one scoring pass over pairs or reference samples, cached by content. Training the backbone is in `reward_training`.
+Each is one scoring pass over pairs or reference samples, cached by content. Training the backbone is in `backbone`.
 """
 
 import logging
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from prmd.artifacts import io
 from prmd.config.shared import RewardModelConfig
-from prmd.ensemble import fit_ensemble
 from prmd.inference.generation import sample_rows
 from prmd.inference.reference import reference_samples
 from prmd.models.loading import load_tokenizer
@@ -22,9 +21,10 @@ from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.pessimism.calibration import fit_calibration, prompt_means
 from prmd.report import reward_figures
-from prmd.reward_data import RewardPairs, RewardTask, tokenize_reward_pairs
-from prmd.reward_metrics import HeldOut, extreme_examples, readable_examples, reward_metrics, warnings
-from prmd.reward_models import ENSEMBLE_FILE, RewardModel, write_calibration
+from prmd.rewards.heads import fit_ensemble
+from prmd.rewards.metrics import HeldOut, extreme_examples, readable_examples, reward_metrics, warnings
+from prmd.rewards.reward_model import ENSEMBLE_FILE, RewardModel, write_calibration
+from prmd.rewards.task import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.runtime import is_main_process
 from prmd.statistics.reliability import mean_pairwise_correlation
 

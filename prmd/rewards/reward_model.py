@@ -1,7 +1,7 @@
 """A trained reward model as the other stages use it: r_0, its ensemble and its calibration, scoring token rows.
 
 The folder is a standard one-logit classifier with `ensemble.safetensors` (heads) or `members/` (adapters) and
-`calibration.json` beside it. Training is in `reward_modeling`; a plain hub classifier (a judge, say) is a reward model without ensemble.
+`calibration.json` beside it. Training is in `train`; a plain hub classifier (a judge, say) is a reward model without ensemble.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,13 +14,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prmd.adapter_members import AdapterMembers, find_members
-from prmd.adapters import SharedBase, shared_base
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command
 from prmd.artifacts.runs import require_artifact
 from prmd.config.shared import ModelConfig, RewardModelConfig
-from prmd.ensemble import Ensemble
 from prmd.errors import DataError
 from prmd.inference.cache import ScoreTable
 from prmd.inference.scoring import lookup, score_rows
@@ -35,6 +32,8 @@ from prmd.models.sequence_models import SequenceRewards, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, template_fingerprint
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration
+from prmd.rewards.adapters import AdapterMembers, SharedBase, find_members, shared_base
+from prmd.rewards.heads import Ensemble
 from prmd.runtime import free_memory
 
 ENSEMBLE_FILE = "ensemble.safetensors"

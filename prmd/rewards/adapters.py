@@ -1,7 +1,12 @@
-"""Reward models that are LoRA adapters of one base, scored on one copy of it.
+"""Members that are LoRA adapters, and reward models that share one base in memory.
+
+    r_m(x, y) = the reward of the base with adapter and head m,   m = 0 .. M - 1
+
+Every member has its own Poisson bootstrap of the training pairs (that of `heads.bootstrap_weights`) and its own seed, which
+draws the start of adapter and head and the order of batches. r_0 is none of them: it is trained on all pairs, each once.
 
 A reward model trained as an adapter is saved merged, W + s B A rounded to its number format, with the adapter beside it.
-Here the base is loaded once and every objective's adapter is attached to it; a layer of the one that is switched on adds
+`SharedBase` loads the base once and attaches every objective's adapter to it; a layer of the one that is switched on adds
 s B A to its weight when it is called, with the same rounding. Rewards are therefore those of the merged checkpoint, under
 the same cache keys and the same calibration, in bfloat16 too, where the usual sum W x + s B (A x) would differ from them.
 
@@ -9,13 +14,15 @@ What it saves is reading: K - 1 of K checkpoints never come from disk (nor, on a
 is one base and K adapters, no less than the one checkpoint that is in memory otherwise. Scoring itself is slower, by the
 product B A and the sum of each layer in every batch: on one CPU core SmolLM2-135M with r = 16 takes 3.8 s and not 3.3 s for
 a batch of 1,017 tokens, less at more tokens a batch, and attaching three adapters 1.7 s where its three checkpoints, small
-and in the system's file cache, are mapped in 0.25 s. It is meant for
-checkpoints of gigabytes, where it has not been measured. Training and merging are elsewhere (`reward_training`, `models.loading`).
+and in the system's file cache, are mapped in 0.25 s. It is meant for checkpoints of gigabytes, where it has not been
+measured.
 """
 
 import functools
 import logging
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -26,6 +33,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.func import functional_call
 
+from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import ModelConfig, RewardModelConfig
 from prmd.models.loading import (
@@ -35,7 +43,11 @@ from prmd.models.loading import (
     load_model_config,
     load_tokenizer,
 )
+from prmd.models.sequence_models import SequenceRewards
+from prmd.pairs import PreferencePair, hash_share
+from prmd.rewards.heads import bootstrap_weights
 from prmd.runtime import free_memory
+from prmd.training.checkpoints import PREFIX, copy_model, drop_notes
 
 logger = logging.getLogger(__name__)
 
@@ -161,3 +173,99 @@ def _equal(ours: Tensor, stored: Tensor) -> bool:
         return False
     off = (ours.float().cpu() - stored.float()).abs() > 1e-6 * stored.float().abs().max()
     return float(off.float().mean()) <= 1e-3
+
+
+MEMBERS_FOLDER = "members"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterMembers:
+    """The adapters of one reward model.
+
+    Attributes:
+        directories: `members/0`, `members/1`, ...; the adapter with its head lies in `adapter/` of each.
+    """
+
+    directories: tuple[Path, ...]
+
+    @property
+    def members(self) -> int:
+        return len(self.directories)
+
+    def keys(self) -> list[list[str]]:
+        """Keys of weights and scaling of every adapter, in the order of the members."""
+        adapters = [directory / ADAPTER_FOLDER for directory in self.directories]
+        keys = io.files_sha256([a / name for a in adapters for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG)])
+        return [list(pair) for pair in zip(keys[::2], keys[1::2], strict=True)]
+
+    def load(self, model: ModelConfig, paths: ArtifactPaths, *, pad_token_id: int) -> "AdapterScorer":
+        """One base in memory with all adapters attached to it."""
+        folders = {f"member-{number}": directory for number, directory in enumerate(self.directories)}
+        adapted = load_adapters(model, paths, folders, pad_token_id=pad_token_id)
+        return AdapterScorer(adapted, SequenceRewards(adapted).eval(), tuple(folders))
+
+
+@dataclass(frozen=True)
+class AdapterScorer:
+    """A base with M adapters, one of which is switched on at a time."""
+
+    model: PeftModel
+    scorer: SequenceRewards
+    names: tuple[str, ...]
+
+    def rewards(self, **batch: Tensor) -> Tensor:
+        """r_m [S, M] float32 of the responses of a batch, one member after the other."""
+        found = []
+        for name in self.names:
+            self.model.set_adapter(name)
+            found.append(self.scorer(**batch))
+        return torch.stack(found, dim=1)
+
+
+def find_members(directory: Path) -> AdapterMembers | None:
+    """The adapters in a reward model's folder, or None where its ensemble, if any, is of heads."""
+    found = directory.glob(f"{MEMBERS_FOLDER}/*/{ADAPTER_FOLDER}/{ADAPTER_CONFIG}")
+    folders = sorted((path.parents[1] for path in found), key=lambda path: int(path.name))
+    return AdapterMembers(tuple(folders)) if folders else None
+
+
+def member_folder(directory: Path, member: int) -> Path:
+    """Where a member of the reward model in `directory` lies."""
+    return directory / MEMBERS_FOLDER / str(member)
+
+
+def is_trained(folder: Path) -> bool:
+    """Whether the member in this folder is finished: its adapter appears whole, and last."""
+    return (folder / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file()
+
+
+def member_seed(seed: int, member: int) -> int:
+    """Seed of a member's adapter, head and order of batches; far from the seeds of other runs, which are often 42, 43, ..."""
+    return int(2**31 * hash_share(f"ensemble-member-{seed}", str(member)))
+
+
+def resampled(pairs: Sequence[PreferencePair], *, members: int, seed: int) -> list[list[PreferencePair]]:
+    """The pairs each member is trained on: pair i as often as its Poisson(1) weight w_{m,i} says."""
+    counts = bootstrap_weights([pair.id for pair in pairs], members, seed).int().tolist()
+    return [[pair for pair, count in zip(pairs, row, strict=True) for _ in range(count)] for row in counts]
+
+
+def keep_adapter(folder: Path, best: Path) -> None:
+    """Make the best checkpoint the member of this folder; what an interrupted call left undone, the next one does."""
+    partial = folder / f".{ADAPTER_FOLDER}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    copy_model(best, partial)
+    values = io.read_json(partial / ADAPTER_CONFIG)
+    base = Path(values.get("base_model_name_or_path") or "")
+    if base.is_absolute():  # a path that holds on this machine alone
+        io.write_json(partial / ADAPTER_CONFIG, values | {"base_model_name_or_path": base.name})
+    io.publish_directory(partial, folder / ADAPTER_FOLDER)
+    drop_checkpoints(folder)
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Delete the trainer's checkpoints and notes of a finished member."""
+    drop_notes(folder)
+    for leftover in folder.glob(f"{PREFIX}*"):
+        shutil.rmtree(leftover)

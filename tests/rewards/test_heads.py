@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prmd.config.shared import EnsembleConfig
-from prmd.ensemble import Ensemble, bootstrap_weights, fit_ensemble, head_outputs, initial_heads
+from prmd.rewards.heads import Ensemble, bootstrap_weights, fit_ensemble, head_outputs, initial_heads
 
 IDS = [f"pair-{i}" for i in range(3000)]
 N, WIDTH, MEMBERS = 160, 6, 4
@@ -107,7 +107,7 @@ def test_heads_are_three_linear_layers_with_relu():
 
 @pytest.mark.parametrize("prior_scale", [0.5, 1.0, 3.0])
 def test_prior_scale_is_the_spread_of_the_heads_margins_over_that_of_the_base(prior_scale, monkeypatch):
-    monkeypatch.setattr("prmd.ensemble.FIT_STEPS", 150)
+    monkeypatch.setattr("prmd.rewards.heads.FIT_STEPS", 150)
     pairs = data()
     anchored = fit(pairs, anchor=1e8, prior_scale=prior_scale)  # so stiff that it stays where it begins
     spread = (margins(anchored, pairs) - base_margins(pairs)[:, None]).std(dim=0)
@@ -157,7 +157,7 @@ def test_a_member_learns_from_the_pairs_of_its_own_bootstrap_alone(monkeypatch):
     pairs = {k: torch.cat([up[k], (down | swapped)[k]]) for k in up}
     counts = torch.zeros(MEMBERS, N)
     counts[0, :80] = counts[1, 80:] = 1.0
-    monkeypatch.setattr("prmd.ensemble.bootstrap_weights", lambda ids, members, seed: counts)
+    monkeypatch.setattr("prmd.rewards.heads.bootstrap_weights", lambda ids, members, seed: counts)
     found, start = margins(fit_anew(pairs), pairs), margins(fit_anew(pairs, anchor=1e8), pairs)
     right = (found > 0).float()
     assert right[:80, 0].mean() > 0.85 > 0.5 > right[80:, 0].mean()
@@ -166,7 +166,7 @@ def test_a_member_learns_from_the_pairs_of_its_own_bootstrap_alone(monkeypatch):
 
 
 def test_fitting_is_reproducible(monkeypatch):
-    monkeypatch.setattr("prmd.ensemble.FIT_STEPS", 40)
+    monkeypatch.setattr("prmd.rewards.heads.FIT_STEPS", 40)
     pairs = data()
     first, again, other = fit_anew(pairs), fit_anew(pairs), fit_anew(pairs, seed=1)
     assert all(torch.equal(first.weights[k], again.weights[k]) for k in first.weights)
@@ -181,7 +181,7 @@ def test_features_are_standardised_so_that_their_units_do_not_matter():
 
 
 def test_a_constant_feature_is_harmless(monkeypatch):
-    monkeypatch.setattr("prmd.ensemble.FIT_STEPS", 40)
+    monkeypatch.setattr("prmd.rewards.heads.FIT_STEPS", 40)
     pairs = {k: v.clone() for k, v in data().items()}
     for side in ("chosen_features", "rejected_features"):
         pairs[side][:, 3] = 5.0

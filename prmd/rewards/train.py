@@ -2,8 +2,8 @@
 
     L_RM = mean_i [ -log sigma(r_0(x_i, y_w) - r_0(x_i, y_l)) ] + c mean_i (r_0(y_w) + r_0(y_l))^2
 
-The backbone is trained first (`reward_training`); the M heads are then fit on a slice of the training pairs it never saw
-(`reward_fitting`), or M adapters are trained in the same way, each on its own bootstrap of the pairs. The evaluation's
+The backbone is trained first (`backbone`); the M heads are then fit on a slice of the training pairs it never saw
+(`fitting`), or M adapters are trained in the same way, each on its own bootstrap of the pairs. The evaluation's
 judges are trained by the same code on the `judge` split (`train_judge`).
 """
 
@@ -26,10 +26,10 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.inference.reference import check_engine
 from prmd.models.loading import load_tokenizer
-from prmd.reward_data import RewardPairs, RewardTask, read_reward_pairs
-from prmd.reward_fitting import calibrate_reward_model, fit_heads, measure
-from prmd.reward_models import load_reward_model
-from prmd.reward_training import train_backbone, train_members
+from prmd.rewards.backbone import train_backbone, train_members
+from prmd.rewards.fitting import calibrate_reward_model, fit_heads, measure
+from prmd.rewards.reward_model import load_reward_model
+from prmd.rewards.task import RewardPairs, RewardTask, read_reward_pairs
 from prmd.runtime import is_main_process, wait_for_everyone
 from prmd.training.dry_run import describe_training
 from prmd.training.run import check_training

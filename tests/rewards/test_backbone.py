@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prmd.reward_training import epoch_stream, reward_loss
+from prmd.rewards.backbone import epoch_stream, reward_loss
 
 
 @pytest.mark.parametrize(("n", "epochs", "wanted"), [(10, 1.0, 10), (10, 2.5, 25), (7, 0.5, 4), (3, 1.34, 4)])

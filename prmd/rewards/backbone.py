@@ -2,8 +2,8 @@
 
     L_RM = mean_i [ -log sigma(r_0(x_i, y_w) - r_0(x_i, y_l)) ] + c mean_i (r_0(y_w) + r_0(y_l))^2
 
-Heads, measurements and calibration, which follow the backbone, are in `reward_fitting`; the order of all of it is in
-`reward_modeling`; the loop itself is `training.trainer.PairTrainer`, run by `training.run`.
+Heads, measurements and calibration, which follow the backbone, are in `fitting`; the order of all of it is in
+`train`; the loop itself is `training.trainer.PairTrainer`, run by `training.run`.
 """
 
 import logging
@@ -17,7 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prmd.adapter_members import (
+from prmd.artifacts import io
+from prmd.models.loading import add_lora, load_adapted, load_base_classifier, save_merged
+from prmd.models.sequence_models import SequenceRewards
+from prmd.pessimism.losses import bradley_terry_loss
+from prmd.rewards.adapters import (
     drop_checkpoints,
     is_trained,
     keep_adapter,
@@ -25,11 +29,7 @@ from prmd.adapter_members import (
     member_seed,
     resampled,
 )
-from prmd.artifacts import io
-from prmd.models.loading import add_lora, load_adapted, load_base_classifier, save_merged
-from prmd.models.sequence_models import SequenceRewards
-from prmd.pessimism.losses import bradley_terry_loss
-from prmd.reward_data import RewardPairs, RewardTask, tokenize_reward_pairs
+from prmd.rewards.task import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.runtime import free_memory, is_main_process, set_seed, wait_for_everyone
 from prmd.training.checkpoints import best_step, copy_model, name_checkpoints
 from prmd.training.run import TrainingRun, run_training

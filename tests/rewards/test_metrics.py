@@ -11,7 +11,7 @@ from torch import Tensor
 
 from prmd.models.tokenization import PrefixRow
 from prmd.pairs import PreferencePair
-from prmd.reward_metrics import HeldOut, extreme_examples, readable_examples, reward_metrics, warnings
+from prmd.rewards.metrics import HeldOut, extreme_examples, readable_examples, reward_metrics, warnings
 
 MARGINS = [2.0, 1.0, 0.5, -0.25, 0.0, -3.0]
 

@@ -1,7 +1,7 @@
 """How good a reward model is: held-out accuracy, calibration of its margins, agreement of its members, extremes.
 
 Everything is computed from features and rewards of held-out pairs that were scored once. Training is in
-`reward_modeling`; the figures are drawn by `report.figures` from the JSON this makes.
+`train`; the figures are drawn by `report.figures` from the JSON this makes.
 """
 
 import math

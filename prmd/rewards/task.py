@@ -1,6 +1,6 @@
 """Which pairs train, fit, watch and test one reward model, and what its artifact depends on.
 
-Everything is read and refused here before a model is loaded. Training is in `reward_training`.
+Everything is read and refused here before a model is loaded. Training is in `backbone`.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from prmd.adapter_members import resampled
 from prmd.artifacts import io
 from prmd.config.loading import as_dict
 from prmd.config.shared import RewardModelConfig
@@ -18,6 +17,7 @@ from prmd.inference.reference import reference_key
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, hash_share, read_pairs
+from prmd.rewards.adapters import resampled
 
 MIN_FIT_PAIRS = 2
 """Pairs without which the spread of margins that the heads start from is not defined."""

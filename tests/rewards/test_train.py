@@ -9,7 +9,6 @@ from tiny_models import tiny_causal_lm
 from tiny_pipeline import no_model_loads
 from tiny_workspace import reward_model_config, write_prepared
 
-from prmd import reward_fitting
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import EnsembleConfig, RewardModelConfig, TrainingConfig
@@ -17,8 +16,9 @@ from prmd.errors import ConfigError, DataError
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
-from prmd.reward_data import RewardTask, read_reward_pairs
-from prmd.reward_modeling import train_judge, train_reward_model
+from prmd.rewards import fitting
+from prmd.rewards.task import RewardTask, read_reward_pairs
+from prmd.rewards.train import train_judge, train_reward_model
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_an_empty_split_that_is_needed_is_refused_first(
 def test_a_judge_is_trained_without_heads_and_without_calibration(
     config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(reward_fitting, "reference_samples", lambda *a: pytest.fail("sampled for a judge"))
+    monkeypatch.setattr(fitting, "reference_samples", lambda *a: pytest.fail("sampled for a judge"))
     caplog.set_level(logging.WARNING, logger="prmd")
     judges = {
         "training": TrainingConfig(

@@ -8,14 +8,14 @@ from model_families import separate_rewards
 from tiny_models import tiny_classifier
 from transformers import AutoModelForSequenceClassification
 
-from prmd import reward_models
 from prmd.artifacts import io
 from prmd.config.shared import EnsembleConfig, ModelConfig, RewardModelConfig
-from prmd.ensemble import fit_ensemble
 from prmd.errors import DataError
 from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.pessimism.calibration import fit_calibration
-from prmd.reward_models import ENSEMBLE_FILE, load_reward_model, write_calibration
+from prmd.rewards import reward_model as rewards_reward_model
+from prmd.rewards.heads import fit_ensemble
+from prmd.rewards.reward_model import ENSEMBLE_FILE, load_reward_model, write_calibration
 
 TEXTS = [
     ("why?", ("I do not know", "no")),
@@ -58,7 +58,7 @@ def add_ensemble(reward_model, *, members=3, seed=0) -> None:
 
 @pytest.fixture
 def quick_fit(monkeypatch):
-    monkeypatch.setattr("prmd.ensemble.FIT_STEPS", 5)
+    monkeypatch.setattr("prmd.rewards.heads.FIT_STEPS", 5)
 
 
 def test_a_plain_classifier_is_a_reward_model_of_one_member(tmp_path, folder):
@@ -112,7 +112,7 @@ def test_other_heads_share_the_features_and_not_the_rewards(tmp_path, folder):
 def test_what_is_cached_needs_no_model(tmp_path, folder, monkeypatch):
     model = load_reward_model(folder, config=config_at(tmp_path))
     expected = torch.cat(model.rewards(rows_for(model), description="test"))
-    monkeypatch.setattr(reward_models, "load_classifier", None)
+    monkeypatch.setattr(rewards_reward_model, "load_classifier", None)
     again = load_reward_model(folder, config=config_at(tmp_path))
     assert torch.equal(torch.cat(again.rewards(rows_for(again), description="test")), expected)
 
@@ -143,13 +143,13 @@ def test_a_folder_without_weights_is_refused(tmp_path, folder):
 def test_the_checkpoint_is_loaded_with_the_configured_attention_and_freed(tmp_path, folder, monkeypatch):
     config = config_at(tmp_path)
     config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})
-    model, asked, real = load_reward_model(folder, config=config), [], reward_models.load_classifier
+    model, asked, real = load_reward_model(folder, config=config), [], rewards_reward_model.load_classifier
 
     def load(directory, dtype, *, attention):
         asked.append((directory, dtype, attention))
         return real(directory, dtype, attention=attention)
 
-    monkeypatch.setattr(reward_models, "load_classifier", load)
+    monkeypatch.setattr(rewards_reward_model, "load_classifier", load)
     rows = rows_for(model)
     model.rewards(rows[:2], description="test")
     weights = weakref.ref(model.model)
