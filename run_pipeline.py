@@ -24,7 +24,7 @@ from prmd.config.shared import RewardModelConfig
 from prmd.data.prepare import download_dataset, split_objectives
 from prmd.evaluation import benchmark_eval, compute_metrics
 from prmd.objectives import OBJECTIVES
-from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
+from prmd.policies.train import train_baseline_dpo, train_hierarchical, train_pessimistic
 from prmd.rewards.train import train_reward_model
 from prmd.runtime import configure_logging, is_main_process, start_processes
 from utils import stage_parser, user_errors_exit

@@ -28,7 +28,7 @@ def run_stage(stage: Callable[..., Path], *, description: str, **stage_arguments
     """Read the command line and the configuration, and run a stage.
 
     Args:
-        stage: function of a configuration, whose kind is the annotation of `config`, with `force` and `dry_run`.
+        stage: function of a configuration, whose kind is the annotation of `config`, with `force` and `policies.preview`.
         description: the script's docstring, shown by `--help`.
         **stage_arguments: passed on to the stage, such as `objective="helpful"`.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts run uninstalled, from any folder
 
-from prmd.policy_training import train_baseline_dpo
+from prmd.policies.train import train_baseline_dpo
 from utils import run_stage
 
 if __name__ == "__main__":

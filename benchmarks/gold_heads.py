@@ -31,8 +31,8 @@ from prmd.config.shared import EnsembleConfig
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.aggregation import robust_rewards
 from prmd.pessimism.kl_budget import gate_row, usable_kl_target
-from prmd.policy_methods import aggregation
-from prmd.policy_rewards import objective_weights
+from prmd.policies.methods import aggregation
+from prmd.policies.robust_reward import objective_weights
 
 FIT_FRACTIONS, ANCHORS = (0.1, 0.3), (1.0, 10.0, 100.0)
 METHODS = ("mean", "hard_min", "hierarchical")

@@ -34,8 +34,8 @@ from prmd.inference.generation import sample_rows
 from prmd.inference.kl import response_kls
 from prmd.models.sequence_models import SequenceLogps
 from prmd.objectives import OBJECTIVES
-from prmd.policy_methods import POLICY_METHODS, settings_read
-from prmd.policy_targets import policy_loss
+from prmd.policies.methods import POLICY_METHODS, settings_read
+from prmd.policies.targets import policy_loss
 from prmd.runtime import get_device, set_seed
 from prmd.statistics.outcomes import pairwise_win_rate
 

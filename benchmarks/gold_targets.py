@@ -1,7 +1,7 @@
 """What the policies of the gold-reward study learn from: pooled pairs, calibrated rewards, the robust reward of a method.
 
 Here: from labelled pairs and the reward models' scores to the columns of a training. The mathematics is the project's:
-`calibration` for units, `policy_rewards.solve_reward` for R and its scale, `policy_targets.method_targets` for targets. Not here:
+`calibration` for units, `policies.robust_reward.solve_reward` for R and its scale, `policies.targets.method_targets` for targets. Not here:
 training and evaluation (`gold_policies`, to be read next).
 """
 
@@ -17,10 +17,10 @@ from prmd.config.policy import PolicySection
 from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import calibrate, fit_calibration, prompt_means
-from prmd.policy_data import PairScores, ScaleResponses
-from prmd.policy_pairs import pool_order
-from prmd.policy_rewards import RobustReward, solve_reward
-from prmd.policy_targets import Targets, method_targets
+from prmd.policies.pairs import pool_order
+from prmd.policies.robust_reward import RobustReward, solve_reward
+from prmd.policies.scores import PairScores, ScaleResponses
+from prmd.policies.targets import Targets, method_targets
 from prmd.training.trainer import PairData
 
 
@@ -42,7 +42,7 @@ class PooledPairs:
 
 
 def pooled(world: World, bias: float) -> PooledPairs:
-    """Pool the pairs of all objectives, equally often each (`policy_pairs.pool_order`)."""
+    """Pool the pairs of all objectives, equally often each (`policies.pairs.pool_order`)."""
     rows = world.rows(test=False, rewards=False)
     pairs = [objective_pairs(world, objective, bias) for objective in OBJECTIVES]
     fields = [[getattr(p, name) for p in pairs] for name in ("prompt", "chosen", "rejected")]

@@ -35,9 +35,9 @@ from prmd.judges import RewardModelJudge, trained_judge
 from prmd.models.loading import load_tokenizer, model_source
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
+from prmd.policies.methods import BASELINE
+from prmd.policies.train import train_baseline_dpo, train_pessimistic
 from prmd.policy_evaluation import Evaluation, judge_runs, measure, sample
-from prmd.policy_methods import BASELINE
-from prmd.policy_training import train_baseline_dpo, train_pessimistic
 from prmd.rewards.train import train_judge, train_reward_model
 
 logger = logging.getLogger("prmd.real_text")

@@ -16,7 +16,7 @@ from benchmarks.speed_rows import POLICY, Row, make_row, policy_data
 from benchmarks.speed_setup import MAX_LENGTH, Workload, random_models
 from benchmarks.speed_trainings import TimedTraining, our_training, synchronize, trl_dpo
 from prmd.models.sequence_models import SequenceLogps
-from prmd.policy_targets import policy_loss
+from prmd.policies.targets import policy_loss
 from prmd.runtime import get_device
 from prmd.training.rehearsal import peak_tensor_bytes
 

@@ -38,7 +38,7 @@ from prmd.config.policy import PolicySection
 from prmd.models.prefix_rows import plan_scoring
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.models.tokenization import PrefixRow
-from prmd.policy_targets import policy_loss
+from prmd.policies.targets import policy_loss
 from prmd.training.trainer import PairData
 
 ROW_KEYS = (

@@ -34,7 +34,7 @@ from benchmarks.speed_trainings import (
 )
 from prmd.models.attention import SDPA_OR_FLEX, attention_implementation, attention_seconds, layer_shape
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
-from prmd.policy_targets import policy_loss
+from prmd.policies.targets import policy_loss
 from prmd.runtime import get_device
 from prmd.training.rehearsal import meta_model
 from prmd.training.trainer import PairData

@@ -22,10 +22,10 @@ from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 from benchmarks.speed_setup import MAX_LENGTH, PAIRS_PER_BATCH, SEED, Workload, shares_prompts
 from prmd.config.shared import TrainingConfig
-from prmd.dpo_baseline import TEMPLATE_TAIL, baseline_rows
 from prmd.inference.cache import ScoreTable
 from prmd.inference.scoring import score_logps
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
+from prmd.policies.trl_baseline import TEMPLATE_TAIL, baseline_rows
 from prmd.rewards.backbone import reward_loss
 from prmd.runtime import get_device
 from prmd.training.arguments import training_arguments

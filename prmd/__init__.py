@@ -2,7 +2,7 @@
 
 Layers, each importing only the ones to its right: stages (data_preparation, reward_modeling, policy_training,
 evaluation) -> parts (preferences ... benchmarks) -> foundations (config ... provenance) and maths (losses ... kl).
-Start reading at `rewards.train.train_reward_model` or `policy_training.train_pessimistic`.
+Start reading at `rewards.train.train_reward_model` or `policies.train.train_pessimistic`.
 """
 
 import os

@@ -122,7 +122,7 @@ def test_a_reward_model_that_is_not_there(
 def test_the_baseline_needs_no_reward_model(copied: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.rmtree(copied.paths.reward_model("honest").parent)
     no_model_loads(monkeypatch)
-    from prmd.policy_training import train_baseline_dpo
+    from prmd.policies.train import train_baseline_dpo
 
     train_baseline_dpo(copied.policies())  # finished before, reused
 

@@ -25,7 +25,7 @@ from prmd.errors import ConfigError
 from prmd.evaluation import benchmark_eval, compute_metrics
 from prmd.models.tokenization import tokenize_pairs
 from prmd.pairs import read_pairs
-from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
+from prmd.policies.train import train_baseline_dpo, train_hierarchical, train_pessimistic
 from prmd.rewards.reward_model import load_reward_model
 from prmd.rewards.train import train_reward_model
 

@@ -18,9 +18,9 @@ from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import tokenize_pairs
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pairs import read_pairs
-from prmd.policy_data import scale_responses, score_pairs
-from prmd.policy_pairs import held_out_pairs, pooled_pairs
-from prmd.policy_targets import method_targets
+from prmd.policies.pairs import held_out_pairs, pooled_pairs
+from prmd.policies.scores import scale_responses, score_pairs
+from prmd.policies.targets import method_targets
 from prmd.rewards.reward_model import RewardModel, load_reward_model, load_reward_models
 
 pytestmark = pytest.mark.slow

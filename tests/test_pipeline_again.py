@@ -14,7 +14,7 @@ from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
-from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
+from prmd.policies.train import train_baseline_dpo, train_hierarchical, train_pessimistic
 from prmd.report import figures, reward_figures
 from prmd.rewards.train import train_reward_model
 

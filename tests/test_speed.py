@@ -29,7 +29,7 @@ from prmd.config.shared import DataConfig
 from prmd.models.attention import SDPA_OR_FLEX, AttentionShape
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
-from prmd.policy_targets import policy_loss
+from prmd.policies.targets import policy_loss
 
 ONCE = speed.Preset(4, {name: (1, math.inf) for name in speed.QUICK.limits})
 

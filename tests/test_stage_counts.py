@@ -24,8 +24,8 @@ from prmd.config.shared import (
 )
 from prmd.evaluation import compute_metrics
 from prmd.objectives import OBJECTIVES
-from prmd.policy_gate import gate_file
-from prmd.policy_training import train_pessimistic
+from prmd.policies.preview import gate_file
+from prmd.policies.train import train_pessimistic
 from prmd.report import figures, reward_figures
 from prmd.rewards import reward_model, train
 from prmd.rewards.train import train_reward_model

@@ -9,7 +9,6 @@ import torch
 from tiny_workspace import reward_model_config
 from torch import Tensor
 
-from prmd import policy_gate, policy_training
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.policy import PairsConfig, PolicyConfig
 from prmd.config.shared import CalibrationConfig, LoraConfig, RewardModelConfig, TrainingConfig, TuningConfig
@@ -18,6 +17,7 @@ from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import PrefixRow, Tokens
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration, fit_calibration
+from prmd.policies import preview, train
 from prmd.report import figures
 
 M = 3
@@ -97,7 +97,7 @@ def use_tables(monkeypatch: pytest.MonkeyPatch) -> dict[str, Table]:
                 models[objective] = Table(tokenizer, shared.paths, f"{objective}-table").calibrated()
         return [models[objective] for objective in OBJECTIVES]
 
-    for module in (policy_gate, policy_training):
+    for module in (preview, train):
         monkeypatch.setattr(module, "load_reward_models", load)
     monkeypatch.setattr(figures, "plot_policy_training", lambda *arguments: [])
     monkeypatch.setattr("prmd.runtime.gc.collect", lambda: 0)

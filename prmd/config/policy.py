@@ -24,7 +24,7 @@ DistilledMethod = Literal["mean", "hard_min", "cvar", "hierarchical", "lcb", "so
 PaperMethod = Literal["paper_eq5", "paper_eq6", "paper_eq7", "paper_eq9"]
 LabelMethod = Literal["dpo", "ipo", "modpo", "dpo_helpful", "dpo_harmless", "dpo_honest", "soup"]
 PolicyMethod = Literal[DistilledMethod, PaperMethod, LabelMethod]
-"""What `policy.methods` may name; `policy_methods` says what each is."""
+"""What `policy.methods` may name; `policies.methods` says what each is."""
 
 
 class PolicySection(Section):

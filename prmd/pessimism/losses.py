@@ -2,7 +2,7 @@
 
 Here: functions from margins to one loss per pair; every one takes and returns tensors, and reduction is the
 caller's. Not here: how targets are made pessimistic (`aggregation.py`), how log-probabilities are computed
-(`models/sequence_models.py`), the reference-sample and likelihood anchors (`policy_targets.py`). Read `aggregation.py` next.
+(`models/sequence_models.py`), the reference-sample and likelihood anchors (`policies/targets.py`). Read `aggregation.py` next.
 """
 
 import torch

@@ -22,7 +22,7 @@ from prmd.inference.generation import stop_token
 from prmd.inference.reference import reference_samples
 from prmd.inference.vllm_engine import require_vllm
 from prmd.models.loading import load_tokenizer
-from prmd.policy_training import train_pessimistic
+from prmd.policies.train import train_pessimistic
 from prmd.rewards.train import train_reward_model
 
 

@@ -27,8 +27,8 @@ from prmd.models.loading import add_lora, load_base_classifier, load_tokenizer, 
 from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration
-from prmd.policy_data import score_pairs
-from prmd.policy_pairs import pooled_pairs
+from prmd.policies.pairs import pooled_pairs
+from prmd.policies.scores import score_pairs
 from prmd.rewards.adapters import shared_base
 from prmd.rewards.reward_model import RewardModel, load_reward_model, load_reward_models, write_calibration
 

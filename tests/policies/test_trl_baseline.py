@@ -10,15 +10,15 @@ import torch
 from tiny_models import tiny_causal_lm
 from tiny_workspace import reward_model_config, write_prepared
 
-from prmd import dpo_baseline
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
-from prmd.dpo_baseline import baseline_rows, train_trl_dpo
 from prmd.models.loading import load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
 from prmd.pairs import PreferencePair
-from prmd.policy_pairs import PolicyPairs, pooled_pairs
-from prmd.policy_targets import policy_loss
+from prmd.policies import trl_baseline
+from prmd.policies.pairs import PolicyPairs, pooled_pairs
+from prmd.policies.targets import policy_loss
+from prmd.policies.trl_baseline import baseline_rows, train_trl_dpo
 from prmd.training import run as training_run
 from prmd.training.batches import MicroBatch, plan_batches
 from prmd.training.run import TrainingRun, run_training
@@ -80,7 +80,7 @@ def caught_arguments(
         found.update(arguments)
         raise CaughtError
 
-    monkeypatch.setattr(dpo_baseline, "DPOTrainer", stand_in)
+    monkeypatch.setattr(trl_baseline, "DPOTrainer", stand_in)
     tokenizer = load_tokenizer(config.shared.model, config.paths)
     with pytest.raises(CaughtError):
         train_trl_dpo(config, tokenizer, pairs, Path(config.shared.artifact_root), config.paths.logs("t"))
@@ -132,7 +132,7 @@ def test_prompts_are_fitted_so_that_no_response_is_cut(config: PolicyConfig, pai
     for row in baseline_rows(pairs.tokenized.pairs, [MicroBatch(tuple(range(len(pairs.tokenized.pairs))))]):
         for side in ("chosen", "rejected"):
             whole = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=True, return_dict=False)
-            assert len(whole) <= config.training.max_length + dpo_baseline.TEMPLATE_TAIL
+            assert len(whole) <= config.training.max_length + trl_baseline.TEMPLATE_TAIL
 
 
 def test_sharded_weights_are_gathered_by_every_process_before_one_saves(
@@ -143,9 +143,9 @@ def test_sharded_weights_are_gathered_by_every_process_before_one_saves(
     accelerator = SimpleNamespace(get_state_dict=lambda wrapped: whole, unwrap_model=lambda wrapped: model)
     trainer = SimpleNamespace(accelerator=accelerator, model=model, model_wrapped=model)
     tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
-    dpo_baseline._save(trainer, tokenizer, tmp_path)
+    trl_baseline._save(trainer, tokenizer, tmp_path)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    dpo_baseline._save(trainer, tokenizer, tmp_path)
+    trl_baseline._save(trainer, tokenizer, tmp_path)
     assert saved == [None, whole]
 
 
@@ -153,13 +153,13 @@ def test_a_training_keeps_every_response_token_and_logs_what_ours_logs(
     config: PolicyConfig, pairs: PolicyPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    original = dpo_baseline.DPOTrainer
+    original = trl_baseline.DPOTrainer
 
     def watched(**arguments: Any) -> Any:
         made.append(original(**arguments))
         return made[-1]
 
-    monkeypatch.setattr(dpo_baseline, "DPOTrainer", watched)
+    monkeypatch.setattr(trl_baseline, "DPOTrainer", watched)
     tokenizer = load_tokenizer(config.shared.model, config.paths)
     curve = train_trl_dpo(config, tokenizer, pairs, tmp_path / "out", tmp_path / "logs")
     rows = [row for row in curve if "loss" in row]

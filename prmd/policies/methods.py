@@ -1,7 +1,7 @@
 """The methods of stage 3 as data: what each learns from, which settings it reads, what it needs.
 
 Here: one row per name of `policy.methods`, and the checks of a configuration against them. Not here: how a row becomes
-target margins (`policy_targets`, to be read next) and how policies are trained (`policy_training`). Every method sees the
+target margins (`targets`, to be read next) and how policies are trained (`train`). Every method sees the
 same labelled pairs in the same order and the same trainer.
 """
 
@@ -23,7 +23,7 @@ class Method:
     """What tells one method from another.
 
     Attributes:
-        loss: key of `policy_targets.LOSSES`; "trl" is trained by TRL and "soup" not at all.
+        loss: key of `targets.LOSSES`; "trl" is trained by TRL and "soup" not at all.
         reward: the robust reward R. "distil" regresses on its margins; for "paper" and "edpo", whose targets are made
             from margins, it fixes the reward scale and ranks reference samples. None: R is not used.
         objective: train on the pairs labelled for this objective alone; None: on all.

@@ -2,7 +2,7 @@
 
 Everything here is computed once for all methods, one model in memory at a time (reward models that are adapters of one
 base take turns on it), and cached by content. Methods, beta, losses and scales are applied to these tensors in
-`policy_training` at no forward cost. Which pairs these are is in `policy_pairs`.
+`train` at no forward cost. Which pairs these are is in `pairs`.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair
 from prmd.pessimism.aggregation import stack_objectives
 from prmd.pessimism.calibration import calibrate, prompt_means
-from prmd.policy_methods import reference_sample_count
-from prmd.policy_pairs import PolicyPairs
+from prmd.policies.methods import reference_sample_count
+from prmd.policies.pairs import PolicyPairs
 from prmd.rewards.reward_model import RewardModel
 
 

@@ -12,7 +12,7 @@ from tiny_workspace import policy_config
 from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.policy_pairs import held_out_pairs, pool_order, pooled_pairs
+from prmd.policies.pairs import held_out_pairs, pool_order, pooled_pairs
 
 K = len(OBJECTIVES)
 

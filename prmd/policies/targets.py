@@ -3,8 +3,8 @@
     Delta* = clip(reward_scale [R(x, y_w) - R(x, y_l)], +-margin_clip)
 
 Aggregates, scale and losses are the maths of `pessimism.aggregation`, `calibration` and `pessimism.losses`; here they meet the configuration.
-What the methods are is in `policy_methods`, R with what is solved for in `policy_rewards`, the frozen rewards come from
-`policy_data`, the trainings are in `policy_training`.
+What the methods are is in `methods`, R with what is solved for in `robust_reward`, the frozen rewards come from
+`scores`, the trainings are in `train`.
 """
 
 from collections.abc import Callable
@@ -28,10 +28,10 @@ from prmd.pessimism.losses import (
     modpo_loss,
     target_margins,
 )
-from prmd.policy_data import PairScores, ScaleResponses
-from prmd.policy_methods import POLICY_METHODS, aggregation
-from prmd.policy_notes import cvar_atoms, method_notes
-from prmd.policy_rewards import RobustReward, objective_weights, solve_reward
+from prmd.policies.methods import POLICY_METHODS, aggregation
+from prmd.policies.notes import cvar_atoms, method_notes
+from prmd.policies.robust_reward import RobustReward, objective_weights, solve_reward
+from prmd.policies.scores import PairScores, ScaleResponses
 from prmd.training.trainer import Columns, PairLoss
 
 __all__ = ["Targets", "aggregation", "describe_targets", "method_targets", "policy_loss"]
@@ -208,7 +208,7 @@ LOSSES: dict[str, Callable[[Tensor, Columns, PolicySection], Tensor]] = {
         implicit_margins=implicit, other_margins=columns["other_margins"], weight=columns["label_weight"]
     ),
 }
-"""Implicit margins [B], columns, settings -> loss of each pair [B]; `policy_methods.Method.loss` names them."""
+"""Implicit margins [B], columns, settings -> loss of each pair [B]; `methods.Method.loss` names them."""
 
 
 def policy_loss(

@@ -14,14 +14,14 @@ from tiny_tables import Table, table_config, use_tables
 from tiny_workspace import write_prepared
 from torch import Tensor
 
-from prmd import policy_gate
 from prmd.artifacts import io
 from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
 from prmd.errors import ConfigError, DataError
 from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
-from prmd.policy_selection import MemberSelection
-from prmd.policy_training import train_pessimistic
+from prmd.policies import preview
+from prmd.policies.edpo import MemberSelection
+from prmd.policies.train import train_pessimistic
 
 DISTILLED = ("mean", "maxmin", "edpo", "paper_eq5", "paper_eq9")
 ALL = (*DISTILLED, "dpo", "ipo", "modpo", "dpo_helpful", "dpo_harmless", "dpo_honest", "soup")
@@ -115,7 +115,7 @@ def test_notes_of_a_method_are_kept_and_said_before_the_first_training(trained: 
 
 
 def test_the_gate_is_computed_on_the_samples_of_training_prompts(trained: Trained) -> None:
-    gate = io.read_json(policy_gate.gate_file(trained.config.paths))
+    gate = io.read_json(preview.gate_file(trained.config.paths))
     assert gate["source"] == "reference samples of the training prompts" and gate["prompts"] == 12
     assert gate["kl"] == pytest.approx(np.log(6) / 4) and gate["kl_target"] == 4.0
 

@@ -1,7 +1,7 @@
 """The robust reward R of a method with everything that is solved for before training: weights, multipliers, scale.
 
 Here: from the configuration and the scored responses to one function R(x, y) and its reward scale. Not here: the
-operators (`pessimism.aggregation`), the solvers (`pessimism.maxmin`), how target margins are made of R (`policy_targets`, to be read next).
+operators (`pessimism.aggregation`), the solvers (`pessimism.maxmin`), how target margins are made of R (`targets`, to be read next).
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ from prmd.pessimism.aggregation import Aggregation, robust_rewards
 from prmd.pessimism.calibration import auto_reward_scale
 from prmd.pessimism.kl_budget import usable_kl_target
 from prmd.pessimism.maxmin import solve_constraints, solve_maxmin
-from prmd.policy_data import ScaleResponses
-from prmd.policy_methods import POLICY_METHODS, aggregation
+from prmd.policies.methods import POLICY_METHODS, aggregation
+from prmd.policies.scores import ScaleResponses
 
 
 @dataclass(frozen=True)

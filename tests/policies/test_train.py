@@ -15,9 +15,9 @@ from prmd.errors import ConfigError, DataError
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps
 from prmd.pessimism.aggregation import METHODS
-from prmd.policy_data import PairScores
-from prmd.policy_targets import Targets, method_targets, policy_loss
-from prmd.policy_training import train_hierarchical
+from prmd.policies.scores import PairScores
+from prmd.policies.targets import Targets, method_targets, policy_loss
+from prmd.policies.train import train_hierarchical
 
 SHIPPED = PolicyConfig().policy
 DISTILLED = ("mean", "hard_min", "cvar", "hierarchical", "lcb", "softmin")

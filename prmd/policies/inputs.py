@@ -1,7 +1,7 @@
 """What each policy's training is fed: rows, columns and stream, from the frozen numbers that all methods share.
 
 `prepare` reads, samples and scores once for all methods; `method_inputs` makes one method's targets of it, adds its pairs
-of reference samples and what its loss reads. No policy is loaded here; the trainings are in `policy_training`.
+of reference samples and what its loss reads. No policy is loaded here; the trainings are in `train`.
 """
 
 import logging
@@ -16,19 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from prmd.config.policy import PolicyConfig
 from prmd.inference.reference import reference_logps
 from prmd.models.tokenization import PrefixRow
-from prmd.policy_data import (
-    PairScores,
-    ReferenceSamples,
-    ScaleResponses,
-    draw_reference_samples,
-    scale_responses,
-    score_pairs,
-)
-from prmd.policy_methods import BASELINE, POLICY_METHODS, uses_gamma
-from prmd.policy_notes import label_notes
-from prmd.policy_pairs import PolicyPairs, held_out_pairs, pooled_pairs
-from prmd.policy_rewards import solve_reward
-from prmd.policy_samples import (
+from prmd.policies.methods import BASELINE, POLICY_METHODS, uses_gamma
+from prmd.policies.notes import label_notes
+from prmd.policies.pairs import PolicyPairs, held_out_pairs, pooled_pairs
+from prmd.policies.robust_reward import solve_reward
+from prmd.policies.sample_pairs import (
     added_pairs,
     draw_sample_pairs,
     merge_streams,
@@ -36,7 +28,15 @@ from prmd.policy_samples import (
     with_gamma_samples,
     with_sample_pairs,
 )
-from prmd.policy_targets import Targets, method_targets
+from prmd.policies.scores import (
+    PairScores,
+    ReferenceSamples,
+    ScaleResponses,
+    draw_reference_samples,
+    scale_responses,
+    score_pairs,
+)
+from prmd.policies.targets import Targets, method_targets
 from prmd.rewards.reward_model import RewardModel
 from prmd.training.trainer import PairData
 
@@ -117,7 +117,7 @@ def method_inputs(config: PolicyConfig, method: str, prepared: Prepared) -> Meth
     """Rows, columns, targets and stream of one method.
 
     Raises:
-        ConfigError: as `policy_rewards.solve_reward` and `policy_samples.draw_sample_pairs`.
+        ConfigError: as `robust_reward.solve_reward` and `sample_pairs.draw_sample_pairs`.
     """
     rows, stream = prepared.pairs.tokenized.rows, prepared.pairs.stream
     held_rows, targets, notes = prepared.held_out.tokenized.rows, None, label_notes(config.policy, method)

@@ -3,7 +3,7 @@
     m*_k = argmin_m  mean_i (Delta*_{k,m,i} - Delta_theta,i)^2 ,   i over all pairs of the optimiser step
 
 A micro-batch knows its pairs alone, so at the first one of a step the pairs of all of them, of every process, are passed
-through the policy without gradient. The loss with the chosen members is in `pessimism.losses` and `policy_targets`.
+through the policy without gradient. The loss with the chosen members is in `pessimism.losses` and `targets`.
 """
 
 import os
@@ -19,9 +19,9 @@ from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import edpo_member_losses, edpo_select, implicit_margins
-from prmd.policy_inputs import HELD_OUT, MethodInputs
-from prmd.policy_methods import POLICY_METHODS
-from prmd.policy_targets import policy_loss
+from prmd.policies.inputs import HELD_OUT, MethodInputs
+from prmd.policies.methods import POLICY_METHODS
+from prmd.policies.targets import policy_loss
 from prmd.runtime import get_runtime
 from prmd.training.batches import MicroBatch, plan_batches
 from prmd.training.trainer import Columns, LossFunction, PairLoss

@@ -10,7 +10,6 @@ import torch
 from tiny_workspace import policy_config
 from torch import Tensor
 
-from prmd import policy_data
 from prmd.config.policy import PairsConfig, PolicyConfig
 from prmd.errors import DataError
 from prmd.inference.generation import GeneratedResponse
@@ -18,9 +17,16 @@ from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import PrefixRow, Tokens
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration, fit_calibration
-from prmd.policy_data import PairScores, ScaleResponses, draw_reference_samples, scale_responses, score_pairs
-from prmd.policy_pairs import pooled_pairs
-from prmd.policy_targets import method_targets
+from prmd.policies import scores as policies_scores
+from prmd.policies.pairs import pooled_pairs
+from prmd.policies.scores import (
+    PairScores,
+    ScaleResponses,
+    draw_reference_samples,
+    scale_responses,
+    score_pairs,
+)
+from prmd.policies.targets import method_targets
 from prmd.rewards.reward_model import load_reward_models
 
 K, M = 3, 4
@@ -82,8 +88,8 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     def logps(config: Any, tokenizer: Any, rows: list[PrefixRow]) -> list[Tensor]:
         return [torch.tensor([-float(len(r)) for r in row.responses]) for row in rows]
 
-    monkeypatch.setattr(policy_data, "reference_samples", samples)
-    monkeypatch.setattr(policy_data, "reference_logps", logps)
+    monkeypatch.setattr(policies_scores, "reference_samples", samples)
+    monkeypatch.setattr(policies_scores, "reference_logps", logps)
 
 
 def with_source(config: PolicyConfig, source: str) -> PolicyConfig:

@@ -18,7 +18,7 @@ from trl import DPOConfig, DPOTrainer
 from prmd.config.policy import PolicyConfig
 from prmd.models.loading import load_causal_lm, lora_config
 from prmd.pairs import PreferencePair
-from prmd.policy_pairs import PolicyPairs
+from prmd.policies.pairs import PolicyPairs
 from prmd.runtime import get_device, get_runtime, is_main_process, set_seed
 from prmd.training.arguments import on_one_gpu, reporting_callbacks
 from prmd.training.batches import MicroBatch, plan_batches

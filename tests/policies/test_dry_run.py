@@ -19,12 +19,12 @@ from prmd.config.shared import (
     TrainingConfig,
     TuningConfig,
 )
-from prmd.dry_run import gamma_lengths
 from prmd.models import loading
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import tokenize_pairs
 from prmd.pairs import read_pairs
-from prmd.policy_training import train_baseline_dpo, train_hierarchical, train_pessimistic
+from prmd.policies.preview import gamma_lengths
+from prmd.policies.train import train_baseline_dpo, train_hierarchical, train_pessimistic
 from prmd.rewards.train import train_reward_model
 from prmd.runtime import GIB
 from prmd.training import dry_run

@@ -1,20 +1,95 @@
 """What has to be said of a method on the configured ensemble: with which others it coincides, and why.
 
 A method that coincides with another is no second result, so it says so when it starts and in its `metrics.json`. Which
-coincide is found by trying them on random rewards (`pessimism.aggregation.coinciding_methods`).
+coincide is found by trying them on random rewards.
 """
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from prmd.config.policy import PolicySection
 from prmd.objectives import OBJECTIVES
-from prmd.pessimism.aggregation import METHODS, coincidence_notes, effective_atoms, robust_rewards
+from prmd.pessimism.aggregation import (
+    METHODS,
+    Aggregation,
+    effective_atoms,
+    robust_rewards,
+)
 from prmd.pessimism.draft_equations import PAPER_METHODS, negative_target_share, paper_margins
-from prmd.policy_data import PairScores
-from prmd.policy_methods import POLICY_METHODS, aggregation, unread_settings
-from prmd.policy_rewards import objective_weights
+from prmd.policies.methods import POLICY_METHODS, aggregation, unread_settings
+from prmd.policies.robust_reward import objective_weights
+from prmd.policies.scores import PairScores
 from prmd.statistics.reliability import mean_pairwise_correlation
+
+
+def coinciding_methods(
+    n_objectives: int, n_members: int, *, aggregations: Mapping[str, Aggregation], weights: Tensor
+) -> dict[str, list[str]]:
+    """Which methods give the same robust rewards for an ensemble of this size, found by trying.
+
+    One member makes all operators within an objective equal, ``alpha * M <= 1`` makes CVaR the minimum, and one
+    objective makes all operators across equal. A method that coincides with another is no second result.
+
+    Args:
+        n_objectives: K.
+        n_members: M.
+        aggregations: method names and their aggregations; "maxmin" is tried with weights of its own.
+        weights: objective weights, [K].
+
+    Returns:
+        For every method that coincides with some other, the names it coincides with.
+
+    Raises:
+        ValueError: as `robust_rewards`.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shape = (n_objectives, n_members, 64)
+    probe = torch.randn(shape, generator=generator, dtype=torch.float64)
+    own = torch.rand(n_objectives, generator=generator, dtype=torch.float64) + 0.1
+    own_weights = {"maxmin": own / own.sum()}
+    results = {
+        name: robust_rewards(probe, aggregation=aggregation, weights=own_weights.get(name, weights))
+        for name, aggregation in aggregations.items()
+    }
+    same = {
+        name: [
+            other for other, R in results.items() if other != name and torch.allclose(R, robust, atol=1e-9)
+        ]
+        for name, robust in results.items()
+    }
+    return {name: others for name, others in same.items() if others}
+
+
+def coincidence_notes(
+    n_objectives: int, n_members: int, *, aggregations: Mapping[str, Aggregation], weights: Tensor
+) -> list[str]:
+    """One readable line for each method that coincides with others, with the reason the sizes give.
+
+    Args:
+        n_objectives: K.
+        n_members: M.
+        aggregations: as in `coinciding_methods`.
+        weights: objective weights, [K].
+
+    Returns:
+        Lines such as "hierarchical = hard_min: its CVaR averages 0.5 <= 1 members"; empty where all differ.
+    """
+    notes = []
+    same = coinciding_methods(n_objectives, n_members, aggregations=aggregations, weights=weights)
+    for name, others in same.items():
+        chosen, reasons = aggregations[name], []
+        atoms = effective_atoms(chosen, n_members=n_members, weights=weights)
+        if n_members == 1:
+            reasons.append("one member per objective")
+        elif atoms is not None and atoms <= 1:
+            reasons.append(f"its CVaR averages {atoms:.3g} <= 1 members")
+        if n_objectives == 1:
+            reasons.append("one objective")
+        notes.append(f"{name} = {', '.join(others)}" + (f": {'; '.join(reasons)}" if reasons else ""))
+    return notes
+
 
 ONE_MODEL = 0.95
 """Correlation of the members' margins above which an ensemble is effectively one model."""

@@ -9,14 +9,14 @@ from tiny_pipeline import no_model_loads
 from tiny_tables import SAMPLES, M, Table, table_config, with_calibration
 from tiny_workspace import write_prepared
 
-from prmd import policy_gate
 from prmd.artifacts import io
 from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.inference.cache import tokens_key
 from prmd.inference.generation import sample_rows
 from prmd.inference.reference import reference_samples
 from prmd.models.loading import load_tokenizer
-from prmd.policy_training import train_pessimistic
+from prmd.policies import preview
+from prmd.policies.train import train_pessimistic
 from prmd.report.evaluation_sections import gate_section
 
 
@@ -36,13 +36,13 @@ def test_the_gate_reads_the_cache_alone_and_agrees_with_numpy(
         train_pessimistic(config, dry_run=True)
     assert "with pairs of reference samples, 50% of all: 2 times these steps" in caplog.text
     assert "gate        not computed: no scored reference samples are cached" in caplog.text
-    assert not policy_gate.gate_file(config.paths).exists()
+    assert not preview.gate_file(config.paths).exists()
     train_pessimistic(config)  # samples and scores the prompts it trains on and those it watches
-    policy_gate.gate_file(config.paths).unlink()
+    preview.gate_file(config.paths).unlink()
     no_model_loads(monkeypatch)
     caplog.clear()
     train_pessimistic(config, dry_run=True)
-    gate = io.read_json(policy_gate.gate_file(config.paths))
+    gate = io.read_json(preview.gate_file(config.paths))
     assert (
         gate["samples_per_prompt"] == SAMPLES
         and gate["kl"] == 0.3
@@ -78,26 +78,26 @@ def test_the_gate_takes_the_samples_of_the_calibration_before_stage_three(
     shared = config.shared
     write_prepared(config.paths, pairs=6)
     tokenizer = load_tokenizer(shared.model, shared.paths)
-    models = policy_gate.load_reward_models(shared)
-    prompts = policy_gate._prompts(config, tokenizer, "val")
+    models = preview.load_reward_models(shared)
+    prompts = preview._prompts(config, tokenizer, "val")
     assert len(prompts) == 18
     samples = reference_samples(shared, tokenizer, prompts[:7])
     for model, scored in zip(models, (7, 7, 4), strict=True):  # one model has not scored them all
         model.rewards(
             sample_rows(prompts[:scored], samples[:scored], tokenizer, keep_suffix=True), description="c"
         )
-    found = policy_gate.cached_responses(config, models, tokenizer)
+    found = preview.cached_responses(config, models, tokenizer)
     assert found.samples_per_prompt == 5 and found.by_prompt().shape == (3, M, 4, 5)
     assert found.by_prompt().mean(dim=-1).abs().max() < 1e-9  # centred on each prompt's own samples
-    table = policy_gate.gate_table(config, found)
+    table = preview.gate_table(config, found)
     assert table["prompts"] == 4 and table["kl"] == pytest.approx(np.log(5) / 4)
-    assert any("needs more samples" in line for line in policy_gate.gate_lines(table))
+    assert any("needs more samples" in line for line in preview.gate_lines(table))
 
 
 def gate_rewards(config: PolicyConfig, tables: dict[str, Table]) -> np.ndarray:
     """Calibrated rewards [K, M, X, n] of the cached samples of the watched prompts, by hand."""
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    prompts = policy_gate._prompts(config, tokenizer, "val")
+    prompts = preview._prompts(config, tokenizer, "val")
     (folder,) = (config.paths.root / "data" / "cache").glob("samples-*")
     cached = {row["key"]: row["value"] for shard in folder.glob("*.jsonl") for row in io.read_jsonl(shard)}
     kept = [p for p in prompts if tokens_key(p).hex() in cached]

@@ -12,8 +12,7 @@ from prmd.config.policy import PairsConfig, PolicyConfig, PolicyMethod, PolicySe
 from prmd.config.shared import CalibrationConfig, RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
-from prmd.policy_data import PairScores, ScaleResponses
-from prmd.policy_methods import (
+from prmd.policies.methods import (
     BASELINE,
     POLICY_METHODS,
     SOUP,
@@ -21,8 +20,9 @@ from prmd.policy_methods import (
     reference_sample_count,
     settings_read,
 )
-from prmd.policy_notes import method_notes
-from prmd.policy_targets import Targets, method_targets, policy_loss
+from prmd.policies.notes import method_notes
+from prmd.policies.scores import PairScores, ScaleResponses
+from prmd.policies.targets import Targets, method_targets, policy_loss
 
 SHIPPED = PolicyConfig()
 NAMES = tuple(method for method in POLICY_METHODS if method not in (BASELINE, SOUP))

@@ -4,8 +4,8 @@
     Delta_theta = beta [log pi_theta/pi_ref (x, y_w) - log pi_theta/pi_ref (x, y_l)]
 
 R is a method's aggregate of the calibrated rewards of all K x M members (`pessimism.aggregation`). What the methods are is in
-`policy_methods`, what each training is fed in `policy_inputs`, targets and losses in `policy_targets`; every method sees
-the same labelled pairs in the same order. The TRL baseline is in `dpo_baseline`, the closed-form gate in `policy_gate`.
+`methods`, what each training is fed in `inputs`, targets and losses in `targets`; every method sees
+the same labelled pairs in the same order. The TRL baseline is in `trl_baseline`, the closed-form gate in `preview`.
 """
 
 import logging
@@ -30,17 +30,15 @@ from prmd.artifacts.runs import (
 )
 from prmd.config.loading import as_dict
 from prmd.config.policy import PolicyConfig
-from prmd.dpo_baseline import train_trl_dpo
-from prmd.dry_run import describe_policies, gamma_lengths
 from prmd.errors import DataError
 from prmd.inference.reference import check_engine, reference_key
 from prmd.models.loading import add_lora, load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
-from prmd.policy_gate import describe_gate, preview_gate
-from prmd.policy_inputs import MethodInputs, Prepared, method_inputs, prepare
-from prmd.policy_methods import (
+from prmd.policies.edpo import loss_function
+from prmd.policies.inputs import MethodInputs, Prepared, method_inputs, prepare
+from prmd.policies.methods import (
     BASELINE,
     POLICY_METHODS,
     SOUP,
@@ -49,9 +47,10 @@ from prmd.policy_methods import (
     reference_sample_count,
     settings_read,
 )
-from prmd.policy_selection import loss_function
-from prmd.policy_soup import average_policies
-from prmd.policy_targets import describe_targets
+from prmd.policies.preview import describe_gate, describe_policies, gamma_lengths, preview_gate
+from prmd.policies.soup import average_policies
+from prmd.policies.targets import describe_targets
+from prmd.policies.trl_baseline import train_trl_dpo
 from prmd.report import figures
 from prmd.rewards.reward_model import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone

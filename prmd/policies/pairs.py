@@ -1,7 +1,7 @@
 """Which pairs a policy is trained on: splits pooled by objective weights, in the order of training, tokenised once.
 
-What these pairs are worth, their rewards and log-probabilities, is in `policy_data`, to be read next; pairs made of
-reference samples are in `policy_samples`.
+What these pairs are worth, their rewards and log-probabilities, is in `scores`, to be read next; pairs made of
+reference samples are in `sample_pairs`.
 """
 
 import random

@@ -11,11 +11,11 @@ from tiny_scores import K, M, N, random_scores, reference, scale_of
 from prmd.config.policy import PolicySection
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
-from prmd.policy_data import PairScores, ScaleResponses
-from prmd.policy_methods import unread_settings
-from prmd.policy_notes import label_notes, method_notes
-from prmd.policy_rewards import solve_reward
-from prmd.policy_targets import Targets, describe_targets, method_targets, policy_loss
+from prmd.policies.methods import unread_settings
+from prmd.policies.notes import label_notes, method_notes
+from prmd.policies.robust_reward import solve_reward
+from prmd.policies.scores import PairScores, ScaleResponses
+from prmd.policies.targets import Targets, describe_targets, method_targets, policy_loss
 
 UNEVEN = {"helpful": 0.5, "harmless": 0.3, "honest": 0.2}
 LAMBDA = np.array([0.5, 0.3, 0.2])

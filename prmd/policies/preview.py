@@ -1,9 +1,9 @@
-"""The closed-form gate on cached scores: what each method can reach on reference samples, before any policy is trained.
+"""What stage 3 would do and what it could reach, before any policy is trained: the dry run and the closed-form table.
 
     pi*(y_i | x) = softmax_i( reward_scale R(x, y_i) / beta )   on the n samples of a prompt, at one KL for all methods
 
-Reads what stage 2 or an earlier stage 3 left in `data/cache` and loads no model. The gains are those of the training
-ensemble's mean members, a proxy: they say what the operator trades, not what a judge would see. The maths is in `pessimism.kl_budget`.
+The table reads what stage 2 or an earlier stage 3 left in `data/cache` and loads no model. The gains are those of the
+training ensemble's mean members, a proxy: they say what the operator trades, not what a judge would see.
 """
 
 import logging
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command, stage_command
+from prmd.artifacts.runs import read_run
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import UserError
@@ -26,13 +27,81 @@ from prmd.models.tokenization import Tokens, tokenize_prompt
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
 from prmd.pessimism.kl_budget import gate_row, usable_kl_target
-from prmd.policy_data import ScaleResponses, sampling_config, score_samples
-from prmd.policy_methods import POLICY_METHODS, reference_sample_count
-from prmd.policy_rewards import solve_reward
+from prmd.policies.methods import (
+    BASELINE,
+    POLICY_METHODS,
+    SOUP,
+    SOUP_MEMBERS,
+    reference_sample_count,
+    uses_gamma,
+)
+from prmd.policies.robust_reward import solve_reward
+from prmd.policies.sample_pairs import GAMMA_SAMPLES
+from prmd.policies.scores import ScaleResponses, sampling_config, score_samples
 from prmd.rewards.reward_model import RewardModel, load_reward_models
 from prmd.runtime import is_main_process
+from prmd.training.dry_run import Sampled, describe_training
 
 logger = logging.getLogger(__name__)
+
+
+def describe_policies(config: PolicyConfig, methods: Sequence[str]) -> None:
+    """Log what training these methods would read, do and write."""
+    train, val = (
+        [config.paths.split(objective, split) for objective in OBJECTIVES] for split in ("train", "val")
+    )
+    if any(POLICY_METHODS[method].reads_rewards for method in methods):
+        describe_reward_models(config.paths)
+    for method in methods:
+        directory = config.paths.policy(method, config.run_name)
+        if method == SOUP:
+            logger.info("would average %s to %s; nothing is trained", ", ".join(SOUP_MEMBERS), directory)
+            continue
+        describe_training(
+            config.shared,
+            name=f"policy {method}",
+            trained_on=train,
+            also_read=val,
+            tuning=config.tuning,
+            training=config.training,
+            task="policy",
+            output=directory,
+            sampled=(sampled := _sampled(config, method)),
+        )
+        if method == BASELINE:
+            logger.info(
+                "TRL trains it: prompts twice, padded, all logits at once; the memory above is too low"
+            )
+        if sampled.paired:
+            times, share = 1 / (1 - config.pairs.share), config.pairs.share
+            logger.info(
+                "with pairs of reference samples, %.0f%% of all: %.3g times these steps", 100 * share, times
+            )
+
+
+def gamma_lengths(config: PolicyConfig, methods: Sequence[str]) -> tuple[int, ...]:
+    """Most tokens of each reference sample that the gamma term of one of these methods puts behind every pair."""
+    used = any(uses_gamma(config, method) for method in methods)
+    return (config.shared.calibration.max_new_tokens,) * GAMMA_SAMPLES if used else ()
+
+
+def _sampled(config: PolicyConfig, method: str) -> Sampled:
+    pairs = (
+        config.pairs.reference_samples and config.pairs.share and POLICY_METHODS[method].reward is not None
+    )
+    tokens = config.shared.calibration.max_new_tokens if pairs else 0
+    return Sampled(gamma_lengths(config, [method]), tokens)
+
+
+def describe_reward_models(paths: ArtifactPaths) -> None:
+    """Log the reward models a policy stage reads, or the commands that train them."""
+    for objective in OBJECTIVES:
+        folder = paths.reward_model(objective)
+        found = (
+            "finished" if read_run(folder) else f"missing; make it with `{reward_model_command(objective)}`"
+        )
+        logger.info("would read  %s: %s", folder, found)
+
 
 GATE_METHODS = tuple(name for name, method in POLICY_METHODS.items() if method.loss == "distil")
 """Methods with a reward R(x, y), which alone has a closed-form optimum."""

@@ -14,9 +14,9 @@ from prmd.config.policy import PolicySection
 from prmd.errors import ConfigError, DataError
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
-from prmd.policy_data import ReferenceSamples
-from prmd.policy_inputs import HELD_OUT
-from prmd.policy_samples import (
+from prmd.policies.edpo import MemberSelection, refuse_sharded
+from prmd.policies.inputs import HELD_OUT
+from prmd.policies.sample_pairs import (
     GAMMA_SAMPLES,
     SamplePair,
     added_pairs,
@@ -26,8 +26,8 @@ from prmd.policy_samples import (
     with_gamma_samples,
     with_sample_pairs,
 )
-from prmd.policy_selection import MemberSelection, refuse_sharded
-from prmd.policy_soup import average_policies
+from prmd.policies.scores import ReferenceSamples
+from prmd.policies.soup import average_policies
 from prmd.training.batches import MicroBatch
 
 

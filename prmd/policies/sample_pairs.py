@@ -2,7 +2,7 @@
 
 The reward models score every sample, so a pair of samples needs no label: best against worst by R, and random ones. Which
 prompts are paired, and where in the training they come, is drawn from the seed alone and is the same for every method;
-which sample is the best is the method's own R. Sampling and scoring are in `policy_data`, to be read next.
+which sample is the best is the method's own R. Sampling and scoring are in `scores`, to be read next.
 """
 
 import random
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prmd.errors import ConfigError
 from prmd.models.tokenization import PrefixRow
-from prmd.policy_data import PairScores, ReferenceSamples, ScaleResponses
+from prmd.policies.scores import PairScores, ReferenceSamples, ScaleResponses
 
 GAMMA_SAMPLES = 2
 """Reference samples behind every pair for the gamma term; two, because a batch is read as pairs of responses."""
