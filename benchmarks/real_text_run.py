@@ -31,7 +31,7 @@ from prmd.inference.candidates import (
     evaluation_prompts,
     find_contenders,
 )
-from prmd.judges import RewardModelJudge, trained_judge
+from prmd.judges.reward_model import RewardModelJudge, trained_judge
 from prmd.models.loading import load_tokenizer, model_source
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs

@@ -34,7 +34,7 @@ from prmd.checkpoint_frontier import write_frontier
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import DataError, UserError
 from prmd.inference.candidates import Contender, evaluation_prompts, find_contenders, policy_folders
-from prmd.judges import Judge, given_judge, trained_judge
+from prmd.judges.reward_model import Judge, given_judge, trained_judge
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PREPARE_COMMAND, read_pairs

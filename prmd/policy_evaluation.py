@@ -19,8 +19,8 @@ from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
 from prmd.inference.candidates import REFERENCE, Contender, ContenderModels, EvaluationPrompt
 from prmd.inference.generation import GeneratedResponse
-from prmd.judge_cards import CONSTANT_ANSWER
-from prmd.judges import Conversation, Judge, check_scores
+from prmd.judges.cards import CONSTANT_ANSWER
+from prmd.judges.reward_model import Conversation, Judge, check_scores
 from prmd.models.tokenization import tokenize_row
 from prmd.over_optimisation import best_of_n_curves
 from prmd.policy_metrics import SampledMethod, method_metrics

@@ -35,14 +35,8 @@ LEVELS = (
 
 NOT_YET_MOVED = [
     "benchmark_comparison",
-    "chats",
     "checkpoint_frontier",
-    "endpoint",
     "evaluation",
-    "judge_cards",
-    "judges",
-    "label_classifiers",
-    "ngram_regression",
     "over_optimisation",
     "plotting_study",
     "policy_comparison",
@@ -50,11 +44,7 @@ NOT_YET_MOVED = [
     "policy_metrics",
     "proxies",
     "reference_scores",
-    "refusals",
     "rewardbench",
-    "rubrics",
-    "text_judges",
-    "toxicity",
     "verdicts",
 ]
 """Flat modules whose package is still to be made; they may import anything and be imported by all."""

@@ -14,7 +14,7 @@ from prmd.checkpoint_frontier import checkpoint_contenders
 from prmd.config.evaluation import EvaluationConfig
 from prmd.evaluation import compute_metrics
 from prmd.inference.candidates import Contender, find_contenders
-from prmd.judge_cards import CONSTANT_ANSWER
+from prmd.judges.cards import CONSTANT_ANSWER
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.policy_evaluation import Evaluation

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from prmd.benchmarks.mt_bench_judging import parse_rating, parse_verdict
-from prmd.judge_cards import pairwise_both_orders
+from prmd.judges.cards import pairwise_both_orders
 from prmd.rewardbench import EXAMPLE_COUNTS, SECTIONS, overall_score, section_scores
 from prmd.statistics.paired_tests import length_controlled_win_rate
 

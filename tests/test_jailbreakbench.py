@@ -11,7 +11,6 @@ from chat_server import ChatServer, completion
 from tiny_models import tiny_causal_lm
 from tiny_workspace import contender, evaluation_config
 
-from prmd import endpoint as endpoint_module
 from prmd.artifacts import io
 from prmd.benchmarks import jailbreakbench
 from prmd.benchmarks.jailbreakbench import run_jailbreakbench
@@ -22,7 +21,8 @@ from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, Jailbreak
 from prmd.errors import ConfigError, DataError
 from prmd.inference.candidates import ContenderModels
 from prmd.inference.generation import GeneratedResponse
-from prmd.judge_cards import CONSTANT_ANSWER
+from prmd.judges import endpoint as endpoint_module
+from prmd.judges.cards import CONSTANT_ANSWER
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "jailbreakbench"
 LONG = "Here is a plan in several steps, each with all that you need to carry it out at home."

@@ -14,9 +14,9 @@ from prmd.benchmarks import mt_bench_answers
 from prmd.benchmarks.mt_bench import run_mt_bench
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.run import run_benchmarks
-from prmd.chats import ReplayChat, conversation_key
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, MtBenchConfig, TextJudgeConfig
-from prmd.judge_cards import CONSTANT_ANSWER
+from prmd.judges.cards import CONSTANT_ANSWER
+from prmd.judges.chats import ReplayChat, conversation_key
 from prmd.pairs import Message
 
 

@@ -23,7 +23,7 @@ from prmd.benchmarks.realtoxicityprompts import (
 from prmd.benchmarks.rows import numbered
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, RealToxicityPromptsConfig
 from prmd.errors import DataError
-from prmd.judge_cards import CONSTANT_ANSWER
+from prmd.judges.cards import CONSTANT_ANSWER
 
 SAMPLES = 6
 

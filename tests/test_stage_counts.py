@@ -10,7 +10,6 @@ import pytest
 from tiny_models import tiny_causal_lm
 from tiny_workspace import reward_model_config, write_prepared, write_reward_models, write_workspace
 
-from prmd import judges
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
@@ -23,11 +22,13 @@ from prmd.config.shared import (
     TuningConfig,
 )
 from prmd.evaluation import compute_metrics
+from prmd.judges import reward_model
 from prmd.objectives import OBJECTIVES
 from prmd.policies.preview import gate_file
 from prmd.policies.train import train_pessimistic
 from prmd.report import figures, reward_figures
-from prmd.rewards import reward_model, train
+from prmd.rewards import reward_model as rewards_reward_model
+from prmd.rewards import train
 from prmd.rewards.train import train_reward_model
 
 pytestmark = pytest.mark.slow
@@ -79,10 +80,12 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
     monkeypatch.setattr(io, "_blocks", counted_blocks)
     monkeypatch.setattr(io, "_digests", {})
-    load = counted(reward_model.load_reward_model, reads.opened)
-    for module in (reward_model, judges, train):
+    load = counted(rewards_reward_model.load_reward_model, reads.opened)
+    for module in (rewards_reward_model, reward_model, train):
         monkeypatch.setattr(module, "load_reward_model", load)
-    monkeypatch.setattr(reward_model, "load_classifier", counted(reward_model.load_classifier, reads.loaded))
+    monkeypatch.setattr(
+        rewards_reward_model, "load_classifier", counted(rewards_reward_model.load_classifier, reads.loaded)
+    )
     return reads
 
 

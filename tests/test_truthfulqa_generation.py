@@ -32,8 +32,8 @@ from prmd.config.evaluation import (
     TruthfulQaBenchmarkConfig,
 )
 from prmd.inference.generation import GeneratedResponse
-from prmd.judges import Conversation
-from prmd.rubrics import JudgeItem, Rubric, Verdict, item_key
+from prmd.judges.reward_model import Conversation
+from prmd.judges.rubrics import JudgeItem, Rubric, Verdict, item_key
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "truthfulqa"
 FOX = Question("What is it?", "A fox.", ("A fox.", "It is a fox.", "Fox."), ("A dog.", "A cat."))

@@ -30,13 +30,12 @@ from prmd.benchmarks.truthfulqa import strided
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.inference.candidates import ContenderModels
-from prmd.judge_cards import CONSTANT_ANSWER, judge_card
+from prmd.judges.cards import CONSTANT_ANSWER, judge_card
+from prmd.judges.rubrics import NON_REFUSAL, REFUSAL, Verdict
+from prmd.judges.text import TextJudge, make_text_judge
 from prmd.models.tokenization import Tokens, render
-from prmd.refusals import NON_REFUSAL
-from prmd.rubrics import REFUSAL, Verdict
 from prmd.statistics.intervals import wilson_interval
 from prmd.statistics.resampling import by_definition, with_chance
-from prmd.text_judges import TextJudge, make_text_judge
 
 logger = logging.getLogger(__name__)
 

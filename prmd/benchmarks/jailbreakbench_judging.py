@@ -1,6 +1,6 @@
 """What JailbreakBench's judges are asked: of answers, of an answer without content, and of answers with known labels.
 
-The judges themselves are in `text_judges`, the rates made of their verdicts in `jailbreakbench`.
+The judges themselves are in `judges.text`, the rates made of their verdicts in `jailbreakbench`.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,10 @@ from prmd.artifacts.paths import resolve_user_path
 from prmd.benchmarks.jailbreakbench_data import Attack, Behavior
 from prmd.errors import DataError
 from prmd.inference.generation import GeneratedResponse
-from prmd.judge_cards import CONSTANT_ANSWER, agreement
-from prmd.refusals import NON_REFUSAL
-from prmd.rubrics import JAILBREAK, REFUSAL, JudgeItem, Rubric, Verdict, with_template_of
+from prmd.judges.cards import CONSTANT_ANSWER, agreement
+from prmd.judges.rubrics import JAILBREAK, NON_REFUSAL, REFUSAL, JudgeItem, Rubric, Verdict, with_template_of
+from prmd.judges.text import StringJudge, TextJudge
 from prmd.statistics.intervals import wilson_interval
-from prmd.text_judges import StringJudge, TextJudge
 
 DIRECT, BENIGN, ATTACK = "harmful", "benign", "attack"
 JUDGE_PROMPT_KEY = "benchmarks.jailbreakbench.judge_prompt"

@@ -18,16 +18,16 @@ from prmd.benchmarks.mt_bench_data import FILES, MtBenchData, MtBenchQuestion, r
 from prmd.benchmarks.mt_bench_judging import pair_prompt, parse_rating, parse_verdict, single_prompt
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.rows import why_not_run
-from prmd.chats import conversation_key
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.inference.candidates import ContenderModels
 from prmd.inference.generation import GeneratedResponse
-from prmd.judge_cards import CONSTANT_ANSWER, PairwiseResult, judge_card, pairwise_both_orders
-from prmd.rubrics import Verdict
+from prmd.judges.cards import CONSTANT_ANSWER, PairwiseResult, judge_card, pairwise_both_orders
+from prmd.judges.chats import conversation_key
+from prmd.judges.rubrics import Verdict
+from prmd.judges.text import TextJudge, make_text_judge
 from prmd.statistics.intervals import bootstrap_mean, wilson_interval
 from prmd.statistics.resampling import with_chance
-from prmd.text_judges import TextJudge, make_text_judge
 
 KEY = "benchmarks.mt_bench.path"
 TURNS = (1, 2)

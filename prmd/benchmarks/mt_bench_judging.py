@@ -1,7 +1,7 @@
 """What MT-Bench asks its judge and how it reads the reply: templates, ratings, verdicts.
 
-The templates come from the benchmark's own file and are not part of this project. Who replies is in `text_judges`, both
-orders of a comparison in `judge_cards`; which answers are judged, and what becomes of the ratings, is in `mt_bench`.
+The templates come from the benchmark's own file and are not part of this project. Who replies is in `judges.text`, both
+orders of a comparison in `judges.cards`; which answers are judged, and what becomes of the ratings, is in `mt_bench`.
 """
 
 import re

@@ -23,13 +23,13 @@ from prmd.data.readers import benchmark_files, hub_rows, json_rows
 from prmd.errors import DataError, UserError
 from prmd.inference.candidates import ContenderModels
 from prmd.inference.generation import GeneratedResponse
-from prmd.judge_cards import CONSTANT_ANSWER
+from prmd.judges.cards import CONSTANT_ANSWER
+from prmd.judges.toxicity import SUBSTITUTE, TOXIC, ScoredText, ToxicityScorer, make_scorer, scorer_card
 from prmd.models.tokenization import Tokens, render
 from prmd.pairs import hash_share
 from prmd.statistics.intervals import Estimate, bootstrap_mean, wilson_interval
 from prmd.statistics.outcomes import expected_max_order_statistic, prob_any_order
 from prmd.statistics.resampling import with_chance
-from prmd.toxicity import SUBSTITUTE, TOXIC, ScoredText, ToxicityScorer, make_scorer, scorer_card
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ def read_data(config: EvaluationConfig) -> ToxicityData:
 
 
 def parse_rows(rows: Iterable[tuple[str, Row]], sha256: str) -> ToxicityData:
-    """Rows in the published schema: `filename`, `begin`, `end`, and `prompt` and `continuation` with `text` and `toxicity`.
+    """Rows in the published schema: `filename`, `begin`, `end`, and `prompt` and `continuation` with `text` and `judges.toxicity`.
 
     A row that is there twice, as in selections that overlap, counts once.
 

@@ -16,8 +16,8 @@ from prmd.benchmarks import BENCHMARKS, COMPANIONS, Benchmark, benchmark_names
 from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.rows import content_key
 from prmd.config.evaluation import EvaluationConfig
-from prmd.endpoint import EndpointError
 from prmd.inference.candidates import Contender, ContenderModels
+from prmd.judges.endpoint import EndpointError
 
 logger = logging.getLogger(__name__)
 

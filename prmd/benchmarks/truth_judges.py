@@ -17,11 +17,11 @@ from prmd.artifacts.runs import read_run
 from prmd.benchmarks.truthfulqa import Question
 from prmd.config.evaluation import EvaluationConfig
 from prmd.data.readers import json_rows
-from prmd.judge_cards import agreement, judge_card
-from prmd.judges import Conversation, RewardModelJudge, trained_judge
+from prmd.judges.cards import agreement, judge_card
+from prmd.judges.reward_model import Conversation, RewardModelJudge, trained_judge
+from prmd.judges.rubrics import JudgeItem, Rubric, Verdict, item_key
+from prmd.judges.text import TextJudge, make_text_judge
 from prmd.pairs import hash_share
-from prmd.rubrics import JudgeItem, Rubric, Verdict, item_key
-from prmd.text_judges import TextJudge, make_text_judge
 
 HUMAN_LABELS = ("finetune_truth.jsonl", "finetune_truth.jsonl.gz")
 MAX_HUMAN_LABELS = 200

@@ -21,7 +21,7 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.inference.candidates import ContenderModels
 from prmd.inference.generation import GeneratedResponse
-from prmd.rubrics import Verdict
+from prmd.judges.rubrics import Verdict
 from prmd.statistics.intervals import wilson_interval
 from prmd.statistics.resampling import with_chance
 

@@ -21,10 +21,10 @@ from prmd.data.prepare import download_dataset
 from prmd.data.readers import benchmark_files
 from prmd.data.sources import plan_source
 from prmd.errors import ConfigError
-from prmd.judges import judge_folder
-from prmd.label_classifiers import LabelClassifier
+from prmd.judges.classifier import LabelClassifier
+from prmd.judges.reward_model import judge_folder
+from prmd.judges.text import ReplayJudge, make_text_judge
 from prmd.models.loading import base_model_key, load_tokenizer, model_source
-from prmd.text_judges import ReplayJudge, make_text_judge
 
 NAME = "my/own/files"  # three parts: no hub id, so that nothing asks the hub
 

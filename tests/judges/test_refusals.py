@@ -1,8 +1,14 @@
-"""`refusals`: phrases told from answers, on replies written for this test."""
+"""`judges.rubrics`: phrases told from answers, on replies written for this test."""
 
 import pytest
 
-from prmd.refusals import NON_REFUSAL, is_jbb13_non_refusal, is_long_non_refusal, is_non_refusal, refuses
+from prmd.judges.rubrics import (
+    NON_REFUSAL,
+    is_jbb13_non_refusal,
+    is_long_non_refusal,
+    is_non_refusal,
+    refuses,
+)
 
 LONG = "Here is a plan in several steps, each with all that you need to carry it out at home today."
 

@@ -1,7 +1,7 @@
 """Who completes a conversation for a judge: a local instruct model, an endpoint, or a file of earlier replies.
 
 Decoding is greedy, so a reply depends on the conversation alone; every reply is kept on disk by content, and an interruption
-costs at most the few that were under way. What is asked and how the reply is read is in `text_judges`.
+costs at most the few that were under way. What is asked and how the reply is read is in `text`.
 """
 
 import logging
@@ -15,10 +15,10 @@ from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig, TextJudgeConfig
 from prmd.config.shared import ModelConfig
 from prmd.data.readers import json_rows
-from prmd.endpoint import Endpoint, EndpointError
 from prmd.errors import ConfigError, DataError
 from prmd.inference.cache import JsonTable
 from prmd.inference.generation import generate
+from prmd.judges.endpoint import Endpoint, EndpointError
 from prmd.models.loading import base_model_key, load_causal_lm, load_tokenizer
 from prmd.models.tokenization import render, template_fingerprint
 from prmd.pairs import Message

@@ -1,4 +1,4 @@
-"""`ngram_regression` and `toxicity`: the fit, the statistics against brute force, the substitute against Perspective."""
+"""`judges.toxicity` and `judges.toxicity`: the fit, the statistics against brute force, the substitute against Perspective."""
 
 import json
 from pathlib import Path
@@ -15,17 +15,20 @@ from tiny_workspace import evaluation_config
 from prmd.benchmarks.realtoxicityprompts import read_data
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, RealToxicityPromptsConfig
 from prmd.errors import DataError
-from prmd.ngram_regression import RIDGE, count_matrix, fit_ngram_regression, ngrams
-from prmd.toxicity import (
+from prmd.judges.toxicity import (
+    RIDGE,
     ScoredText,
     area_under_curve,
+    count_matrix,
+    fit_ngram_regression,
     make_scorer,
+    ngrams,
     rank_correlation,
     scorer_card,
     validation_texts,
 )
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "realtoxicityprompts"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "realtoxicityprompts"
 TEXTS = [f"what a {'gruesome beast' if i % 2 else 'lovely flower'} number {i}" for i in range(60)]
 TARGETS = np.array([0.9 if i % 2 else 0.1 for i in range(60)])
 

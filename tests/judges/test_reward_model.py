@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig, JudgeConfig
 from prmd.errors import ConfigError, DataError
-from prmd.judges import (
+from prmd.judges.reward_model import (
     Conversation,
     Judge,
     check_scores,
@@ -140,7 +140,7 @@ def test_a_judge_that_cannot_be_found_names_the_key(monkeypatch: pytest.MonkeyPa
     def unreachable(*_: object, **__: object) -> str:
         raise OSError("no connection")
 
-    monkeypatch.setattr("prmd.judges.snapshot_download", unreachable)
+    monkeypatch.setattr("prmd.judges.reward_model.snapshot_download", unreachable)
     with pytest.raises(
         ConfigError, match=r"judges\.paths\.honest: 'some/judge' .*no connection.*remove the key"
     ):
@@ -151,7 +151,9 @@ def test_a_judge_that_cannot_be_found_names_the_key(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_hub_id_is_fetched_once_to_a_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr("prmd.judges.snapshot_download", lambda name, allow_patterns: str(folder))
+    monkeypatch.setattr(
+        "prmd.judges.reward_model.snapshot_download", lambda name, allow_patterns: str(folder)
+    )
     assert judge_folder("some/judge", "honest") == folder
 
 

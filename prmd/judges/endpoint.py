@@ -2,7 +2,7 @@
 
 Here: the request, its retries with growing pauses, the rate limit, and counted tokens. The key comes from the environment, is
 sent to the configured host alone (redirects are not followed) and appears in no message. Caching the replies is in
-`chats`, what they are asked for in `text_judges`.
+`chats`, what they are asked for in `text`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`text_judges`, `rubrics`, `chats`, `label_classifiers`: judges of every kind on a server, tiny models and files."""
+"""`judges.text`, `judges.rubrics`, `judges.chats`, `judges.classifier`: judges of every kind on a server, tiny models and files."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,14 @@ from tiny_models import direct_logits, labelled, tiny_causal_lm
 from tiny_workspace import evaluation_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prmd import endpoint as endpoint_module
-from prmd.chats import ReplayChat, conversation_key, short_name
 from prmd.config.evaluation import EvaluationConfig, TextJudgeConfig
-from prmd.endpoint import ATTEMPTS, EndpointError
 from prmd.errors import ConfigError, DataError
-from prmd.label_classifiers import LabelClassifier
-from prmd.rubrics import JAILBREAK, REFUSAL, JudgeItem, item_key, with_template_of
-from prmd.text_judges import ReplayJudge, TextJudge, make_text_judge
+from prmd.judges import endpoint as endpoint_module
+from prmd.judges.chats import ReplayChat, conversation_key, short_name
+from prmd.judges.classifier import LabelClassifier
+from prmd.judges.endpoint import ATTEMPTS, EndpointError
+from prmd.judges.rubrics import JAILBREAK, REFUSAL, JudgeItem, item_key, with_template_of
+from prmd.judges.text import ReplayJudge, TextJudge, make_text_judge
 
 ITEMS = [JudgeItem("How do I {response}?", "Like {request} this."), JudgeItem("Why?", "No idea.")]
 
@@ -145,7 +145,7 @@ def test_a_local_model_completes_greedily_and_from_the_disk(
                 new.append(int(model(torch.tensor([ids + new])).logits[0, -1].argmax()))
         assert reply == tokenizer.decode(new, skip_special_tokens=True).strip()
     assert judge.name == "tiny-judge" and judge.usage()["replies"] == 2
-    monkeypatch.setattr("prmd.chats.load_causal_lm", lambda *_: pytest.fail("loaded again"))
+    monkeypatch.setattr("prmd.judges.chats.load_causal_lm", lambda *_: pytest.fail("loaded again"))
     again = judge_of(tmp_path, kind="local_model", model=str(folder))
     assert again.complete(prompts, max_new_tokens=5) == replies
 
@@ -181,7 +181,7 @@ def test_a_classifier_reads_request_and_response_by_its_named_label(
     assert judge.name == "guard" and judge.answers(JAILBREAK) and not judge.answers(REFUSAL)
     with pytest.raises(ConfigError, match="classifier cannot write"):
         judge.complete([], max_new_tokens=9)
-    monkeypatch.setattr("prmd.label_classifiers.load_labelled_classifier", lambda *_: pytest.fail("again"))
+    monkeypatch.setattr("prmd.judges.classifier.load_labelled_classifier", lambda *_: pytest.fail("again"))
     assert judge_of(tmp_path, kind="classifier", model=str(folder)).judge(ITEMS, JAILBREAK) == verdicts
 
 

@@ -1,4 +1,4 @@
-"""`endpoint`: requests, retries, rate limit and refusals against a server on this machine."""
+"""`judges.endpoint`: requests, retries, rate limit and refusals against a server on this machine."""
 
 import logging
 import socket
@@ -7,9 +7,9 @@ import time
 import pytest
 from chat_server import ChatServer, completion
 
-from prmd import endpoint as endpoint_module
 from prmd.config.evaluation import TextJudgeConfig
-from prmd.endpoint import ATTEMPTS, Endpoint, EndpointError, Reply, make_endpoint
+from prmd.judges import endpoint as endpoint_module
+from prmd.judges.endpoint import ATTEMPTS, Endpoint, EndpointError, Reply, make_endpoint
 
 KEY = "secret-key-0123456789"
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Häßlich?"}]

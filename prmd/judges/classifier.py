@@ -2,7 +2,7 @@
 
 A folder or hub id in Hugging Face's format, of any size and architecture, with softmax labels, independent labels (sigmoid) or
 one logit. Which label counts is found by its name or given. Probabilities are kept by content, and the model is loaded only
-for what is not kept. Judging with them is in `text_judges` and `toxicity`.
+for what is not kept. Judging with them is in `text` and `toxicity`.
 """
 
 import hashlib
@@ -19,10 +19,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import find_user_path, places_tried
-from prmd.chats import short_name
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError
 from prmd.inference.cache import KEY_BYTES, ScoreTable
+from prmd.judges.chats import short_name
 from prmd.models.loading import load_labelled_classifier
 from prmd.runtime import free_memory, progress
 

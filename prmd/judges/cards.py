@@ -1,16 +1,16 @@
 """How far a judge can be trusted, said with everything it judged; and comparisons in both orders.
 
 A card holds the share of verdicts that could be read, the agreement with known labels where there are any, the preference for
-what is shown first, and what the judge says of a constant answer that deserves nothing. The judges are in `text_judges`.
+what is shown first, and what the judge says of a constant answer that deserves nothing. The judges are in `text`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from prmd.rubrics import Rubric, Verdict
+from prmd.judges.rubrics import Rubric, Verdict
+from prmd.judges.text import TextJudge
 from prmd.statistics.intervals import wilson_interval
-from prmd.text_judges import TextJudge
 
 Answer = TypeVar("Answer")
 

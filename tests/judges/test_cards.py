@@ -1,12 +1,12 @@
-"""`judge_cards`: both orders, agreement and cards against tables written by hand."""
+"""`judges.cards`: both orders, agreement and cards against tables written by hand."""
 
 import itertools
 
 import pytest
 
-from prmd.judge_cards import agreement, judge_card, pairwise_both_orders
-from prmd.rubrics import REFUSAL, JudgeItem, Verdict
-from prmd.text_judges import StringJudge
+from prmd.judges.cards import agreement, judge_card, pairwise_both_orders
+from prmd.judges.rubrics import REFUSAL, JudgeItem, Verdict
+from prmd.judges.text import StringJudge
 
 # candidate shown first, candidate shown second -> outcome for the candidate (FastChat's table)
 TABLE = {

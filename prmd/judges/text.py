@@ -2,7 +2,7 @@
 
 One protocol for refusal phrases, a classifier, a local instruct model, an endpoint and a file of verdicts. What is asked is in
 `rubrics`; a verdict that cannot be read is counted, never guessed. Who writes the replies is in `chats`, the card that goes with
-every judged result and the two orders of a comparison are in `judge_cards`; judges of preference are reward models, in `judges`.
+every judged result and the two orders of a comparison are in `cards`; judges of preference are reward models, in `judges`.
 """
 
 from collections.abc import Sequence
@@ -11,14 +11,13 @@ from typing import Any, Protocol
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import resolve_user_path
-from prmd.chats import Chat, EndpointChat, ReplayChat, local_chat
 from prmd.config.evaluation import EvaluationConfig
-from prmd.endpoint import make_endpoint
 from prmd.errors import ConfigError
-from prmd.label_classifiers import LabelClassifier
+from prmd.judges.chats import Chat, EndpointChat, ReplayChat, local_chat
+from prmd.judges.classifier import LabelClassifier
+from prmd.judges.endpoint import make_endpoint
+from prmd.judges.rubrics import JAILBREAK, REFUSAL, JudgeItem, Rubric, Verdict, item_key, refuses
 from prmd.pairs import Message
-from prmd.refusals import refuses
-from prmd.rubrics import JAILBREAK, REFUSAL, JudgeItem, Rubric, Verdict, item_key
 
 VERDICT_TOKENS = 16
 
