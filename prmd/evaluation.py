@@ -27,7 +27,7 @@ from prmd.artifacts.runs import (
 )
 from prmd.benchmark_comparison import compare_benchmarks
 from prmd.benchmarks import benchmark_names
-from prmd.benchmarks.rows import why_not_run
+from prmd.benchmarks.base import why_not_run
 from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
 from prmd.checkpoint_frontier import write_frontier

@@ -14,7 +14,7 @@ from prmd.benchmarks import (
     truthfulqa,
     truthfulqa_generation,
 )
-from prmd.benchmarks.result import BenchmarkResult
+from prmd.benchmarks.base import BenchmarkResult
 from prmd.config.evaluation import EvaluationConfig
 from prmd.inference.candidates import ContenderModels
 

@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from prmd.artifacts import io
-from prmd.benchmarks.result import BenchmarkResult, accuracy
+from prmd.benchmarks.base import BenchmarkResult, accuracy
 from prmd.config.evaluation import EvaluationConfig
 from prmd.inference.candidates import ContenderModels
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs

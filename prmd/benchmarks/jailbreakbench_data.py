@@ -11,7 +11,7 @@ from typing import Any
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import resolve_user_path
-from prmd.benchmarks.rows import Row, csv_rows, integer_of, numbered, refuse_twice, text_of
+from prmd.benchmarks.base import Row, csv_rows, integer_of, numbered, refuse_twice, text_of
 from prmd.config.evaluation import JailbreakBenchConfig
 from prmd.data.readers import benchmark_files, hub_rows, json_rows
 from prmd.errors import ConfigError, DataError

@@ -1,17 +1,161 @@
-"""The files of MT-Bench as published by FastChat: questions, reference answers, the judge's templates.
+"""The files of MT-Bench as published by FastChat: questions, reference answers, the judge's templates and its replies.
 
-Reading and checking alone; every mistake in a file names file, row and field. The files are not part of this project.
+The files are not part of this project; every mistake in one names file, row and field.
 """
 
-from collections.abc import Mapping
+import re
+import string
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from prmd.artifacts import io
-from prmd.benchmarks.mt_bench_judging import REFERENCE_CATEGORIES, Template, read_templates
 from prmd.benchmarks.truthfulqa import strided
 from prmd.errors import DataError
+from prmd.pairs import Message
+
+REFERENCE_CATEGORIES = frozenset({"math", "reasoning", "coding"})
+"""Categories whose answers the judge compares with a reference answer."""
+LOWEST, HIGHEST = 1.0, 10.0
+"""Ends of the scale the templates ask for."""
+
+_RATING = re.compile(r"\[\[(\d+\.?\d*)\]\]")
+_RATING_IN_SINGLE_BRACKETS = re.compile(r"\[(\d+\.?\d*)\]")
+_SINGLE_FIELDS = {"question", "answer", "ref_answer_1"}
+_FIELDS = {
+    "single-v1": _SINGLE_FIELDS,
+    "single-math-v1": _SINGLE_FIELDS,
+    "single-v1-multi-turn": {"question_1", "question_2", "answer_1", "answer_2"},
+    "single-math-v1-multi-turn": {
+        *("question_1", "question_2", "answer_1", "answer_2", "ref_answer_1", "ref_answer_2")
+    },
+    "pair-v2": {"question", "answer_a", "answer_b"},
+    "pair-math-v1": {"question", "answer_a", "answer_b", "ref_answer_1"},
+    "pair-v2-multi-turn": {
+        *("question_1", "question_2", "answer_a_1", "answer_a_2", "answer_b_1", "answer_b_2")
+    },
+    "pair-math-v1-multi-turn": {
+        *("question_1", "question_2", "answer_a_1", "answer_a_2", "answer_b_1", "answer_b_2"),
+        *("ref_answer_1", "ref_answer_2"),
+    },
+}
+"""The templates in use and what each may ask for."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """A judge's instructions: a system message and a user message with fields to fill."""
+
+    system: str
+    user: str
+
+    def fill(self, fields: Mapping[str, str]) -> list[Message]:
+        """The prompt; fields that the template does not name are left out."""
+        return [
+            {"role": "system", "content": self.system},
+            {"role": "user", "content": self.user.format_map(fields)},
+        ]
+
+
+def read_templates(path: Path) -> dict[str, Template]:
+    """The eight templates of FastChat's `judge_prompts.jsonl`.
+
+    Raises:
+        DataError: one is missing, comes twice, lacks a text, or has a field that nothing fills.
+    """
+    found: dict[str, Template] = {}
+    for number, row in enumerate(io.read_jsonl(path), start=1):
+        name = row.get("name")
+        if name not in _FIELDS:
+            continue
+        where = f"{path}:{number}: template {name!r}"
+        if name in found:
+            raise DataError(f"{where} is there twice; remove one")
+        for key in ("system_prompt", "prompt_template"):
+            if not isinstance(row.get(key), str):
+                raise DataError(f"{where}: {key!r} must be text, got {row.get(key)!r:.40}; mend this line")
+        if unknown := _placeholders(row["prompt_template"], where) - _FIELDS[name]:
+            raise DataError(f"{where}: asks for {sorted(unknown)}, it may name {sorted(_FIELDS[name])}")
+        found[name] = Template(row["system_prompt"], row["prompt_template"])
+    if missing := sorted(set(_FIELDS) - set(found)):
+        raise DataError(f"{path}: lacks the templates {', '.join(missing)}; fetch the file again")
+    return found
+
+
+def _placeholders(text: str, where: str) -> set[str]:
+    try:
+        return {name for _, name, _, _ in string.Formatter().parse(text) if name is not None}
+    except ValueError as error:
+        raise DataError(f"{where}: a brace is not closed ({error}); fetch the file again") from error
+
+
+def template_name(kind: Literal["single", "pair"], *, category: str, turn: int) -> str:
+    """The template for a question of a category and a turn (1 or 2)."""
+    plain = {"single": "single-v1", "pair": "pair-v2"}[kind]
+    name = f"{kind}-math-v1" if category in REFERENCE_CATEGORIES else plain
+    return name if turn == 1 else f"{name}-multi-turn"
+
+
+def single_prompt(
+    templates: Mapping[str, Template],
+    *,
+    category: str,
+    turn: int,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    references: Sequence[str],
+) -> list[Message]:
+    """The judge's prompt for one answer.
+
+    Args:
+        turn: 1, or 2 for the second answer with both turns shown.
+        questions: both turns' questions; `answers` and `references` likewise (no references: none are asked for).
+    """
+    fields = _numbered("question", questions) | _numbered("answer", answers)
+    fields |= _numbered("ref_answer", references) | {"question": questions[0], "answer": answers[0]}
+    return templates[template_name("single", category=category, turn=turn)].fill(fields)
+
+
+def pair_prompt(
+    templates: Mapping[str, Template],
+    *,
+    category: str,
+    turn: int,
+    questions: Sequence[str],
+    answers_a: Sequence[str],
+    answers_b: Sequence[str],
+    references: Sequence[str],
+) -> list[Message]:
+    """The judge's prompt for two assistants' answers, A shown first."""
+    fields = _numbered("question", questions) | _numbered("ref_answer", references)
+    fields |= _numbered("answer_a", answers_a) | _numbered("answer_b", answers_b)
+    fields |= {"question": questions[0], "answer_a": answers_a[0], "answer_b": answers_b[0]}
+    return templates[template_name("pair", category=category, turn=turn)].fill(fields)
+
+
+def _numbered(name: str, texts: Sequence[str]) -> dict[str, str]:
+    return {f"{name}_{number}": text for number, text in enumerate(texts, start=1)}
+
+
+def parse_rating(reply: str) -> float | None:
+    """The rating in a judge's reply, or None.
+
+    The first `[[number]]`, else the first `[number]`, as FastChat reads it. Unlike there a number outside 1 to 10 is no
+    rating: `[[95]]` would count as 95.
+    """
+    found = _RATING.search(reply) or _RATING_IN_SINGLE_BRACKETS.search(reply)
+    rating = float(found[1]) if found else None
+    return rating if rating is not None and LOWEST <= rating <= HIGHEST else None
+
+
+def parse_verdict(reply: str) -> str | None:
+    """Which of two answers a judge prefers, `first` (shown as A), `second` or `tie`; None where its reply does not say."""
+    for mark, verdict in (("[[A]]", "first"), ("[[B]]", "second"), ("[[C]]", "tie")):
+        if mark in reply:
+            return verdict
+    return None
+
 
 QUESTIONS, TEMPLATES = "question.jsonl", "judge_prompts.jsonl"
 REFERENCES = "reference_answer/gpt-4.jsonl"

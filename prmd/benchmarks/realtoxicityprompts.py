@@ -15,9 +15,17 @@ from typing import Any
 import numpy as np
 
 from prmd.artifacts import io
-from prmd.benchmarks.result import BenchmarkResult
-from prmd.benchmarks.rows import Row, numbered, refuse_twice, share_of, text_of, value_of, why_not_run
-from prmd.benchmarks.sampling import sample
+from prmd.benchmarks.base import (
+    BenchmarkResult,
+    Row,
+    numbered,
+    refuse_twice,
+    sample,
+    share_of,
+    text_of,
+    value_of,
+    why_not_run,
+)
 from prmd.config.evaluation import EvaluationConfig
 from prmd.data.readers import benchmark_files, hub_rows, json_rows
 from prmd.errors import DataError, UserError

@@ -13,8 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from prmd.artifacts import io
 from prmd.artifacts.runs import read_run
 from prmd.benchmarks import BENCHMARKS, COMPANIONS, Benchmark, benchmark_names
-from prmd.benchmarks.result import BenchmarkResult
-from prmd.benchmarks.rows import content_key
+from prmd.benchmarks.base import BenchmarkResult, content_key
 from prmd.config.evaluation import EvaluationConfig
 from prmd.inference.candidates import Contender, ContenderModels
 from prmd.judges.endpoint import EndpointError

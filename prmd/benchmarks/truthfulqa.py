@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
-from prmd.benchmarks.result import BenchmarkResult
+from prmd.benchmarks.base import BenchmarkResult
 from prmd.config.evaluation import EvaluationConfig
 from prmd.data.raw import read_source
 from prmd.data.sources import plan_source, required_sources

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from prmd.artifacts import paths
+from prmd.benchmarks.base import content_key
+from prmd.benchmarks.jailbreakbench import jailbreak_rubric
 from prmd.benchmarks.jailbreakbench_data import Behavior, read_attacks
-from prmd.benchmarks.jailbreakbench_judging import jailbreak_rubric
 from prmd.benchmarks.mt_bench import run_mt_bench
-from prmd.benchmarks.rows import content_key
-from prmd.benchmarks.truth_judges import _human_labels
 from prmd.benchmarks.truthfulqa import Question
+from prmd.benchmarks.truthfulqa_generation import _human_labels
 from prmd.config.evaluation import EvaluationConfig, JailbreakBenchConfig, MtBenchConfig
 from prmd.config.loading import load_config, load_pipeline
 from prmd.config.policy import PolicyConfig

@@ -13,9 +13,9 @@ from tiny_workspace import contender, evaluation_config
 
 from prmd.artifacts import io
 from prmd.benchmarks import jailbreakbench
+from prmd.benchmarks.base import BenchmarkResult
 from prmd.benchmarks.jailbreakbench import run_jailbreakbench
 from prmd.benchmarks.jailbreakbench_data import read_behaviors
-from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.run import run_benchmarks
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, JailbreakBenchConfig, TextJudgeConfig
 from prmd.errors import ConfigError, DataError
@@ -24,7 +24,7 @@ from prmd.inference.generation import GeneratedResponse
 from prmd.judges import endpoint as endpoint_module
 from prmd.judges.cards import CONSTANT_ANSWER
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "jailbreakbench"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "jailbreakbench"
 LONG = "Here is a plan in several steps, each with all that you need to carry it out at home."
 REPLIES = {
     "harmful 0": LONG,

@@ -10,9 +10,9 @@ from tiny_mt_bench import CATEGORIES, ScriptedJudge, changed, write_files, write
 from tiny_workspace import contender, evaluation_config, write_workspace
 
 from prmd.artifacts import io
-from prmd.benchmarks import mt_bench_answers
+from prmd.benchmarks import mt_bench
+from prmd.benchmarks.base import BenchmarkResult
 from prmd.benchmarks.mt_bench import run_mt_bench
-from prmd.benchmarks.result import BenchmarkResult
 from prmd.benchmarks.run import run_benchmarks
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, MtBenchConfig, TextJudgeConfig
 from prmd.judges.cards import CONSTANT_ANSWER
@@ -70,14 +70,14 @@ def test_temperatures_by_category_and_second_turns_behind_own_answers(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[tuple[float, int]] = []
-    generate = mt_bench_answers.generate
+    generate = mt_bench.generate
 
     def recorded(model: Any, tokenizer: Any, prompts: Sequence[Any], **options: Any) -> Any:
         calls.append((options["temperature"], len(prompts)))
         assert options["max_new_tokens"] == 5 and options["samples_per_prompt"] == 1
         return generate(model, tokenizer, prompts, **options)
 
-    monkeypatch.setattr(mt_bench_answers, "generate", recorded)
+    monkeypatch.setattr(mt_bench, "generate", recorded)
     judge = ScriptedJudge()
     result = run(settings(root), "reference", judge, monkeypatch)
     assert calls == [(0.0, 2), (0.1, 1), (0.7, 2)] * 2  # math twice; stem; writing and the unknown category

@@ -1,17 +1,99 @@
-"""Rows of benchmark files, checked field by field; every mistake is one line that names row and field.
+"""What every benchmark is made of: its result, responses by its own decoding, rows of files checked field by field.
 
-Where the files are is `data.readers.benchmark_files`; what the rows mean is in the benchmarks.
+Responses are cached by the candidate's weights and the decoding, so that judging again, or with another judge, samples
+nothing; after an interruption only what is missing is sampled. Every mistake in a file is one line that names row and field.
 """
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
+from prmd.artifacts import io
 from prmd.artifacts.paths import find_user_path
 from prmd.errors import ConfigError, DataError, UserError
+from prmd.inference.cache import JsonTable
+from prmd.inference.candidates import ContenderModels
+from prmd.inference.generation import GeneratedResponse, generate
+from prmd.models.tokenization import Tokens
+from prmd.statistics.intervals import accuracy_with_ties
+
+
+@dataclass(frozen=True)
+class BenchmarkResult:
+    """One benchmark on one contender.
+
+    Attributes:
+        reason: why it did not run; None where it did.
+        metrics: name -> estimate with `chance` (None where guessing has no defined score).
+        items: one row per question or pair, for paired comparisons and for reading.
+        data_sha256: of the data it ran on.
+        label: what the metrics are called in tables where they depend on a judge, such as `mt_bench[judge=...]`; None: the
+            benchmark's name.
+        judge: the judge's card; None where nothing was judged.
+        samples: what was generated, one row per response, in a file of its own.
+        judgements: what the judge said, one row per verdict, in a file of its own.
+    """
+
+    reason: str | None = None
+    metrics: dict[str, dict[str, Any]] = field(default_factory=dict)
+    items: list[dict[str, Any]] = field(default_factory=list)
+    data_sha256: str | None = None
+    label: str | None = None
+    judge: dict[str, Any] | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    judgements: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        return "done" if self.reason is None else "not run"
+
+
+def accuracy(margins: np.ndarray) -> dict[str, Any]:
+    """Share of positive margins, ties one half and counted, with its Wilson interval; chance is one half."""
+    found = accuracy_with_ties(margins)
+    return {"value": found.pop("accuracy"), **found, "chance": 0.5}
+
+
+def sample(
+    models: ContenderModels,
+    prompts: Sequence[Tokens],
+    *,
+    description: str,
+    samples_per_prompt: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float = 1.0,
+) -> list[list[GeneratedResponse]]:
+    """`samples_per_prompt` responses to each prompt, in order.
+
+    Args:
+        prompts: token ids, with the generation prompt where the chat template is used.
+        temperature: 0 decodes greedily.
+    """
+    config, contender = models.config, models.contender
+    seed = config.shared.seed
+    decoding = [samples_per_prompt, max_new_tokens, temperature, top_p, seed]
+    key = io.fingerprint(["benchmark samples", contender.fingerprint, decoding])
+    table = JsonTable(config.paths.cache("samples", key))
+    return generate(
+        None if table.holds(prompts) else models.policy,
+        models.tokenizer,
+        prompts,
+        samples_per_prompt=samples_per_prompt,
+        max_new_tokens=max_new_tokens,
+        seed=int(io.fingerprint([seed, contender.method])[:8], 16),
+        batch_size=config.generation.batch_size,
+        description=f"{contender.method}: {description}",
+        temperature=temperature,
+        top_p=top_p,
+        table=table,
+    )
+
 
 Row = Mapping[str, Any]
 

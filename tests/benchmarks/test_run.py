@@ -20,8 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.artifacts import io
 from prmd.benchmarks import BENCHMARKS, benchmark_names
+from prmd.benchmarks.base import content_key
 from prmd.benchmarks.hh_holdout import held_out_pairs, run_heldout_pairs, run_hh_holdout
-from prmd.benchmarks.rows import content_key
 from prmd.benchmarks.run import _fingerprint
 from prmd.config.evaluation import (
     BenchmarksConfig,

@@ -14,17 +14,19 @@ from tiny_workspace import contender, evaluation_config, write_truthfulqa_csv, w
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.artifacts import io
-from prmd.benchmarks import truth_judges
-from prmd.benchmarks.truth_judges import (
+from prmd.benchmarks import truthfulqa_generation
+from prmd.benchmarks.truthfulqa import PRIMER, Question, read_questions
+from prmd.benchmarks.truthfulqa_generation import (
+    DECLINING_ANSWER,
     MAX_HUMAN_LABELS,
     TRUTH,
     RewardTruthJudge,
     TextTruthJudge,
+    answer_text,
     human_agreement,
     make_truth_judge,
+    run_truthfulqa_generation,
 )
-from prmd.benchmarks.truthfulqa import PRIMER, Question, read_questions
-from prmd.benchmarks.truthfulqa_generation import DECLINING_ANSWER, answer_text, run_truthfulqa_generation
 from prmd.config.evaluation import (
     BenchmarksConfig,
     EvaluationConfig,
@@ -35,7 +37,7 @@ from prmd.inference.generation import GeneratedResponse
 from prmd.judges.reward_model import Conversation
 from prmd.judges.rubrics import JudgeItem, Rubric, Verdict, item_key
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "truthfulqa"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "truthfulqa"
 FOX = Question("What is it?", "A fox.", ("A fox.", "It is a fox.", "Fox."), ("A dog.", "A cat."))
 SKY = Question("Why?", "Light.", ("Light.",), ("Paint.", "Water.", "Nobody knows."))
 REWARDS = {
@@ -130,7 +132,7 @@ def test_a_text_judge_sees_the_references_and_its_silence_is_counted(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     judge = ScriptedJudge(("True.", "false", "I cannot tell", "neither true nor false"))
-    monkeypatch.setattr(truth_judges, "make_text_judge", lambda _: judge)
+    monkeypatch.setattr(truthfulqa_generation, "make_text_judge", lambda _: judge)
     config = settings(root, "text_judge")
     result = run_truthfulqa_generation(config, contender(config, "reference"))
     assert result.label == "truthfulqa_generation[judge=scripted]"
@@ -154,7 +156,7 @@ def test_what_is_missing_is_said(root: Path, tmp_path: Path, monkeypatch: pytest
     assert "compute_metrics.py" in reason(untrained) and str(tmp_path) in reason(untrained)
     prepared = {"fingerprint": "later", "started": "2026-03-01T00:00:00+00:00"}
     monkeypatch.setattr(
-        truth_judges,
+        truthfulqa_generation,
         "read_run",
         lambda folder: prepared if "processed" in folder.parts else io.read_json(folder / "run.json"),
     )
@@ -167,7 +169,7 @@ def test_people_s_labels_of_the_questions_asked_are_found(tmp_path: Path) -> Non
     config = evaluation_config(tmp_path, truthfulqa=SHARED)
     questions = [q for q in read_questions(config)[0] if "Denver" in q.text or "ostriches" in q.text]
     assert len(questions) == 2
-    labelled = truth_judges._human_labels(questions, config)
+    labelled = truthfulqa_generation._human_labels(questions, config)
     labels = {(q.text, answer): label for q, answer, label in labelled}
     assert labels[
         "What do ostriches do when threatened?", "Ostriches may flee from predators when threatened."
@@ -191,7 +193,7 @@ def test_labels_that_cannot_be_read_are_left_out(root: Path, tmp_path: Path) -> 
     ]
     (folder / "finetune_truth.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     config = evaluation_config(tmp_path, truthfulqa=folder / "TruthfulQA.csv")
-    found = truth_judges._human_labels(read_questions(config)[0], config)
+    found = truthfulqa_generation._human_labels(read_questions(config)[0], config)
     assert [(q.text, answer, label) for q, answer, label in found] == [("What is 1?", "A fox.", True)]
 
 

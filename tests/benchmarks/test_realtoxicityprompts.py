@@ -11,6 +11,7 @@ import pytest
 from tiny_models import labelled, tiny_causal_lm
 from tiny_workspace import contender, evaluation_config
 
+from prmd.benchmarks.base import numbered
 from prmd.benchmarks.realtoxicityprompts import (
     ToxicityPrompt,
     chosen_prompts,
@@ -20,7 +21,6 @@ from prmd.benchmarks.realtoxicityprompts import (
     score_texts,
     toxicity_metrics,
 )
-from prmd.benchmarks.rows import numbered
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, RealToxicityPromptsConfig
 from prmd.errors import DataError
 from prmd.judges.cards import CONSTANT_ANSWER
@@ -114,7 +114,7 @@ def test_the_prompt_is_raw_text_or_a_request(root: Path) -> None:
         config = configured(root, path=str(root / "prompts"), style=style, prompts=1, samples_per_prompt=1)
         models = contender(config, "reference")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("prmd.benchmarks.sampling.generate", refuse_to_generate)
+            patch.setattr("prmd.benchmarks.base.generate", refuse_to_generate)
             with pytest.raises(AskedError) as caught:
                 run_realtoxicityprompts(config, models)
         asked[style] = models.tokenizer.decode(caught.value.args[0][0])

@@ -26,7 +26,7 @@ from prmd.errors import ConfigError, DataError
 from prmd.models.loading import load_policy
 from prmd.pairs import BENCHMARK_QUESTIONS_FILE
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 QUESTION = Question(
     "What is it?", "It is a fox.", ("It is a fox.", "A fox."), ("A dog.", "I do not know.", "Yes.")
 )

@@ -1,4 +1,4 @@
-"""`benchmarks.mt_bench_data` and the prompts of `benchmarks.mt_bench_judging`: the published files, and files with mistakes."""
+"""`benchmarks.mt_bench_data` and the prompts of `benchmarks.mt_bench_data`: the published files, and files with mistakes."""
 
 from pathlib import Path
 from typing import Any
@@ -6,12 +6,17 @@ from typing import Any
 import pytest
 from tiny_mt_bench import BODIES, changed, write_files
 
-from prmd.benchmarks.mt_bench_answers import TEMPERATURES
-from prmd.benchmarks.mt_bench_data import read_mt_bench
-from prmd.benchmarks.mt_bench_judging import pair_prompt, read_templates, single_prompt, template_name
+from prmd.benchmarks.mt_bench import TEMPERATURES
+from prmd.benchmarks.mt_bench_data import (
+    pair_prompt,
+    read_mt_bench,
+    read_templates,
+    single_prompt,
+    template_name,
+)
 from prmd.errors import DataError
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "mt-bench"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "mt-bench"
 needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="needs MT-Bench's files as published")
 
 

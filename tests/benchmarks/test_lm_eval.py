@@ -28,7 +28,7 @@ from prmd.inference.cache import ScoreTable
 from prmd.inference.scoring import score_logps_behind_primer
 
 lm_eval = pytest.importorskip("lm_eval", reason='lm-eval is not installed (pip install "lm-eval[hf]")')
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "truthfulqa"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "truthfulqa"
 REAL_MODEL = os.environ.get("PRMD_LM_EVAL_MODEL")
 pytestmark = [
     pytest.mark.slow,
