@@ -22,7 +22,7 @@ from prmd.config.loading import load_pipeline
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.data.prepare import download_dataset, split_objectives
-from prmd.evaluation import benchmark_eval, compute_metrics
+from prmd.evaluation.evaluate import benchmark_eval, compute_metrics
 from prmd.objectives import OBJECTIVES
 from prmd.policies.train import train_baseline_dpo, train_hierarchical, train_pessimistic
 from prmd.rewards.train import train_reward_model

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts run uninstalled, from any folder
 
-from prmd.evaluation import compute_metrics
+from prmd.evaluation.evaluate import compute_metrics
 from utils import run_stage
 
 if __name__ == "__main__":

@@ -26,11 +26,11 @@ from benchmarks.gold_world import (
     prompt_tokens,
 )
 from prmd.artifacts import io
+from prmd.evaluation.scores import ReferenceScores
 from prmd.inference.generation import GeneratedResponse, sample_rows
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
-from prmd.reference_scores import ReferenceScores
 from prmd.runtime import get_device, set_seed
 from prmd.training.trainer import PairData, PairLoss
 

@@ -128,7 +128,7 @@ def assemble(
     """The study's results from the files of its units.
 
     Returns:
-        `summary`, one row per (method, bias); `paired` against dpo; `falls` with the bias; `over_optimisation`, points over
+        `summary`, one row per (method, bias); `paired` against dpo; `falls` with the bias; `evaluation.over_optimisation`, points over
         sqrt(KL); `ablations`, lists of rows; `rewards.reward_model`; and how it was run.
     """
 

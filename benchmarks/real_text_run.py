@@ -19,11 +19,11 @@ from benchmarks.real_text_summary import checkpoint_row
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.artifacts.runs import read_run
-from prmd.checkpoint_frontier import checkpoint_contenders
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.data.prepare import download_dataset, split_objectives
 from prmd.errors import DataError
+from prmd.evaluation.held_out import Evaluation, checkpoint_contenders, judge_runs, measure, sample
 from prmd.inference.candidates import (
     REFERENCE,
     Contender,
@@ -37,7 +37,6 @@ from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
 from prmd.policies.methods import BASELINE
 from prmd.policies.train import train_baseline_dpo, train_pessimistic
-from prmd.policy_evaluation import Evaluation, judge_runs, measure, sample
 from prmd.rewards.train import train_judge, train_reward_model
 
 logger = logging.getLogger("prmd.real_text")

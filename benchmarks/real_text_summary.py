@@ -30,7 +30,7 @@ def checkpoint_row(metrics: dict[str, Any]) -> Row:
     """What is kept of one checkpoint: means in the form of the gold-reward study, and values of each prompt.
 
     Args:
-        metrics: of `policy_evaluation.measure`.
+        metrics: of `evaluation.held_out.measure`.
     """
     scores = metrics["per_prompt"]
     per_prompt = {f"win_rate/{k}": scores["win_rate"][k] for k in OBJECTIVES}

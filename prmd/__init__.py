@@ -1,8 +1,11 @@
-"""Pessimistic reward-model distillation: the library behind the numbered scripts.
+"""Pessimistic reward model distillation: the library behind the numbered scripts.
 
-Layers, each importing only the ones to its right: stages (data_preparation, reward_modeling, policy_training,
-evaluation) -> parts (preferences ... benchmarks) -> foundations (config ... provenance) and maths (losses ... kl).
-Start reading at `rewards.train.train_reward_model` or `policies.train.train_pessimistic`.
+Rooms, each importing only those before it: errors, objectives; pessimism, statistics; runtime; artifacts; config; pairs;
+report; models; data, training, inference; rewards; policies, judges; benchmarks; evaluation; setup_check.
+
+Read five files first, in this order: `pairs.py` (a preference pair), `pessimism/aggregation.py` (R(x, y) of all members),
+`pessimism/losses.py` (from R to the loss of a pair), `policies/targets.py` (what a method is trained towards),
+`training/trainer.py` (how).
 """
 
 import os

@@ -22,7 +22,7 @@ from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.data.prepare import download_dataset, split_objectives
 from prmd.errors import ConfigError
-from prmd.evaluation import benchmark_eval, compute_metrics
+from prmd.evaluation.evaluate import benchmark_eval, compute_metrics
 from prmd.models.tokenization import tokenize_pairs
 from prmd.pairs import read_pairs
 from prmd.policies.train import train_baseline_dpo, train_hierarchical, train_pessimistic
@@ -79,7 +79,7 @@ def finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Finished:
     shutil.copytree(MADE, tmp_path / "elsewhere")
     monkeypatch.setattr("gc.collect", lambda: 0)  # half a second each time, where no model was in memory
     monkeypatch.setattr("prmd.report.figures.plot_policy_training", lambda *arguments: [])
-    monkeypatch.setattr("prmd.evaluation.build_report", lambda paths: paths.report)
+    monkeypatch.setattr("prmd.evaluation.evaluate.build_report", lambda paths: paths.report)
     monkeypatch.setattr("datasets.load_dataset", refuse)
     return Finished(tmp_path / "elsewhere")
 

@@ -34,7 +34,7 @@ def test_a_second_run_reuses_everything_and_says_so(
     before = {d: (d / "run.json").read_bytes() for d in artifacts(copied) if d != copied.paths.metrics}
     files = shards(copied.root)
     no_model_loads(monkeypatch)
-    monkeypatch.setattr("prmd.evaluation.build_report", lambda paths: paths.report)
+    monkeypatch.setattr("prmd.evaluation.evaluate.build_report", lambda paths: paths.report)
     again = run_all(copied.root, copied.configs, [f"artifact_root={copied.root.as_posix()}"])
     assert all((d / "run.json").read_bytes() == content for d, content in before.items())
     assert shards(copied.root) == files

@@ -21,7 +21,7 @@ from prmd.config.shared import (
     TrainingConfig,
     TuningConfig,
 )
-from prmd.evaluation import compute_metrics
+from prmd.evaluation.evaluate import compute_metrics
 from prmd.judges import reward_model
 from prmd.objectives import OBJECTIVES
 from prmd.policies.preview import gate_file
@@ -44,7 +44,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes longer than these trainings and reads no model."""
     monkeypatch.setattr(figures, "plot_policy_training", lambda *arguments: [])
     monkeypatch.setattr(reward_figures, "plot_reward_model", lambda *arguments: [])
-    monkeypatch.setattr("prmd.evaluation.build_report", lambda paths: paths.report)
+    monkeypatch.setattr("prmd.evaluation.evaluate.build_report", lambda paths: paths.report)
 
 
 @dataclass

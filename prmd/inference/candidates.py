@@ -2,7 +2,7 @@
 
 Samples, log-probabilities and KL of a contender are cached by content, and its weights are loaded only for what the cache
 lacks. A LoRA policy and the reference are one model in memory (its adapters are switched off); a policy with full weights
-needs the reference beside it. What the numbers say is in `policy_metrics`, to be read next; judging is in `judges`.
+needs the reference beside it. What the numbers say is in `evaluation.metrics`, to be read next; judging is in `judges`.
 """
 
 import logging

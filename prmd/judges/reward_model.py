@@ -1,7 +1,7 @@
 """Who judges sampled responses: one protocol, and the judge that reads a reward model.
 
 A judge gives every response of a prompt a number, higher is better; calibration and win rates are made of these numbers in
-`policy_metrics`. A reward model judges well only if no policy was trained on it: by default it is trained on the `judge`
+`evaluation.metrics`. A reward model judges well only if no policy was trained on it: by default it is trained on the `judge`
 split (`rewards.train.train_judge`), or it is any one-logit classifier by folder or hub id.
 """
 

@@ -161,7 +161,7 @@ def plot_metrics(comparison_json: Path, directory: Path | None = None) -> list[P
         directory: where the PNGs go; beside the file by default.
 
     Returns:
-        Paths of `win_rates`, `worst_objective`, `kl_frontier`, `pareto`, `over_optimisation`, `length_win_rate`, `radar`, in
+        Paths of `win_rates`, `worst_objective`, `kl_frontier`, `pareto`, `evaluation.over_optimisation`, `length_win_rate`, `radar`, in
         this order.
     """
     comparison = io.read_json(comparison_json)

@@ -1,7 +1,7 @@
 """One way to make every interval of an evaluation: the same resamples of prompts, from one seed.
 
 What lives here: `Resampling`, which binds the number of resamples and the seed to the intervals of `intervals` and the
-length control of `paired_tests`. What does not: the formulas of the intervals. Read `policy_metrics` next.
+length control of `paired_tests`. What does not: the formulas of the intervals. Read `evaluation.metrics` next.
 """
 
 from dataclasses import dataclass

@@ -30,7 +30,7 @@ from prmd.config.evaluation import (
     MtBenchConfig,
     TextJudgeConfig,
 )
-from prmd.evaluation import benchmark_eval
+from prmd.evaluation.evaluate import benchmark_eval
 from prmd.models.loading import load_policy
 from prmd.models.tokenization import tokenize_row
 from prmd.objectives import OBJECTIVES
@@ -113,7 +113,7 @@ def test_every_configured_benchmark_is_known_and_held_out_pairs_go_with_hh() -> 
 def test_the_stage_writes_every_result_reuses_it_and_says_what_did_not_run(
     workspace: EvaluationConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("prmd.evaluation.build_report", lambda paths: paths.report)
+    monkeypatch.setattr("prmd.evaluation.evaluate.build_report", lambda paths: paths.report)
     with caplog.at_level(logging.INFO):
         assert benchmark_eval(workspace) == workspace.paths.outputs / "benchmarks"
     for name in benchmark_names(workspace):

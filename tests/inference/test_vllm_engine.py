@@ -16,7 +16,7 @@ from tiny_workspace import contender, evaluation_config, policy_config, write_wo
 from prmd.config.evaluation import EvaluationConfig, GenerationConfig
 from prmd.config.shared import CalibrationConfig
 from prmd.errors import ConfigError
-from prmd.evaluation import compute_metrics
+from prmd.evaluation.evaluate import compute_metrics
 from prmd.inference.candidates import EvaluationPrompt, evaluation_prompts
 from prmd.inference.generation import stop_token
 from prmd.inference.reference import reference_samples

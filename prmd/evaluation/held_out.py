@@ -1,8 +1,8 @@
-"""One evaluation: the same prompts, decoding and judges for every method, and the files it writes.
+"""One evaluation: the same prompts, decoding and judges for every method and its checkpoints, and the files it writes.
 
-What lives here: who is compared on what (`Evaluation`), sampling and scoring all methods, and `<method>.json` with its
-samples. What does not: the numbers (`policy_metrics`, `proxies`), when it runs and what is made of it (`evaluation`, to be
-read next).
+Methods that end at different KL are compared along their way there: every kept checkpoint may answer some of the prompts
+(`generation.checkpoints`), judged as the policies are. Off by default, because every checkpoint costs as much sampling as a
+policy.
 """
 
 import logging
@@ -17,19 +17,18 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
+from prmd.evaluation.metrics import SampledMethod, judging_metrics, method_metrics
+from prmd.evaluation.over_optimisation import best_of_n_curves
+from prmd.evaluation.scores import MemberScores, ReferenceScores, proxy_metrics
 from prmd.inference.candidates import REFERENCE, Contender, ContenderModels, EvaluationPrompt
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER
 from prmd.judges.reward_model import Conversation, Judge, check_scores
+from prmd.models.loading import weights_fingerprint
 from prmd.models.tokenization import tokenize_row
-from prmd.over_optimisation import best_of_n_curves
-from prmd.policy_metrics import SampledMethod, method_metrics
-from prmd.proxies import MemberScores, proxy_metrics
-from prmd.reference_scores import ReferenceScores
 from prmd.rewards.reward_model import RewardModel
 from prmd.runtime import free_memory
 from prmd.statistics.resampling import Resampling
-from prmd.verdicts import judging_metrics
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +89,7 @@ class Evaluation:
         return {k: m.fingerprint for k, m in zip(objectives, self.reward_models, strict=False)}
 
     def describe(self, contender: Contender) -> dict[str, Any]:
-        """The `evaluation` part of a method's file."""
+        """The `evaluate` part of a method's file."""
         generation = self.config.generation
         return {
             "fingerprint": self.fingerprint,
@@ -292,4 +291,75 @@ def _sample_row(
         "prompt": list(prompt.messages),
         "objective": prompt.objective,
         "responses": judged,
+    }
+
+
+FRONTIER_FILE = "frontier.json"
+
+
+def write_frontier(evaluation: Evaluation, contenders: Sequence[Contender]) -> None:
+    """Bring `frontier.json` up to date with the configuration: write it, keep it where it is current, or remove it."""
+    path = evaluation.config.paths.metrics / FRONTIER_FILE
+    wanted = evaluation.config.generation.checkpoints == "all"
+    key = io.fingerprint([evaluation.fingerprint, [c.fingerprint for c in contenders]])
+    current = path.is_file() and io.read_json(path)["fingerprint"] == key
+    if wanted and not current:
+        first = evaluation.prompts[: evaluation.config.generation.checkpoint_prompts]
+        io.write_json(path, {"fingerprint": key, **_frontier(replace(evaluation, prompts=first), contenders)})
+    elif not current:
+        path.unlink(missing_ok=True)
+
+
+def checkpoint_contenders(contender: Contender) -> list[Contender]:
+    """The checkpoints between start and end of one policy's training, in order, then the policy itself.
+
+    They are named by their share in percent; `start` is the reference, `end` the policy, `best` a copy of one of them.
+    """
+    if contender.directory is None:
+        return []
+    folders = (contender.directory / "checkpoints").glob("*")
+    kept = sorted((f for f in folders if f.name.isdigit()), key=lambda folder: int(folder.name))
+    between = [
+        replace(
+            contender,
+            method=f"{contender.method}@{folder.name}",
+            directory=folder,
+            fingerprint=io.fingerprint([contender.fingerprint, weights_fingerprint(folder)]),
+        )
+        for folder in kept
+    ]
+    return [*between, contender]
+
+
+def _frontier(evaluation: Evaluation, contenders: Sequence[Contender]) -> dict[str, Any]:
+    """`prompts`, `reference` (its mean of the minimum) and `points`, one per policy and checkpoint."""
+    stages = {c.method: checkpoint_contenders(c) for c in contenders if c.method != REFERENCE}
+    several = [(method, stage) for method, found in stages.items() for stage in found]
+    logger.info(
+        "frontier: %d checkpoints of %d policies answer %d prompts each",
+        *(len(several) - len(stages), len(stages), len(evaluation.prompts)),
+    )
+    runs = [sample(evaluation, contender) for contender in (evaluation.reference, *(s for _, s in several))]
+    verdicts = judge_runs(evaluation, runs)
+    measured = [
+        measure(evaluation, run, raw, runs[0], verdicts)[0]
+        for run, raw in zip(runs, verdicts.raw, strict=True)
+    ]
+    points = [
+        _point(method, stage.method.removeprefix(method).removeprefix("@") or "end", found)
+        for (method, stage), found in zip(several, measured[1:], strict=True)
+    ]
+    reference = {"mean_of_min": measured[0]["mean_of_min"]}
+    return {"prompts": len(evaluation.prompts), "reference": reference, "points": points}
+
+
+def _point(method: str, checkpoint: str, metrics: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "method": method,
+        "checkpoint": checkpoint,
+        "kl": metrics["kl"]["per_response"],
+        "worst": metrics["worst_objective"]["win_rate"],
+        "mean_of_min": metrics["mean_of_min"],
+        "win_rate": {k: v["win_rate"] for k, v in metrics["objectives"].items()},
+        "mean_reward": {k: v["mean_reward"] for k, v in metrics["objectives"].items()},
     }

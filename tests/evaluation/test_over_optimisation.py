@@ -1,4 +1,4 @@
-"""`over_optimisation`: best of n against enumeration, a known optimum, and policies in the same units."""
+"""`evaluation.over_optimisation`: best of n against enumeration, a known optimum, and policies in the same units."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from prmd.over_optimisation import best_of_n_curves, policy_points
+from prmd.evaluation.over_optimisation import best_of_n_curves, policy_points
 from prmd.statistics.resampling import Resampling
 
 RESAMPLING = Resampling(200, 0)

@@ -1,10 +1,10 @@
-"""`benchmark_comparison`: which outcome of an item is compared, with which test, on which items."""
+"""`evaluation.comparison`: which outcome of an item is compared, with which test, on which items."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from prmd.benchmark_comparison import compare_benchmarks, item_outcomes
+from prmd.evaluation.comparison import compare_benchmarks, item_outcomes
 from prmd.statistics.resampling import Resampling
 
 RESAMPLING = Resampling(500, 0)

@@ -1,4 +1,4 @@
-"""`evaluation` with `inference.candidates`, `policy_evaluation` and `policy_metrics`: files, reuse, KL and every number recomputed."""
+"""`evaluation.evaluate` with `inference.candidates`, `evaluation.held_out` and `evaluation.metrics`: files, reuse, KL and every number recomputed."""
 
 import itertools
 import logging
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import DataError
-from prmd.evaluation import compute_metrics
+from prmd.evaluation.evaluate import compute_metrics
 from prmd.inference.candidates import ContenderModels, evaluation_prompts, find_contenders
 from prmd.inference.generation import GeneratedResponse
 from prmd.models.loading import load_policy, load_tokenizer
@@ -33,7 +33,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing every figure takes seconds and has tests of its own."""
-    monkeypatch.setattr("prmd.evaluation.build_report", lambda paths: paths.report)
+    monkeypatch.setattr("prmd.evaluation.evaluate.build_report", lambda paths: paths.report)
 
 
 def metrics_of(config: EvaluationConfig, method: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`policy_metrics`: every number by loops or closed forms, from arrays alone."""
+"""`evaluation.metrics`: every number by loops or closed forms, from arrays alone."""
 
 import dataclasses
 import math
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from prmd.evaluation.metrics import SampledMethod, method_metrics
+from prmd.evaluation.scores import ReferenceScores
 from prmd.objectives import OBJECTIVES
-from prmd.policy_metrics import SampledMethod, method_metrics
-from prmd.reference_scores import ReferenceScores
 from prmd.statistics.resampling import Resampling
 
 

@@ -1,10 +1,10 @@
-"""`proxies`: P15 to P17 by loops over members and samples, and what equal policies get."""
+"""`evaluation.scores`: P15 to P17 by loops over members and samples, and what equal policies get."""
 
 import numpy as np
 import pytest
 
+from prmd.evaluation.scores import MemberScores, proxy_metrics
 from prmd.objectives import OBJECTIVES
-from prmd.proxies import MemberScores, proxy_metrics
 from prmd.statistics.resampling import Resampling
 
 RESAMPLING = Resampling(200, 0)

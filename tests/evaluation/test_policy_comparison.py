@@ -1,4 +1,4 @@
-"""`policy_comparison`: paired tests, win matrix, front and refusals, from method files made of arrays."""
+"""`evaluation.comparison`: paired tests, win matrix, front and refusals, from method files made of arrays."""
 
 from typing import Any
 
@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from prmd.errors import DataError
+from prmd.evaluation.comparison import SHARED_PARTS, check_comparable, compare_methods, win_matrix
+from prmd.evaluation.metrics import SampledMethod, method_metrics
+from prmd.evaluation.scores import ReferenceScores
 from prmd.objectives import OBJECTIVES
-from prmd.policy_comparison import SHARED_PARTS, check_comparable, compare_methods, win_matrix
-from prmd.policy_metrics import SampledMethod, method_metrics
-from prmd.reference_scores import ReferenceScores
 from prmd.statistics.resampling import Resampling
 
 RESAMPLING = Resampling(200, 0)

@@ -1,4 +1,4 @@
-"""`checkpoint_frontier`, policies of another approach, and proxies, on tiny models: which files say what, and reuse."""
+"""`evaluation.held_out`, policies of another approach, and proxies, on tiny models: which files say what, and reuse."""
 
 import logging
 import shutil
@@ -10,14 +10,13 @@ from tiny_workspace import write_lora_policy, write_reward_models, write_workspa
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.checkpoint_frontier import checkpoint_contenders
 from prmd.config.evaluation import EvaluationConfig
-from prmd.evaluation import compute_metrics
+from prmd.evaluation.evaluate import compute_metrics
+from prmd.evaluation.held_out import Evaluation, checkpoint_contenders
 from prmd.inference.candidates import Contender, find_contenders
 from prmd.judges.cards import CONSTANT_ANSWER
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.policy_evaluation import Evaluation
 from prmd.report.page import build_report
 
 
@@ -37,7 +36,7 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
 @pytest.fixture(scope="module")
 def finished(evaluated: EvaluationConfig) -> EvaluationConfig:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("prmd.evaluation.build_report", lambda paths: paths.report)
+        patch.setattr("prmd.evaluation.evaluate.build_report", lambda paths: paths.report)
         compute_metrics(evaluated)
     return evaluated
 
@@ -48,7 +47,7 @@ def with_generation(config: EvaluationConfig, **changes: object) -> EvaluationCo
 
 @pytest.fixture
 def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prmd.evaluation.build_report", lambda paths: paths.report)
+    monkeypatch.setattr("prmd.evaluation.evaluate.build_report", lambda paths: paths.report)
 
 
 # ------------------------------------------------------------------ checkpoints
@@ -96,7 +95,7 @@ def test_a_frontier_is_kept_while_it_is_current_and_removed_when_it_is_not(
         raise AssertionError("sampled again")
 
     with monkeypatch.context() as patch:
-        patch.setattr("prmd.checkpoint_frontier.sample", refuse)
+        patch.setattr("prmd.evaluation.held_out.sample", refuse)
         compute_metrics(config)
         compute_metrics(with_generation(config, checkpoints="none"))
     assert path.read_bytes() == before

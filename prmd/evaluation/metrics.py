@@ -1,8 +1,8 @@
-"""From judged samples to results: what is measured of one method.
+"""From judged samples to results: what is measured of one method, and how far its judges can be trusted.
 
-What lives here: arrays in, the dictionaries of `outputs/metrics/<approach>/<method>.json` out. Every estimate has its n
-(prompts, which are the clusters) and its interval over prompts. What does not: sampling and KL (`inference.candidates`), judging
-(`judges`), how methods compare (`policy_comparison`, to be read next), what the training ensemble thinks (`proxies`).
+Arrays in, the dictionaries of `outputs/metrics/<approach>/<method>.json` out. Every estimate has its n (prompts, which are
+the clusters) and its interval over prompts. A judge's sanity is what it gives an answer that says nothing, and how much it
+likes length.
 """
 
 import math
@@ -11,11 +11,43 @@ from typing import Any
 
 import numpy as np
 
+from prmd.evaluation.scores import ReferenceScores
 from prmd.inference.candidates import REFERENCE
-from prmd.reference_scores import ReferenceScores
 from prmd.statistics.intervals import minimum_band
 from prmd.statistics.outcomes import pairwise_win_rate, pareto_dominance_rate
 from prmd.statistics.resampling import Resampling, by_definition, with_chance
+
+
+def judging_metrics(
+    reference: ReferenceScores, constant: np.ndarray, lengths: np.ndarray, resampling: Resampling
+) -> dict[str, Any]:
+    """The constant answer's win rate against the reference, and the correlation of reward and length, per judge.
+
+    A judge that prefers one answer to every prompt over the reference rewards something else than answers.
+
+    Args:
+        constant: scores of the constant answer, [K, X, 1].
+        lengths: tokens of the reference samples, [X, m].
+
+    Returns:
+        Per objective `win_rate` and `length_correlation` (None where lengths or scores do not vary).
+    """
+    found = {}
+    for k, objective in enumerate(reference.objectives):
+        wins = pairwise_win_rate(constant[k], reference.raw[k])
+        found[objective] = {
+            "win_rate": with_chance(resampling.win_rate(wins), 0.5),
+            "length_correlation": _within_prompt_correlation(reference.raw[k], lengths),
+        }
+    return found
+
+
+def _within_prompt_correlation(scores: np.ndarray, lengths: np.ndarray) -> float | None:
+    """Correlation of [X, m] and [X, m] after taking each prompt's mean out of both."""
+    a, b = (values - values.mean(axis=1, keepdims=True) for values in (scores, lengths))
+    spread = float(np.sqrt((a * a).sum() * (b * b).sum()))
+    return float((a * b).sum() / spread) if spread > 0 else None
+
 
 LENGTH_WARNING = 0.1
 """A length-controlled win rate this far from the plain one is pointed out."""

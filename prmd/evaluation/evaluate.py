@@ -1,7 +1,7 @@
 """Stage 4: what the policies are worth, on held-out prompts by judges (`compute_metrics`) and on benchmarks (`benchmark_eval`).
 
 The stages decide order, reuse and records: sampling and KL are in `inference.candidates`, judges in `judges`, one evaluation of all
-methods in `policy_evaluation`, its numbers in `policy_metrics`, their comparison in `policy_comparison`, each benchmark in a module of `benchmarks`. One model is in memory at a time (two where a policy has full
+methods in `held_out`, its numbers in `metrics`, their comparison in `comparison`, each benchmark in a module of `benchmarks`. One model is in memory at a time (two where a policy has full
 weights and its KL is measured). What is finished with the same inputs is reused; what was interrupted goes on from
 `data/cache`.
 """
@@ -25,21 +25,19 @@ from prmd.artifacts.runs import (
     start_run,
     write_step_result,
 )
-from prmd.benchmark_comparison import compare_benchmarks
 from prmd.benchmarks import benchmark_names
 from prmd.benchmarks.base import why_not_run
 from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
-from prmd.checkpoint_frontier import write_frontier
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import DataError, UserError
+from prmd.evaluation.comparison import compare_benchmarks, compare_methods
+from prmd.evaluation.held_out import Evaluation, evaluate_methods, is_finished, write_frontier
 from prmd.inference.candidates import Contender, evaluation_prompts, find_contenders, policy_folders
 from prmd.judges.reward_model import Judge, given_judge, trained_judge
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PREPARE_COMMAND, read_pairs
-from prmd.policy_comparison import compare_methods
-from prmd.policy_evaluation import Evaluation, evaluate_methods, is_finished
 from prmd.report.evaluation_sections import benchmark_results, headline_section
 from prmd.report.page import build_report
 from prmd.report.tables import Table, format_estimate, format_number, to_markdown
