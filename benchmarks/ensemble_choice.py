@@ -7,7 +7,7 @@ it did not get, test and judge splits; val chose its checkpoint): accuracy and n
 beside those of r_0 on the same pairs, mean correlation of the members' margins, and whether their disagreement foretells
 the mean's mistakes. A larger slice would cost the backbone its pairs; here the backbone is given, so that cost is not in
 the table. How heads are fit is in `rewards.heads`; what the study with known
-rewards says is in `gold_heads`.
+rewards says is in `gold/heads.py`.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python benchmarks/gold_reward.py [--quick] [--workers 2] [--work FOLDER] [--output FILE]
 
-World (`gold_world`): prompts and responses are strings of letters; the true rewards r*_k of helpful, harmless and honest
+World (`gold/world.py`): prompts and responses are strings of letters; the true rewards r*_k of helpful, harmless and honest
 are counted in them, saturate, and conflict. A two-layer transformer fitted to a diverse prior is pi_ref. Preferences
-(`gold_labels`) between samples of pi_ref are drawn with
+(`gold/labels.py`) between samples of pi_ref are drawn with
 
     P(a preferred) = (1 - e) sigma(kappa (r*_k(a) - r*_k(b)) / s_k) + e / 2,   kappa = 1.5, e = .1,
 
@@ -13,7 +13,7 @@ Reward models, ensembles, calibration, robust rewards, distillation, DPO, sampli
 
 Shown, at equal KL from pi_ref and with intervals over seeds: (a) true win rate over rho for seven methods; (b) proxy and
 true reward over sqrt(KL); (c) worst objective and balance, raw and calibrated, DPO and distillation; (d) ensemble size,
-CVaR's alpha, beta, kl_target; and which heads make a good ensemble (`gold_heads`). Writes FILE (default:
+CVaR's alpha, beta, kl_target; and which heads make a good ensemble (`gold/heads.py`). Writes FILE (default:
 benchmarks/results/gold_reward.json) with its tables as Markdown and figures beside it. Finished trainings are kept in
 FOLDER, so an interrupted study goes on where it was. `--quick` runs two seeds at two biases, the ablations at one seed, and
 writes to FOLDER: 52 of the 212 policies, in 15 minutes by one worker on one core. CPU only, one thread a worker.
@@ -36,12 +36,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs uninstalled, from any folder
 
-from benchmarks.gold_page import page
-from benchmarks.gold_plan import FULL, QUICK
-from benchmarks.gold_run import run_study
+from benchmarks.gold.figures import plot_gold_reward
+from benchmarks.gold.page import page
+from benchmarks.gold.plan import FULL, QUICK
+from benchmarks.gold.run import run_study
 from prmd.artifacts import io
 from prmd.artifacts.paths import PROJECT_ROOT
-from prmd.plotting_study import plot_gold_reward
 from prmd.runtime import configure_logging, hardware
 from utils import user_errors_exit
 

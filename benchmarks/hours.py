@@ -17,9 +17,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs uninstalled, from any folder
 
-from benchmarks.speed_limit import DenseBatch
-from benchmarks.speed_setup import model_config
-from benchmarks.speed_shape import qwen_3b_shape, training_flops
+from benchmarks.side_by_side.limit import DenseBatch
+from benchmarks.side_by_side.setup import model_config
+from benchmarks.side_by_side.shape import qwen_3b_shape, training_flops
 from prmd.artifacts import io
 from prmd.artifacts.paths import CONFIG_DIR, find_user_path, places_tried
 from prmd.config.loading import load_config

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs uninstalled
 
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.speed_memory import dpo_peaks
-from benchmarks.speed_setup import Workload, command_line, model_config, publish
+from benchmarks.side_by_side.memory import dpo_peaks
+from benchmarks.side_by_side.setup import Workload, command_line, model_config, publish
 from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config.loading import load_config
 from prmd.config.shared import RewardModelConfig

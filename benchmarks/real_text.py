@@ -32,10 +32,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs uninstalled, from any folder
 
-from benchmarks.real_text_plan import FULL, LONGER_SHARE, MATCHED_KL, QUICK, Study
-from benchmarks.real_text_run import run_seeds
-from benchmarks.real_text_summary import study_results
-from benchmarks.real_text_tables import markdown
+from benchmarks.real_text.plan import FULL, LONGER_SHARE, MATCHED_KL, QUICK, Study
+from benchmarks.real_text.run import run_seeds
+from benchmarks.real_text.summary import study_results
+from benchmarks.real_text.tables import markdown
 from prmd.artifacts import io
 from prmd.artifacts.paths import PROJECT_ROOT
 from prmd.artifacts.runs import git_state, versions

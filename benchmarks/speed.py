@@ -28,9 +28,9 @@ import torch
 import transformers
 import trl
 
-from benchmarks.speed_memory import MEMORY_VOCABULARY, memory_row
-from benchmarks.speed_rows import Row, policy_rows, reward_row
-from benchmarks.speed_setup import (
+from benchmarks.side_by_side.memory import MEMORY_VOCABULARY, memory_row
+from benchmarks.side_by_side.rows import Row, policy_rows, reward_row
+from benchmarks.side_by_side.setup import (
     MAX_LENGTH,
     Workload,
     command_line,
@@ -39,7 +39,7 @@ from benchmarks.speed_setup import (
     publish,
     saved_models,
 )
-from benchmarks.speed_shape import cap_memory, qwen_3b_shape, shape_rows
+from benchmarks.side_by_side.shape import cap_memory, qwen_3b_shape, shape_rows
 from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config.loading import load_config
 from prmd.config.shared import RewardModelConfig

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.rewardbench import EXAMPLE_COUNTS, SECTIONS, overall_score, section_scores
 from prmd.benchmarks.mt_bench_data import parse_rating, parse_verdict
 from prmd.judges.cards import pairwise_both_orders
-from prmd.rewardbench import EXAMPLE_COUNTS, SECTIONS, overall_score, section_scores
 from prmd.statistics.paired_tests import length_controlled_win_rate
 
 GOLDEN = Path(__file__).parent / "golden"

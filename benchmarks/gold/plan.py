@@ -1,13 +1,13 @@
 """Which policies the gold-reward study trains: the main comparison and its ablations, at full and at quick size.
 
 Everything is data here: a `Preset` says how much is run, `main_units` and `ablations` list the units (`gold_policies.Unit`).
-A unit that several tables show is trained once. Files are in `gold_run`, numbers in `gold_summary`.
+A unit that several tables show is trained once. Files are in `gold/run.py`, numbers in `gold/summary.py`.
 """
 
 from dataclasses import dataclass, replace
 
-from benchmarks.gold_models import Sizes
-from benchmarks.gold_policies import Unit
+from benchmarks.gold.models import Sizes
+from benchmarks.gold.policies import Unit
 from prmd.config.policy import PolicySection
 
 Setting = tuple[tuple[str, float], ...]
@@ -29,7 +29,7 @@ class Preset:
         biases: rho of the main comparison.
         ablation_bias: rho of everything else; one of `biases`.
         ablations: names of the ablations to run, of `ablations`.
-        heads: also compare settings of the ensembles' heads (`gold_heads`).
+        heads: also compare settings of the ensembles' heads (`gold/heads.py`).
     """
 
     sizes: Sizes

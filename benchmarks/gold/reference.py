@@ -1,8 +1,8 @@
 """The world of one seed of the gold-reward study: the reference policy, its samples, their true rewards.
 
-pi_ref is fitted by maximum likelihood to the prior of `gold_world`; its samples make the preference data, calibrate the
+pi_ref is fitted by maximum likelihood to the prior of `gold/world.py`; its samples make the preference data, calibrate the
 reward models and are what policies are compared with. Everything is made once and kept in the seed's folder. How models
-are trained and sampled is in `gold_models`, preferences are in `gold_labels`, reward models in `gold_ensembles`.
+are trained and sampled is in `gold/models.py`, preferences are in `gold/labels.py`, reward models in `gold/ensembles.py`.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from benchmarks.gold_models import Samples, Sizes, fit, model_config, sample, score
-from benchmarks.gold_world import (
+from benchmarks.gold.models import Samples, Sizes, fit, model_config, sample, score
+from benchmarks.gold.world import (
     END,
     draw_prompts,
     draw_response,

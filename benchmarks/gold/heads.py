@@ -3,7 +3,7 @@
 For each share of the pairs kept from the backbone and each anchor: how well the mean member orders held-out samples, how
 alike the members are, whether their disagreement predicts errors, and what the closed-form gate reaches in TRUE rewards
 when the held-out samples of pi_ref are reweighted by a method's robust reward (`pessimism.kl_budget.gate_row`). Training the reward models
-themselves is in `gold_ensembles`, policies are in `gold_policies`.
+themselves is in `gold/ensembles.py`, policies are in `gold/policies.py`.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gold_ensembles import (
+from benchmarks.gold.ensembles import (
     backbone_features,
     fit_backbone,
     fit_heads,
@@ -23,8 +23,8 @@ from benchmarks.gold_ensembles import (
     pair_rows,
     split_pairs,
 )
-from benchmarks.gold_reference import World
-from benchmarks.gold_targets import calibrated_like
+from benchmarks.gold.reference import World
+from benchmarks.gold.targets import calibrated_like
 from prmd.artifacts import io
 from prmd.config.policy import PolicySection
 from prmd.config.shared import EnsembleConfig

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import gold_heads, gold_policies, gold_run
-from benchmarks.gold_labels import LabelledPairs, label_pairs, longer_share, preference_probability
-from benchmarks.gold_models import Sizes
-from benchmarks.gold_page import page
-from benchmarks.gold_plan import FULL, METHODS, QUICK, Preset, ablations, all_units, main_units
-from benchmarks.gold_run import run_study
-from benchmarks.gold_summary import (
+from benchmarks.gold import heads as gold_heads
+from benchmarks.gold import policies as gold_policies
+from benchmarks.gold import run as gold_run
+from benchmarks.gold.figures import plot_gold_reward
+from benchmarks.gold.labels import LabelledPairs, label_pairs, longer_share, preference_probability
+from benchmarks.gold.models import Sizes
+from benchmarks.gold.page import page
+from benchmarks.gold.plan import FULL, METHODS, QUICK, Preset, ablations, all_units, main_units
+from benchmarks.gold.run import run_study
+from benchmarks.gold.summary import (
     ablation_row,
     at_kl,
     curve_points,
@@ -24,8 +27,8 @@ from benchmarks.gold_summary import (
     summary_row,
     t_interval,
 )
-from benchmarks.gold_targets import calibrated_like, choose_members, take_sides
-from benchmarks.gold_world import (
+from benchmarks.gold.targets import calibrated_like, choose_members, take_sides
+from benchmarks.gold.world import (
     END,
     VOCABULARY,
     decode,
@@ -40,7 +43,6 @@ from benchmarks.gold_world import (
 from prmd.config.shared import EnsembleConfig
 from prmd.inference.generation import stop_token
 from prmd.models.tokenization import check_template, tokenize_prompt
-from prmd.plotting_study import plot_gold_reward
 from prmd.rewards import heads as rewards_heads
 
 TINY = Sizes(

@@ -5,7 +5,7 @@ matched KL; policies start at KL 0 with a win rate of one half. A run that never
 its own KL is what the row shows, and `reached` says how many got there. Intervals are Student's t over seeds, each seed a
 world of its own (reference, prompts, labels); the interval of a minimum over objectives is `statistics.intervals.minimum_band`.
 Two worst objectives: `worst_win_rate` is the smallest of the mean win rates; `worst_per_world`, the mean of every world's own
-smallest win rate, is a number of each world and so what can be paired. Which units there are is in `gold_plan`; figures of these numbers are in `prmd.plotting_study`.
+smallest win rate, is a number of each world and so what can be paired. Which units there are is in `gold/plan.py`; figures of these numbers are in `benchmarks.gold.figures`.
 """
 
 import itertools
@@ -217,7 +217,7 @@ def curve_points(runs: Sequence[Checkpoints]) -> list[Row]:
 
 
 def reward_model_rows(metrics: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """How good the reward models are, by objective and bias: means over seeds of `gold_ensembles.measure`."""
+    """How good the reward models are, by objective and bias: means over seeds of `gold.ensembles.measure`."""
     groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
     for entry in metrics:
         groups.setdefault((entry["objective"], entry["bias"]), []).append(entry)

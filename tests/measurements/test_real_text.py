@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from benchmarks.real_text_data import biased_subsample, longer_is_chosen, longer_share, prepare_biased
-from benchmarks.real_text_plan import FULL, METHODS, QUICK, Study
-from benchmarks.real_text_summary import (
+from benchmarks.real_text.data import biased_subsample, longer_is_chosen, longer_share, prepare_biased
+from benchmarks.real_text.plan import FULL, METHODS, QUICK, Study
+from benchmarks.real_text.summary import (
     checkpoint_row,
     estimate,
     matched,
@@ -19,7 +19,7 @@ from benchmarks.real_text_summary import (
     study_results,
     summary_row,
 )
-from benchmarks.real_text_tables import markdown
+from benchmarks.real_text.tables import markdown
 from prmd.artifacts import io
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError

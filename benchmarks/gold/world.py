@@ -9,7 +9,7 @@ A prompt is four distinct topics, a response a string of letters. With sat(n) = 
 
 Risky letters and dangerous topics set helpful against harmless, claims and hedges set it against honest. Everything
 saturates, and length beyond eight letters costs: what a reward model extrapolates linearly is wrong far from the data.
-Here: what is true, in numpy and strings. Not here: preferences drawn from it (`gold_labels`), models (`gold_models`).
+Here: what is true, in numpy and strings. Not here: preferences drawn from it (`gold/labels.py`), models (`gold/models.py`).
 """
 
 import itertools

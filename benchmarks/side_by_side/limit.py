@@ -1,6 +1,6 @@
 """The limit of a training's speed, the same model on dense batches, and runs in turn.
 
-What is compared with it is in `speed_trainings`.
+What is compared with it is in `side_by_side/trainings.py`.
 """
 
 import time
@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from benchmarks.speed_setup import SEED
-from benchmarks.speed_trainings import LEARNING_RATE, synchronize
+from benchmarks.side_by_side.setup import SEED
+from benchmarks.side_by_side.trainings import LEARNING_RATE, synchronize
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import get_device
 from prmd.training.batches import MicroBatch

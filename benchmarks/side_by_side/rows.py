@@ -1,7 +1,7 @@
 """The rows of the speed comparison: what is run against what, and what is made of the times.
 
 Every row has the same keys (`ROW_KEYS`); a number that was not measured is None. Ratios are taken within a repeat, whose
-runs follow one another, and their median is reported. How things are timed is in `speed_trainings`, memory in `speed_memory`.
+runs follow one another, and their median is reported. How things are timed is in `side_by_side/trainings.py`, memory in `side_by_side/memory.py`.
 """
 
 import gc
@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.speed_limit import DenseBatch, alternate, dense_batches, dense_pass, planned_batches
-from benchmarks.speed_setup import (
+from benchmarks.side_by_side.limit import DenseBatch, alternate, dense_batches, dense_pass, planned_batches
+from benchmarks.side_by_side.setup import (
     Models,
     Workload,
     processed_tokens,
     shares_prompts,
 )
-from benchmarks.speed_trainings import (
+from benchmarks.side_by_side.trainings import (
     BETA,
     SCORING_TOKENS,
     TimedTraining,

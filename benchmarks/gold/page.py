@@ -1,6 +1,6 @@
 """The numbers of the gold-reward study as Markdown tables.
 
-Pure functions of the study's results (`gold_run.assemble`); its figures are in `prmd.plotting_study`.
+Pure functions of the study's results (`gold.run.assemble`); its figures are in `benchmarks.gold.figures`.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The figures of the gold-reward study: true rewards over length bias, over-optimisation, balance, ablations.
 
 What lives here: `plot_gold_reward`, a pure function of `benchmarks/results/gold_reward.json`. What does not: numbers and
-intervals (`benchmarks.gold_summary` makes them, they are only drawn here), the canvas and palette (`report.figures`).
+intervals (`benchmarks.gold.summary` makes them, they are only drawn here), the canvas and palette (`report.figures`).
 """
 
 from collections.abc import Mapping, Sequence

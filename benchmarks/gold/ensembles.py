@@ -3,7 +3,7 @@
 A reward model is trained on the labelled pairs of one objective at one bias, starts from pi_ref's backbone, and gets its
 heads from the pairs of prompts it never saw (`rewards.heads.fit_ensemble`, shipped settings). Heads of a smaller ensemble are
 the first ones of a larger one, as every head has its own initialisation and bootstrap; member 0 of the scores here is the
-backbone's own reward r_0, the single reward model. Calibration and pessimism over the scores are in `gold_targets`.
+backbone's own reward r_0, the single reward model. Calibration and pessimism over the scores are in `gold/targets.py`.
 """
 
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaForSequenceClassification
 
-from benchmarks.gold_labels import BIAS_SHARE, LabelledPairs, label_pairs, longer_share
-from benchmarks.gold_models import fit, model_config, score
-from benchmarks.gold_reference import World
+from benchmarks.gold.labels import BIAS_SHARE, LabelledPairs, label_pairs, longer_share
+from benchmarks.gold.models import fit, model_config, score
+from benchmarks.gold.reference import World
 from prmd.artifacts import io
 from prmd.config.shared import EnsembleConfig, RewardModelConfig
 from prmd.models.sequence_models import SequenceRewards

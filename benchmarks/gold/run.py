@@ -2,7 +2,7 @@
 
 Every step writes its own file below `<work>/<key of the sizes>/seed-<n>/` and is skipped where that file is there; seeds are
 part of the file names and of every random generator, so what is run twice is the same twice (on one machine). What is run
-is in `gold_plan`, what comes of it in `gold_summary`; the command line is `gold_reward`.
+is in `gold/plan.py`, what comes of it in `gold/summary.py`; the command line is `gold_reward`.
 """
 
 import logging
@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.gold_ensembles import make_reward_model
-from benchmarks.gold_heads import FIT_FRACTIONS, heads_rows, study_heads
-from benchmarks.gold_labels import BIAS_SHARE, KAPPA, LABEL_NOISE
-from benchmarks.gold_models import Sizes
-from benchmarks.gold_plan import CHANGED, MATCHED_KL, METHODS, Preset, ablations, all_units, main_units
-from benchmarks.gold_policies import Unit, run_unit
-from benchmarks.gold_reference import World, build_world
-from benchmarks.gold_summary import (
+from benchmarks.gold.ensembles import make_reward_model
+from benchmarks.gold.heads import FIT_FRACTIONS, heads_rows, study_heads
+from benchmarks.gold.labels import BIAS_SHARE, KAPPA, LABEL_NOISE
+from benchmarks.gold.models import Sizes
+from benchmarks.gold.plan import CHANGED, MATCHED_KL, METHODS, Preset, ablations, all_units, main_units
+from benchmarks.gold.policies import Unit, run_unit
+from benchmarks.gold.reference import World, build_world
+from benchmarks.gold.summary import (
     ablation_row,
     curve_points,
     fall_rows,

@@ -2,7 +2,7 @@
 
 Every part lies in an artifact root of its own and is skipped where it is finished, so an interrupted study goes on where
 it stopped; the samples, log-probabilities and rewards of an unfinished part are in that root's cache. What is run is in
-`real_text_plan`, what comes of it in `real_text_summary`; the command line is `real_text`.
+`real_text/plan.py`, what comes of it in `real_text/summary.py`; the command line is `real_text`.
 """
 
 import json
@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.real_text_data import longer_is_chosen, longer_share, prepare_biased
-from benchmarks.real_text_plan import LONGER_SHARE, METHODS, Study
-from benchmarks.real_text_summary import checkpoint_row
+from benchmarks.real_text.data import longer_is_chosen, longer_share, prepare_biased
+from benchmarks.real_text.plan import LONGER_SHARE, METHODS, Study
+from benchmarks.real_text.summary import checkpoint_row
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.artifacts.runs import read_run
@@ -68,7 +68,7 @@ def run_seed(study: Study, seed: int, judges: Sequence[RewardModelJudge], model:
     """One seed from its biased pairs to its results.
 
     Returns:
-        `methods`: the checkpoints of every training from pi_ref on, as `real_text_summary` reads them; `rewards.reward_model`;
+        `methods`: the checkpoints of every training from pi_ref on, as `real_text/summary.py` reads them; `rewards.reward_model`;
         `longer_is_chosen` of the data.
     """
     shared, sizes = study.shared(seed, model), study.sizes

@@ -2,7 +2,7 @@
 
 Every training is `PairTrainer` on `SequenceLogps` or `SequenceRewards`, every sample `inference.generation.generate`, every score
 `inference.scoring.score_rows`: nothing of the method is written again here. The models are Llamas of two layers made from a
-configuration, in float32. The reference policy is in `gold_reference`, to be read next.
+configuration, in float32. The reference policy is in `gold/reference.py`, to be read next.
 """
 
 import tempfile
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerBase, TrainerCallback
 
-from benchmarks.gold_world import END, PAD, VOCABULARY, prompt_tokens
+from benchmarks.gold.world import END, PAD, VOCABULARY, prompt_tokens
 from prmd.artifacts import io
 from prmd.config.shared import EnsembleConfig, TrainingConfig
 from prmd.inference.cache import ScoreTable

@@ -2,7 +2,7 @@
 
 Every training is made, run and dropped in turn, so that each has the whole cap to itself. Weights, gradients and AdamW
 states are bfloat16 on both sides and layers are recomputed: the speed is that of a training, what it would learn is not
-looked at. Rows for models that fit beside each other are in `speed_rows`.
+looked at. Rows for models that fit beside each other are in `side_by_side/rows.py`.
 """
 
 import gc
@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config
 
-from benchmarks.speed_limit import DenseBatch, alternate, dense_batches, dense_pass, planned_batches
-from benchmarks.speed_rows import POLICY, Row, make_row, policy_data, ratio, timed_values
-from benchmarks.speed_setup import (
+from benchmarks.side_by_side.limit import DenseBatch, alternate, dense_batches, dense_pass, planned_batches
+from benchmarks.side_by_side.rows import POLICY, Row, make_row, policy_data, ratio, timed_values
+from benchmarks.side_by_side.setup import (
     PAIRS_PER_BATCH,
     Models,
     Workload,
@@ -26,7 +26,7 @@ from benchmarks.speed_setup import (
     random_models,
     shares_prompts,
 )
-from benchmarks.speed_trainings import (
+from benchmarks.side_by_side.trainings import (
     our_training,
     reward_objective,
     trl_dpo,

@@ -2,7 +2,7 @@
 
 Everything is the quickstart's configuration with overrides, so the stages are those of the project. One artifact root
 holds the unbiased data and the judges, one more each seed's biased pairs, reward models and policies. How pairs are
-chosen is in `real_text_data`, what is done with all this in `real_text_run`.
+chosen is in `real_text/data.py`, what is done with all this in `real_text/run.py`.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The real-text study as Markdown; its numbers are made in `real_text_summary`."""
+"""The real-text study as Markdown; its numbers are made in `real_text/summary.py`."""
 
 from collections.abc import Sequence
 from typing import Any

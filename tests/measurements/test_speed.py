@@ -9,11 +9,12 @@ import pytest
 import torch
 from tiny_models import tiny_causal_lm, tiny_config
 
-from benchmarks import speed, speed_shape
-from benchmarks.speed_limit import DenseBatch, alternate, dense_batches
-from benchmarks.speed_memory import memory_row
-from benchmarks.speed_rows import POLICY, ROW_KEYS, make_row, policy_data, ratio, timed_values
-from benchmarks.speed_setup import (
+from benchmarks import speed
+from benchmarks.side_by_side import shape as speed_shape
+from benchmarks.side_by_side.limit import DenseBatch, alternate, dense_batches
+from benchmarks.side_by_side.memory import memory_row
+from benchmarks.side_by_side.rows import POLICY, ROW_KEYS, make_row, policy_data, ratio, timed_values
+from benchmarks.side_by_side.setup import (
     PAIRS_PER_BATCH,
     Workload,
     choose_batches,
@@ -23,8 +24,8 @@ from benchmarks.speed_setup import (
     random_models,
     read_candidates,
 )
-from benchmarks.speed_shape import IsolatedRun, attention_row, shape_rows, training_flops
-from benchmarks.speed_trainings import our_scoring, our_training, trl_dpo
+from benchmarks.side_by_side.shape import IsolatedRun, attention_row, shape_rows, training_flops
+from benchmarks.side_by_side.trainings import our_scoring, our_training, trl_dpo
 from prmd.config.shared import DataConfig
 from prmd.models.attention import SDPA_OR_FLEX, AttentionShape
 from prmd.models.sequence_models import SequenceLogps

@@ -1,6 +1,6 @@
 """What a speed comparison runs on: preference pairs in the batches a training would have, and ways to make the models.
 
-Also the command line that the comparisons share. Timings are in `speed_trainings`, the rows of the table in `speed_rows`.
+Also the command line that the comparisons share. Timings are in `side_by_side/trainings.py`, the rows of the table in `side_by_side/rows.py`.
 """
 
 import argparse

@@ -1,10 +1,10 @@
 """The numbers of the real-text study: KL matched between checkpoints, intervals over prompts and over seeds.
 
-A measure is interpolated in sqrt(KL) between the checkpoints of one training by `gold_summary.at_kl`, prompt by prompt; a
+A measure is interpolated in sqrt(KL) between the checkpoints of one training by `gold.summary.at_kl`, prompt by prompt; a
 training that never reaches the KL counts at its end, and `reached` says so. Two intervals stand beside every mean:
 `prompts`, the bootstrap over the prompts of all seeds together (each seed has prompts of its own), for these trainings;
 `seeds`, Student's t over the seeds' means, for trainings, biased pairs and prompts drawn anew. Neither holds the chance
-in the judges, which are trained once. Where checkpoints come from is in `real_text_run`, the tables in `real_text_tables`.
+in the judges, which are trained once. Where checkpoints come from is in `real_text/run.py`, the tables in `real_text/tables.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gold_summary import at_kl, t_interval
+from benchmarks.gold.summary import at_kl, t_interval
 from prmd.objectives import OBJECTIVES
 from prmd.statistics.intervals import Estimate, minimum_band
 from prmd.statistics.resampling import Resampling
@@ -137,7 +137,7 @@ def study_results(
     """The contents of `real_text.json`.
 
     Args:
-        seeds: of `real_text_run.run_seed`.
+        seeds: of `real_text.run.run_seed`.
         judges: a row for each.
         kl: matched KL, nats per response.
         setup: how it was run.

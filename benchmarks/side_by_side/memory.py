@@ -1,6 +1,6 @@
 """Peak memory of DPO steps, ours beside TRL's, on a model so small that logits and not weights decide.
 
-The row of the speed comparison is made here, and what `memory_table` tabulates; speeds are in `speed_rows`.
+The row of the speed comparison is made here, and what `memory_table` tabulates; speeds are in `side_by_side/rows.py`.
 """
 
 import gc
@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from benchmarks.speed_rows import POLICY, Row, make_row, policy_data
-from benchmarks.speed_setup import MAX_LENGTH, Workload, random_models
-from benchmarks.speed_trainings import TimedTraining, our_training, synchronize, trl_dpo
+from benchmarks.side_by_side.rows import POLICY, Row, make_row, policy_data
+from benchmarks.side_by_side.setup import MAX_LENGTH, Workload, random_models
+from benchmarks.side_by_side.trainings import TimedTraining, our_training, synchronize, trl_dpo
 from prmd.models.sequence_models import SequenceLogps
 from prmd.policies.targets import policy_loss
 from prmd.runtime import get_device

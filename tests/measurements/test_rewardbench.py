@@ -11,17 +11,17 @@ from tiny_models import tiny_classifier
 from tiny_workspace import evaluation_config
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from benchmarks.rewardbench import main
-from prmd.config.shared import RewardModelConfig
-from prmd.errors import ConfigError, DataError
-from prmd.rewardbench import (
+from benchmarks.rewardbench import (
     SECTIONS,
     evaluate_rewardbench,
+    main,
     overall_score,
     read_rewardbench,
     result_row,
     section_scores,
 )
+from prmd.config.shared import RewardModelConfig
+from prmd.errors import ConfigError, DataError
 
 ROWS: list[dict[str, Any]] = [
     {

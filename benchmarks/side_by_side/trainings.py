@@ -1,4 +1,4 @@
-"""Trainings and scoring passes to be timed, ours and TRL's; the limit that both are held to is in `speed_limit`.
+"""Trainings and scoring passes to be timed, ours and TRL's; the limit that both are held to is in `side_by_side/limit.py`.
 
 Only optimiser steps are timed: loading, tokenisation and reference log-probabilities lie outside on every side.
 All use the fused AdamW with states of the weights' own format, the same pairs, batch size, clipping and schedule. A training
@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
-from benchmarks.speed_setup import MAX_LENGTH, PAIRS_PER_BATCH, SEED, Workload, shares_prompts
+from benchmarks.side_by_side.setup import MAX_LENGTH, PAIRS_PER_BATCH, SEED, Workload, shares_prompts
 from prmd.config.shared import TrainingConfig
 from prmd.inference.cache import ScoreTable
 from prmd.inference.scoring import score_logps

@@ -2,7 +2,7 @@
 
 A unit is a method at a bias and a seed with its settings; its file holds one row per checkpoint (KL from pi_ref, true win
 rates and rewards, length) and is written last, so a unit is finished or absent. KL is matched between checkpoints in
-`gold_summary`. Which units the study has is in `gold_plan`.
+`gold/summary.py`. Which units the study has is in `gold/plan.py`.
 """
 
 import contextlib
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from benchmarks.gold_ensembles import RewardScorer, load_scorer, load_scores
-from benchmarks.gold_models import Samples, fit, model_config, sample, score
-from benchmarks.gold_reference import World, truth_of
-from benchmarks.gold_targets import (
+from benchmarks.gold.ensembles import RewardScorer, load_scorer, load_scores
+from benchmarks.gold.models import Samples, fit, model_config, sample, score
+from benchmarks.gold.reference import World, truth_of
+from benchmarks.gold.targets import (
     Distilled,
     calibrated_like,
     choose_members,
@@ -27,7 +27,7 @@ from benchmarks.gold_targets import (
     pooled,
     training_data,
 )
-from benchmarks.gold_world import prompt_tokens
+from benchmarks.gold.world import prompt_tokens
 from prmd.artifacts import io
 from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.inference.generation import sample_rows

@@ -2,7 +2,7 @@
 
 Here: from labelled pairs and the reward models' scores to the columns of a training. The mathematics is the project's:
 `calibration` for units, `policies.robust_reward.solve_reward` for R and its scale, `policies.targets.method_targets` for targets. Not here:
-training and evaluation (`gold_policies`, to be read next).
+training and evaluation (`gold/policies.py`, to be read next).
 """
 
 from dataclasses import dataclass
@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gold_ensembles import load_scores, objective_pairs, pair_rows
-from benchmarks.gold_reference import World
+from benchmarks.gold.ensembles import load_scores, objective_pairs, pair_rows
+from benchmarks.gold.reference import World
 from prmd.config.policy import PolicySection
 from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES

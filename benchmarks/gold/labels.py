@@ -5,7 +5,7 @@
 A bias of strength rho is made as in arXiv:2405.19316, by choosing which labelled pairs are in the training set, never by
 changing a label: pairs whose longer response won are kept ((rho / (1 - rho))^u_k : 1) times as often as pairs whose
 shorter one won, u = `BIAS_SHARE` of the objective. At rho = .5 nothing is chosen; where labels do not favour a length, rho
-is the share of pairs (of unequal length, u = 1) that prefer the longer response. The world is in `gold_world`.
+is the share of pairs (of unequal length, u = 1) that prefer the longer response. The world is in `gold/world.py`.
 """
 
 from collections.abc import Sequence
