@@ -9,61 +9,56 @@ to reward models alone. An interrupted run is continued by the same command.
 """
 
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
-from prmd.artifacts.io import read_json
 from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths
-from prmd.artifacts.runs import write_step_result
-from prmd.config.evaluation import EvaluationConfig
-from prmd.config.loading import load_pipeline
-from prmd.config.policy import PolicyConfig
-from prmd.config.shared import RewardModelConfig
-from prmd.data.prepare import download_dataset, split_objectives
-from prmd.evaluation.evaluate import benchmark_eval, compute_metrics
 from prmd.objectives import OBJECTIVES
-from prmd.policies.train import train_baseline_dpo, train_hierarchical, train_pessimistic
-from prmd.rewards.train import train_reward_model
-from prmd.runtime import configure_logging, is_main_process, start_processes
-from utils import stage_parser, user_errors_exit
+from utils import config_file_of, load_stage, stage_parser, start_run_log, user_errors_exit
 
-Stage = tuple[str, Callable[..., Path], type]
-STAGES: tuple[Stage, ...] = (
-    ("download_dataset", download_dataset, RewardModelConfig),
-    ("split_objectives", split_objectives, RewardModelConfig),
+if TYPE_CHECKING:
+    from prmd.config.loading import AnyConfig
+
+STAGES: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("download_dataset", "prmd.data.prepare:download_dataset", {}),
+    ("split_objectives", "prmd.data.prepare:split_objectives", {}),
     *(
-        (f"train_{objective}_rm", partial(train_reward_model, objective=objective), RewardModelConfig)
+        (f"train_{objective}_rm", "prmd.rewards.train:train_reward_model", {"objective": objective})
         for objective in OBJECTIVES
     ),
-    ("baseline_dpo", train_baseline_dpo, PolicyConfig),
-    ("pessimistic_dpo", train_pessimistic, PolicyConfig),
-    ("hierarchical_dpo", train_hierarchical, PolicyConfig),
-    ("compute_metrics", compute_metrics, EvaluationConfig),
-    ("benchmark_eval", benchmark_eval, EvaluationConfig),
+    ("baseline_dpo", "prmd.policies.train:train_baseline_dpo", {}),
+    ("pessimistic_dpo", "prmd.policies.train:train_pessimistic", {}),
+    ("hierarchical_dpo", "prmd.policies.train:train_hierarchical", {}),
+    ("compute_metrics", "prmd.evaluation.evaluate:compute_metrics", {}),
+    ("benchmark_eval", "prmd.evaluation.evaluate:benchmark_eval", {}),
 )
+"""Script, the stage it runs, and what the stage is given beside its configuration."""
 ADVICE = "Stopped. Mend this and give the same command again: finished stages are kept."
 
 
 def say(line: str) -> None:
     """Print a line of the overall progress, from process 0 only."""
+    from prmd.runtime import is_main_process
+
     if is_main_process():
         print(line, flush=True)
 
 
-def run_stages(configs: dict[type, Any], *, force: bool, dry_run: bool) -> dict[str, float]:
+def run_stages(configs: "dict[type, AnyConfig]", *, force: bool, dry_run: bool) -> dict[str, float]:
     """Run the stages in order and return the seconds that each took."""
+    from prmd.config.loading import CONFIG_FILES
+
     seconds: dict[str, float] = {}
     beginning = time.monotonic()
-    for number, (name, stage, kind) in enumerate(STAGES, start=1):
+    for number, (name, stage, arguments) in enumerate(STAGES, start=1):
         start = time.monotonic()
+        config = configs[CONFIG_FILES[config_file_of(stage)]]
         say(f"[{number}/{len(STAGES)}] {name} ... ({_minutes(start - beginning)} elapsed)")
-        if name == "pessimistic_dpo" and not configs[kind].policy.methods:
+        if name == "pessimistic_dpo" and not config.policy.methods:
             say("    skipped: policy.methods is empty")
             continue
         with user_errors_exit(ADVICE):
-            path = stage(configs[kind], force=force, dry_run=dry_run)
+            path = load_stage(stage)(config, force=force, dry_run=dry_run, **arguments)
         seconds[name] = round(time.monotonic() - start, 1)
         say(f"    {'would write' if dry_run else 'done:'} {path} ({_minutes(seconds[name])})")
     return seconds
@@ -94,6 +89,10 @@ def _minutes(seconds: float) -> str:
 
 def conclude(paths: ArtifactPaths, seconds: dict[str, float]) -> None:
     """Say how long each stage took, how the methods compare, and where the report is."""
+    from prmd.artifacts.io import read_json
+    from prmd.artifacts.runs import write_step_result
+    from prmd.runtime import is_main_process
+
     say("\nminutes per stage")
     for name, taken in seconds.items():
         say(f"  {name:<20} {taken / 60:6.1f}")
@@ -107,15 +106,16 @@ def conclude(paths: ArtifactPaths, seconds: dict[str, float]) -> None:
 
 def main() -> None:
     """Read the command line, load all configurations before anything runs, and run."""
-    parser = stage_parser(__doc__ or "", CONFIG_DIR)
-    arguments = parser.parse_intermixed_args()
-    configure_logging()
-    start_processes()
+    files = list(dict.fromkeys(config_file_of(stage) for _, stage, _ in STAGES))
+    arguments = stage_parser(__doc__ or "", CONFIG_DIR, files).parse_intermixed_args()
     with user_errors_exit():
+        from prmd.config.loading import CONFIG_FILES, load_pipeline
+
         configs = load_pipeline(arguments.config, arguments.overrides)
+        start_run_log()
     seconds = run_stages(configs, force=arguments.force, dry_run=arguments.dry_run)
     if not arguments.dry_run:
-        conclude(configs[RewardModelConfig].paths, seconds)
+        conclude(configs[CONFIG_FILES[files[0]]].paths, seconds)
 
 
 if __name__ == "__main__":

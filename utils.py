@@ -3,55 +3,87 @@
     python utils.py                              check Python, packages, GPU, memory and disk; make the directories
     python utils.py --config configs/quickstart
 
-A numbered script calls `run_stage` with the stage it runs; everything else is in the library, `prmd`.
+A numbered script calls `run_stage` with the name of the stage it runs; everything else is in the library, `prmd`. The
+library is imported after the command line is parsed, so that `--help` is instant and `python utils.py` can say what is
+missing.
 """
 
 import argparse
+import ast
+import importlib.util
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from prmd.artifacts.paths import CONFIG_DIR
 from prmd.errors import UserError
-
-# prmd.config and what needs installed packages is imported in the functions, so that `python utils.py` can say what
-# is missing.
 
 USER_ERROR_STATUS = 2
 logger = logging.getLogger("prmd.run")
 
 
-def run_stage(stage: Callable[..., Path], *, description: str, **stage_arguments: Any) -> None:
+def run_stage(stage: str, *, description: str, **stage_arguments: Any) -> None:
     """Read the command line and the configuration, and run a stage.
 
     Args:
-        stage: function of a configuration, whose kind is the annotation of `config`, with `force` and `policies.preview`.
+        stage: `package.module:function`; a function of a configuration, whose kind is the annotation of `config`, with
+            `force` and `dry_run`.
         description: the script's docstring, shown by `--help`.
         **stage_arguments: passed on to the stage, such as `objective="helpful"`.
 
     Raises:
         SystemExit: with status 2, after a line on stderr, for what the user can mend; other errors keep their traceback.
     """
-    from prmd.config.loading import CONFIG_FILES, load_config
-    from prmd.runtime import configure_logging, start_processes
-
-    kind = get_type_hints(stage)["config"]
-    own_file = next(name for name, schema in CONFIG_FILES.items() if schema is kind)
-    arguments = stage_parser(description, CONFIG_DIR / own_file).parse_intermixed_args()
-    configure_logging()
-    start_processes()
+    own_file = config_file_of(stage)
+    arguments = stage_parser(description, CONFIG_DIR / own_file, [own_file]).parse_intermixed_args()
     with user_errors_exit():
-        config = load_config(arguments.config, kind, arguments.overrides)
-        path = stage(config, force=arguments.force, dry_run=arguments.dry_run, **stage_arguments)
+        from prmd.config.loading import CONFIG_FILES, load_config
+
+        config = load_config(arguments.config, CONFIG_FILES[own_file], arguments.overrides)
+        start_run_log()
+        path = load_stage(stage)(config, force=arguments.force, dry_run=arguments.dry_run, **stage_arguments)
     logger.info("%s %s", "would write" if arguments.dry_run else "result:", path)
 
 
-def stage_parser(description: str, default: Path) -> argparse.ArgumentParser:
-    """The command line of every script: --config, --force, --dry-run and overrides."""
+def config_file_of(stage: str) -> str:
+    """The YAML file a stage reads: `PolicyConfig`, the annotation of its `config`, is policy_config.yaml.
+
+    The annotation is read from the source, because importing a stage takes seconds.
+    """
+    module, _, name = stage.partition(":")
+    source = Path(importlib.util.find_spec(module).origin).read_text(encoding="utf-8")
+    function = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == name)
+    kind = next(a.annotation.id for a in function.args.args if a.arg == "config")
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", kind).lower() + ".yaml"
+
+
+def load_stage(stage: str) -> Callable[..., Path]:
+    """Import the function that `package.module:function` names."""
+    module, _, name = stage.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def start_run_log() -> None:
+    """Join the other processes of a distributed run, and speak from process 0."""
+    from prmd.runtime import configure_logging, start_processes
+
+    configure_logging()
+    start_processes()
+
+
+def stage_parser(description: str, default: Path, files: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line of every script: --config, --force, --dry-run and overrides.
+
+    Args:
+        default: the configuration that is read without --config.
+        files: names of the shipped YAML files whose keys `--help` shows.
+    """
     parser = config_parser(description, default)
+    parser.epilog = "\n\n".join(_keys_of(CONFIG_DIR / name) for name in files)
     parser.add_argument("--force", action="store_true", help="do it again although the result is there")
     parser.add_argument(
         "--dry-run", action="store_true", help="say what would be read, trained and written, and stop"
@@ -59,8 +91,15 @@ def stage_parser(description: str, default: Path) -> argparse.ArgumentParser:
     return parser
 
 
+def _keys_of(path: Path) -> str:
+    shown = path.relative_to(CONFIG_DIR.parent).as_posix()
+    text = path.read_text(encoding="utf-8").rstrip()
+    return f"keys of {shown} with defaults; a nested one is given as key.sub=value:\n\n{text}"
+
+
 def config_parser(description: str, default: Path) -> argparse.ArgumentParser:
     """A command line that names a configuration; read it with `parse_intermixed_args`."""
+    forgive_console()
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -79,6 +118,12 @@ def config_parser(description: str, default: Path) -> argparse.ArgumentParser:
         help="values to replace, such as data.approach=pku_safe",
     )
     return parser
+
+
+def forgive_console() -> None:
+    """Print `?` for a character that the console has not: a pipe on Windows is in cp1252, and paths may hold anything."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")
 
 
 @contextmanager

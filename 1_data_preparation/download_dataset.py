@@ -4,6 +4,7 @@
 
 Reads   the hub ids or local folders data.<source>.path; 1_data_preparation/embedded/ for data.approach: embedded
 Writes  data/raw/<source>/*.jsonl, manifest.json (revision, rows, sha256)
+Code    prmd/data/prepare.py
 """
 
 import sys
@@ -11,8 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts run uninstalled, from any folder
 
-from prmd.data.prepare import download_dataset
 from utils import run_stage
 
 if __name__ == "__main__":
-    run_stage(download_dataset, description=__doc__)
+    run_stage("prmd.data.prepare:download_dataset", description=__doc__)

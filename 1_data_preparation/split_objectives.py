@@ -5,6 +5,7 @@
 Reads   data/raw/<source>/
 Writes  data/processed/<approach>/<objective>/{train,val,test,judge}.jsonl, stats.json, quarantine.jsonl;
         outputs/visualizations/<approach>/ (sizes, lengths, examples)
+Code    prmd/data/prepare.py, prmd/data/splits.py
 """
 
 import sys
@@ -12,8 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts run uninstalled, from any folder
 
-from prmd.data.prepare import split_objectives
 from utils import run_stage
 
 if __name__ == "__main__":
-    run_stage(split_objectives, description=__doc__)
+    run_stage("prmd.data.prepare:split_objectives", description=__doc__)

@@ -4,6 +4,7 @@
 
 Reads   data/processed/<approach>/helpful/{train,val,test}.jsonl
 Writes  models/reward_models/<approach>/helpful_rm/, outputs/reward_analysis/<approach>/helpful*
+Code    prmd/rewards/train.py, prmd/rewards/heads.py (the ensemble)
 """
 
 import sys
@@ -11,8 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts run uninstalled, from any folder
 
-from prmd.rewards.train import train_reward_model
 from utils import run_stage
 
 if __name__ == "__main__":
-    run_stage(train_reward_model, description=__doc__, objective="helpful")
+    run_stage("prmd.rewards.train:train_reward_model", description=__doc__, objective="helpful")

@@ -6,6 +6,7 @@ L = -log sigma(beta * [rho(x, y_w) - rho(x, y_l)]), rho the log-ratio of policy 
 
 Reads   data/processed/<approach>/*/{train,val}.jsonl
 Writes  models/policy_models/<approach>/baseline_dpo/
+Code    prmd/policies/trl_baseline.py
 """
 
 import sys
@@ -13,8 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts run uninstalled, from any folder
 
-from prmd.policies.train import train_baseline_dpo
 from utils import run_stage
 
 if __name__ == "__main__":
-    run_stage(train_baseline_dpo, description=__doc__)
+    run_stage("prmd.policies.train:train_baseline_dpo", description=__doc__)

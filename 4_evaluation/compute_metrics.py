@@ -4,6 +4,7 @@
 
 Reads   data/processed/<approach>/*/{val,test,judge}.jsonl, models/reward_models/<approach>/, models/policy_models/<approach>/
 Writes  models/judges/<approach>/<objective>/, outputs/metrics/<approach>/, outputs/report/index.html
+Code    prmd/evaluation/evaluate.py
 """
 
 import sys
@@ -11,8 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # scripts run uninstalled, from any folder
 
-from prmd.evaluation.evaluate import compute_metrics
 from utils import run_stage
 
 if __name__ == "__main__":
-    run_stage(compute_metrics, description=__doc__)
+    run_stage("prmd.evaluation.evaluate:compute_metrics", description=__doc__)

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import importlib
 import keyword
 import re
 import sys
@@ -13,7 +14,9 @@ from pathlib import Path
 import pytest
 
 from prmd.artifacts.paths import PROJECT_ROOT, reward_model_command, stage_command
+from prmd.config.loading import CONFIG_FILES
 from prmd.objectives import OBJECTIVES
+from utils import config_file_of
 
 LEVELS = (
     "errors objectives",
@@ -197,12 +200,40 @@ def test_a_script_is_wiring(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) <= 25
     definitions = (*FUNCTIONS, ast.ClassDef, ast.Lambda)
     assert not [node for node in ast.walk(tree_of(path)) if isinstance(node, definitions)]
-    imported = {name for name in imports_of(path) if name not in ("sys", "pathlib", "utils")}
-    assert len(imported) == 1 and imported.pop().startswith("prmd.")
+    assert set(imports_of(path)) == {"sys", "pathlib", "utils"}
     assert [name for name, _ in calls_of(path)].count("run_stage") == 1
     docstring = ast.get_docstring(tree_of(path)) or ""
     command = f"python {shown(path)} --config configs/"
     assert all(word in docstring for word in (command, "Reads   ", "Writes  "))
+    named = re.findall(r"prmd/[\w/]+\.py", docstring.partition("\nCode    ")[2])
+    assert named and all((PROJECT_ROOT / file).is_file() for file in named)
+
+
+def stages() -> list[str]:
+    """Every `package.module:function` that a script or the pipeline runs."""
+    texts = [
+        n.value
+        for p in [*SCRIPTS, PROJECT_ROOT / "run_pipeline.py"]
+        for n in ast.walk(tree_of(p))
+        if isinstance(n, ast.Constant) and isinstance(n.value, str)
+    ]
+    return sorted({text for text in texts if re.fullmatch(r"prmd(\.\w+)+:\w+", text)})
+
+
+def test_scripts_and_pipeline_run_the_same_stages() -> None:
+    in_pipeline = [
+        n.value
+        for n in ast.walk(tree_of(PROJECT_ROOT / "run_pipeline.py"))
+        if isinstance(n, ast.Constant) and n.value in stages()
+    ]
+    assert sorted(set(in_pipeline)) == stages() and len(stages()) == 8
+
+
+@pytest.mark.parametrize("stage", stages())
+def test_every_stage_named_in_a_string_resolves(stage: str) -> None:
+    module, _, name = stage.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    assert function.__annotations__["config"] is CONFIG_FILES[config_file_of(stage)]
 
 
 def test_nothing_shadows_utils() -> None:
@@ -327,7 +358,9 @@ def test_every_signature_is_typed(path: Path) -> None:
 
 # ------------------------------------------------------------------ what is named exists
 TESTS = sorted(PROJECT_ROOT.glob("tests/**/*.py"))
-PAGES: list[Path] = []
+PAGES = sorted(
+    p for pattern in ("*.md", "docs/*.md", "benchmarks/results/*.md") for p in PROJECT_ROOT.glob(pattern)
+)
 DATA = (".json", ".jsonl", ".md", ".csv", ".tex", ".safetensors", ".png", ".gz", ".parquet")
 OTHERS_WORDS = {
     "Args",

@@ -22,16 +22,16 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, bool, bool]]
     """Replace every stage by one that only notes how it was called."""
     calls: list[tuple[str, Any, bool, bool]] = []
 
-    def stand_in(name: str) -> Any:
-        def stage(config: Any, *, force: bool, dry_run: bool) -> Path:
+    def load_stand_in(stage: str) -> Any:
+        def stand_in(config: Any, *, force: bool, dry_run: bool, **arguments: str) -> Path:
+            name = next(n for n, s, given in run_pipeline.STAGES if (s, given) == (stage, arguments))
             calls.append((name, config, force, dry_run))
             return Path("made") / name
 
-        return stage
+        return stand_in
 
-    stages = tuple((name, stand_in(name), kind) for name, _, kind in run_pipeline.STAGES)
-    monkeypatch.setattr(run_pipeline, "STAGES", stages)
-    monkeypatch.setattr(run_pipeline, "configure_logging", lambda: None)
+    monkeypatch.setattr(run_pipeline, "load_stage", load_stand_in)
+    monkeypatch.setattr(run_pipeline, "start_run_log", lambda: None)
     return calls
 
 
@@ -108,9 +108,9 @@ def test_a_failing_stage_prints_its_line_and_how_to_continue(
     def fails(config: Any, *, force: bool, dry_run: bool) -> Path:
         raise DataError("raw.jsonl:4: not JSON; mend this line")
 
-    name, _, kind = run_pipeline.STAGES[1]
-    broken = (run_pipeline.STAGES[0], (name, fails, kind), *run_pipeline.STAGES[2:])
-    monkeypatch.setattr(run_pipeline, "STAGES", broken)
+    load = run_pipeline.load_stage
+    second = run_pipeline.STAGES[1][1]
+    monkeypatch.setattr(run_pipeline, "load_stage", lambda stage: fails if stage == second else load(stage))
     with pytest.raises(SystemExit) as stop:
         main(monkeypatch, "--config", QUICKSTART, f"artifact_root={tmp_path}")
     assert stop.value.code == 2 and [n for n, *_ in called] == ["download_dataset"]

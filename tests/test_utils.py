@@ -31,12 +31,14 @@ def small_stage(config: PolicyConfig, *, objective: str, force: bool = False, dr
     return Path("made")
 
 if __name__ == "__main__":
-    run_stage(small_stage, description=__doc__, objective=sys.argv.pop(1))
+    run_stage("small:small_stage", description=__doc__, objective=sys.argv.pop(1))
 '''
 
 
-def run(program: Path | str, *arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+def run(
+    program: Path | str, *arguments: str, folder: Path, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **variables}
     for name in ("PYTHONPATH", "HF_HUB_DISABLE_TELEMETRY", "TOKENIZERS_PARALLELISM"):
         environment.pop(name, None)
     return subprocess.run(
@@ -90,6 +92,36 @@ def test_a_configuration_that_is_nowhere_is_one_line_with_both_places(small: Pat
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
     for place in (tmp_path, PROJECT_ROOT):
         assert f"{place / 'configs' / 'quikstart'} is not there" in done.stderr
+
+
+def test_help_shows_every_key_of_the_yaml_with_default_and_meaning(small: Path, tmp_path: Path) -> None:
+    shown = run(small, "helpful", "--help", folder=tmp_path).stdout
+    assert "keys of configs/policy_config.yaml with defaults" in shown
+    assert (CONFIG_DIR / "policy_config.yaml").read_text(encoding="utf-8").rstrip() in shown
+
+
+def test_help_imports_no_library_and_takes_less_than_a_second(tmp_path: Path) -> None:
+    script = PROJECT_ROOT / "3_policy_training" / "pessimistic_dpo.py"
+    program = f"""
+import runpy, sys, time
+sys.argv = [{str(script)!r}, "--help"]
+try:
+    runpy.run_path(sys.argv[0], run_name="__main__")
+except SystemExit as stop:
+    assert stop.code == 0
+heavy = {{"torch", "transformers", "trl", "datasets", "pydantic", "yaml", "numpy"}} & set(sys.modules)
+print("\\n", sorted(heavy), time.process_time())
+"""
+    done = run("-c", program, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    loaded, seconds = done.stdout.splitlines()[-1].rsplit(" ", 1)
+    assert loaded.strip() == "[]" and float(seconds) < 1
+
+
+def test_a_console_without_greek_letters_gets_help_and_errors(small: Path, tmp_path: Path) -> None:
+    for arguments, status in ((["helpful", "--help"], 0), (["helpful", "policy.\u03b2=1"], 2)):
+        done = run(small, *arguments, folder=tmp_path, PYTHONIOENCODING="cp1252")
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
 
 
 def test_help_shows_the_docstring_as_written_and_the_default_file(small: Path, tmp_path: Path) -> None:
