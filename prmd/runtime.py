@@ -133,6 +133,7 @@ def progress(
         desc=description,
         delay=_PROGRESS_AFTER_SECONDS,
         mininterval=interval,
+        miniters=0,  # the clock alone decides: a count guessed from the speed lets old numbers be shown
         smoothing=0.3 if terminal else 0.0,  # one line in half a minute: the mean so far
         disable=not is_main_process(),
         dynamic_ncols=True,
