@@ -156,7 +156,7 @@ def files_sha256(paths: Sequence[Path]) -> list[str]:
     hashes = {file: hashlib.sha256() for file in files if file not in _digests}
     mebibytes = sum(-(-size // _MIB) for _, _, size, _ in hashes)
     blocks = ((file, block) for file in hashes for block in _blocks(file[0]))
-    named = ", ".join(dict.fromkeys(path.parent.name for path, *_ in hashes))
+    named = ", ".join(dict.fromkeys(path.absolute().parent.name for path in paths))
     for file, block in progress(blocks, mebibytes, f"hashing {named}", unit="MiB"):
         hashes[file].update(block)
     _digests.update((file, found.hexdigest()) for file, found in hashes.items())
