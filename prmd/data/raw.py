@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prmd.artifacts import io
-from prmd.artifacts.paths import ArtifactPaths, stage_command
+from prmd.artifacts.paths import EMBEDDED_DIR, ArtifactPaths, stage_command
 from prmd.config.shared import DataConfig, RewardModelConfig
 from prmd.data import sources
 from prmd.data.collection import RawFile
@@ -147,7 +147,7 @@ def _write_file(source: str, directory: Path, file: SourceFile) -> dict[str, Any
 
 
 def _file_directory(source: str, directory: Path) -> Path:
-    return sources.EMBEDDED_DIR if source == "embedded" else directory
+    return EMBEDDED_DIR if source == "embedded" else directory
 
 
 def _remove_leftovers(directory: Path, manifest: Mapping[str, Any]) -> None:
