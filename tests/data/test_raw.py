@@ -7,8 +7,8 @@ import logging
 import pytest
 
 from prmd.config.shared import RewardModelConfig
+from prmd.data import embedded
 from prmd.data import raw as data_raw
-from prmd.data import sources
 from prmd.data.raw import fetch_source, read_manifest, read_source
 from prmd.errors import ConfigError, DataError
 
@@ -134,7 +134,8 @@ def test_embedded_pairs_are_manifested_and_not_copied(config, tmp_path, monkeypa
     folder = tmp_path / "embedded"
     for objective in ("helpful", "harmless", "honest"):
         write(folder / f"{objective}.jsonl", [{"id": objective}] * 2)
-    monkeypatch.setattr(sources, "EMBEDDED_DIR", folder)
+    monkeypatch.setattr(embedded, "EMBEDDED_DIR", folder)
+    monkeypatch.setattr(data_raw, "EMBEDDED_DIR", folder)
     manifest = fetch_source("embedded", config, force=False)
     assert [entry["rows"] for entry in manifest["files"].values()] == [2, 2, 2]
     assert [p.name for p in config.paths.raw("embedded").iterdir()] == ["manifest.json"]

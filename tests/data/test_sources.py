@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 from prmd.config.shared import DataConfig
-from prmd.data import sources
+from prmd.data import embedded, readers
 from prmd.data.sources import plan_source, required_sources
 from prmd.errors import ConfigError, DataError
 
@@ -162,7 +162,7 @@ def test_two_files_of_one_name_are_refused(tmp_path):
 
 
 def test_missing_embedded_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "EMBEDDED_DIR", tmp_path)
+    monkeypatch.setattr(embedded, "EMBEDDED_DIR", tmp_path)
     with pytest.raises(ConfigError, match=r"helpful\.jsonl: missing"):
         plan_source("embedded", DataConfig())
 
@@ -185,9 +185,9 @@ def hub(monkeypatch):
     fake = Hub()
     fake.asked = []
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    sources._load.cache_clear()
+    readers._load.cache_clear()
     yield fake
-    sources._load.cache_clear()
+    readers._load.cache_clear()
 
 
 def test_hub_is_asked_for_named_subsets_at_the_pinned_revision(hub):

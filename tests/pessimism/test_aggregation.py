@@ -11,7 +11,13 @@ from hypothesis import strategies as st
 
 from prmd.pessimism import aggregation as pessimism_aggregation
 from prmd.pessimism import losses
-from prmd.pessimism.aggregation import METHODS, Aggregation, method_aggregation, robust_rewards
+from prmd.pessimism.aggregation import (
+    METHODS,
+    Aggregation,
+    method_aggregation,
+    robust_rewards,
+    stack_objectives,
+)
 
 UNEVEN = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 RESPONSE_LEVEL = [name for name in METHODS if name != "maxmin"]
@@ -142,11 +148,6 @@ def test_methods_differ_on_the_shipped_ensemble_size():
     targets = {method: targets_of(values, method) for method in RESPONSE_LEVEL}
     for first, second in itertools.combinations(targets, 2):
         assert (targets[first] - targets[second]).abs().max() > 1e-3, (first, second)
-    shipped = {name: METHODS[name] for name in METHODS}
-    assert (
-        pessimism_aggregation.coinciding_methods(3, 20, aggregations=shipped, weights=torch.full((3,), 1 / 3))
-        == {}
-    )
 
 
 @pytest.mark.parametrize("method", RESPONSE_LEVEL)
@@ -174,33 +175,6 @@ def test_one_members_score_changes_the_policy_gradient(method):
     assert abs(gradients[0] - gradients[1]) > 1e-5
 
 
-def test_one_member_is_reported_as_coinciding():
-    same = pessimism_aggregation.coinciding_methods(3, 1, aggregations=METHODS, weights=UNEVEN)
-    assert set(same["hierarchical"]) == {"hard_min", "cvar"}
-    assert set(same["lcb"]) == {"mean"}
-    assert "maxmin" not in same
-    notes = pessimism_aggregation.coincidence_notes(3, 1, aggregations=METHODS, weights=UNEVEN)
-    assert "hierarchical = hard_min, cvar: one member per objective" in notes
-
-
-def test_too_few_members_for_alpha_is_reported_with_the_reason():
-    methods = {name: METHODS[name] for name in ("mean", "hard_min", "hierarchical", "cvar")}
-    same = pessimism_aggregation.coinciding_methods(
-        3, 5, aggregations=methods, weights=torch.full((3,), 1 / 3)
-    )
-    assert same == {"hard_min": ["hierarchical"], "hierarchical": ["hard_min"]}
-    notes = pessimism_aggregation.coincidence_notes(
-        3, 5, aggregations=methods, weights=torch.full((3,), 1 / 3)
-    )
-    assert "hierarchical = hard_min: its CVaR averages 0.5 <= 1 members" in notes
-
-
-def test_one_objective_is_reported():
-    notes = pessimism_aggregation.coincidence_notes(1, 20, aggregations=METHODS, weights=torch.ones(1))
-    assert "hierarchical = cvar: one objective" in notes
-    assert "maxmin = mean: one objective" in notes
-
-
 @pytest.mark.parametrize("alpha", [0.0, -0.1, 1.0001, math.nan])
 def test_alpha_outside_its_range_is_refused(alpha):
     with pytest.raises(ValueError, match=r"alpha must lie in \(0, 1\]"):
@@ -222,8 +196,8 @@ def test_missing_scores_are_refused_by_place():
 
 def test_ragged_ensembles_are_refused():
     with pytest.raises(ValueError, match=r"same members.*\[20, 4\], \[19, 4\]"):
-        pessimism_aggregation.stack_objectives([torch.zeros(20, 4), torch.zeros(19, 4)])
-    stacked = pessimism_aggregation.stack_objectives([torch.zeros(20, 4), torch.ones(20, 4)])
+        stack_objectives([torch.zeros(20, 4), torch.zeros(19, 4)])
+    stacked = stack_objectives([torch.zeros(20, 4), torch.ones(20, 4)])
     assert stacked.shape == (2, 20, 4)
 
 
