@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_pipeline import MEMBERS, POLICIES, Pipeline, artifacts, events
+from tiny_policies import tokens_of, trained_on, watched
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -18,8 +19,7 @@ from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import tokenize_pairs
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pairs import read_pairs
-from prmd.policies.pairs import held_out_pairs, pooled_pairs
-from prmd.policies.scores import scale_responses, score_pairs
+from prmd.policies.scores import pair_responses, score_pairs
 from prmd.policies.targets import method_targets
 from prmd.rewards.reward_model import RewardModel, load_reward_model, load_reward_models
 
@@ -182,8 +182,7 @@ def test_a_policy_is_an_adapter_any_peft_user_can_load(pipeline: Pipeline, metho
         # its last held-out margins are those of the saved weights
         row = [r for r in io.read_json(folder / "metrics.json")["curve"] if "eval_loss" in r][-1]
         tokenizer = load_tokenizer(config.shared.model, config.paths)
-        train = pooled_pairs(config, tokenizer, "train", None)
-        held = held_out_pairs(config, tokenizer, len(train.tokenized.rows))
+        held = watched(config, len(trained_on(config).tokenized.rows))
         with torch.no_grad():
             batch = collate_rows(held.rows, pad_id=tokenizer.pad_token_id, share_prompt=False)
             logps = SequenceLogps(policy)(**batch).reshape(-1, 2)
@@ -193,10 +192,9 @@ def test_a_policy_is_an_adapter_any_peft_user_can_load(pipeline: Pipeline, metho
 def test_policies_differ_in_their_targets_alone(pipeline: Pipeline) -> None:
     """Recomputed from the reward models: the same pairs in the same order, other margins."""
     config = pipeline.policies()
-    tokenizer, models = load_tokenizer(config.shared.model, config.paths), load_reward_models(config.shared)
-    pairs = pooled_pairs(config, tokenizer, "train", None)
-    [scores] = score_pairs(config, models, tokenizer, [pairs.tokenized])
-    scale = scale_responses(config, models, tokenizer, pairs, scores)
+    models, pairs = load_reward_models(config.shared), trained_on(config)
+    [scores] = score_pairs(config.shared, models, tokens_of(config), [pairs.tokenized])
+    scale = pair_responses(scores)
     ids = None
     for method in POLICIES[1:]:
         metrics = io.read_json(pipeline.paths.policy(method) / "metrics.json")

@@ -11,7 +11,7 @@ from prmd.config.shared import ModelConfig
 from prmd.models.loading import load_causal_lm
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
-from prmd.policies.scores import PairScores, ScaleResponses
+from prmd.policies.pairs import PairScores, ScaleResponses
 
 K, M, N = 3, 20, 40
 ROWS = [

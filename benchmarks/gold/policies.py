@@ -29,7 +29,7 @@ from benchmarks.gold.targets import (
 )
 from benchmarks.gold.world import prompt_tokens
 from prmd.artifacts import io
-from prmd.config.policy import PolicyConfig, PolicySection
+from prmd.config.policy import PairsConfig, PolicySection
 from prmd.inference.generation import sample_rows
 from prmd.inference.kl import response_kls
 from prmd.models.sequence_models import SequenceLogps
@@ -67,7 +67,7 @@ class Unit:
 
     def path(self, root: Path) -> Path:
         """Its file below the folder of results; another one where a shipped value that it reads has changed."""
-        values = settings_read(PolicyConfig(policy=self.policy), self.method)
+        values = settings_read(self.policy, PairsConfig(), self.method)
         key = io.fingerprint([asdict(self), values])[:10]
         return root / f"seed-{self.seed}" / "units" / f"{self.method}-{key}.json"
 

@@ -17,9 +17,8 @@ from prmd.config.policy import PolicySection
 from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import calibrate, fit_calibration, prompt_means
-from prmd.policies.pairs import pool_order
+from prmd.policies.pairs import PairScores, ScaleResponses, pool_order
 from prmd.policies.robust_reward import RobustReward, solve_reward
-from prmd.policies.scores import PairScores, ScaleResponses
 from prmd.policies.targets import Targets, method_targets
 from prmd.training.trainer import PairData
 

@@ -8,60 +8,86 @@ through the policy without gradient. The loss with the chosen members is in `pes
 
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from prmd.config.policy import PolicyConfig, PolicySection
+from prmd.config.policy import PolicySection
+from prmd.config.shared import TrainingConfig
 from prmd.errors import ConfigError
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import edpo_member_losses, edpo_select, implicit_margins
-from prmd.policies.inputs import HELD_OUT, MethodInputs
-from prmd.policies.methods import POLICY_METHODS
+from prmd.policies.inputs import MethodInputs
 from prmd.policies.targets import policy_loss
 from prmd.runtime import get_runtime
 from prmd.training.batches import MicroBatch, plan_batches
-from prmd.training.trainer import Columns, LossFunction, PairLoss
+from prmd.training.trainer import Columns, LossFunction, PairData, PairLoss
+
+HELD_OUT = -1
+"""Column `position` of pairs that are not trained on."""
 
 
-def loss_function(
-    config: PolicyConfig,
-    method: str,
+def choosing_members(
     inputs: MethodInputs,
-    pad_id: int,
     model: Callable[[], SequenceLogps],
-) -> LossFunction:
-    """The loss of a batch; e-DPO's looks at the whole optimiser step, so it needs the plan of batches and the policy.
+    *,
+    policy: PolicySection,
+    training: TrainingConfig,
+    seed: int,
+    pad_id: int,
+) -> tuple[MethodInputs, LossFunction]:
+    """A training in which every position of the stream is a row of its own, and the loss that chooses by it.
+
+    The loss looks at the whole optimizer step, so it needs the plan of batches and the policy.
 
     Args:
         model: gives the policy once it is loaded.
+
+    Raises:
+        ConfigError: as `refuse_sharded`.
     """
-    kind = POLICY_METHODS[method].loss
-    if kind != "edpo":
-        return partial(policy_loss, policy=config.policy, kind=kind)
     refuse_sharded()
-    training, world_size = config.training, get_runtime().world_size
+    inputs, world_size = _by_position(inputs), get_runtime().world_size
     batches_per_step = training.gradient_accumulation_steps * world_size
     plan = plan_batches(  # the one `run_training` makes of the same arguments
         [row.shared_length for row in inputs.train.rows],
         inputs.stream,
         rows_per_batch=training.pairs_per_device,
         batches_per_step=batches_per_step,
-        seed=config.shared.seed,
+        seed=seed,
         world_size=world_size,
     )
     selection = MemberSelection(
-        inputs.base_rows,
+        [_without_samples(row) for row in inputs.train.rows],
         inputs.train.columns,
         plan,
         batches_per_step=batches_per_step,
-        policy=config.policy,
+        policy=policy,
         pad_id=pad_id,
     )
-    return selection.loss_function(model)
+    return inputs, selection.loss_function(model)
+
+
+def _by_position(inputs: MethodInputs) -> MethodInputs:
+    """The same training with columns that say where in the stream a row stands, and so to which step it belongs."""
+    index = torch.tensor(list(inputs.stream))
+    columns = {name: values[index] for name, values in inputs.train.columns.items()}
+    columns["position"] = torch.arange(len(index))
+    held = {**inputs.held_out.columns, "position": torch.full((len(inputs.held_out.rows),), HELD_OUT)}
+    return replace(
+        inputs,
+        train=PairData([inputs.train.rows[i] for i in inputs.stream], columns),
+        held_out=PairData(inputs.held_out.rows, held),
+        stream=range(len(index)),
+    )
+
+
+def _without_samples(row: PrefixRow) -> PrefixRow:
+    """(chosen, rejected) without the samples of the gamma term."""
+    return PrefixRow(row.prompt_ids, row.responses[:2])
 
 
 def refuse_sharded() -> None:

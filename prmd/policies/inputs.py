@@ -6,20 +6,30 @@ of reference samples and what its loss reads. No policy is loaded here; the trai
 
 import logging
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from prmd.config.policy import PolicyConfig
+from prmd.config.policy import PairsConfig, PolicySection
+from prmd.config.shared import RewardModelConfig
 from prmd.inference.reference import reference_logps
 from prmd.models.tokenization import PrefixRow
-from prmd.policies.methods import BASELINE, POLICY_METHODS, uses_gamma
+from prmd.policies.methods import BASELINE, POLICY_METHODS, reference_sample_count, uses_gamma
 from prmd.policies.notes import label_notes
-from prmd.policies.pairs import PolicyPairs, held_out_pairs, pooled_pairs
-from prmd.policies.robust_reward import solve_reward
+from prmd.policies.pairs import (
+    Mixture,
+    PairScores,
+    PairTokens,
+    PolicyPairs,
+    ReferenceSamples,
+    ScaleResponses,
+    Split,
+    held_out_pairs,
+    pooled_pairs,
+)
+from prmd.policies.robust_reward import RobustReward, solve_reward
 from prmd.policies.sample_pairs import (
     added_pairs,
     draw_sample_pairs,
@@ -29,21 +39,20 @@ from prmd.policies.sample_pairs import (
     with_sample_pairs,
 )
 from prmd.policies.scores import (
-    PairScores,
-    ReferenceSamples,
-    ScaleResponses,
-    draw_reference_samples,
-    scale_responses,
+    SampledPrompts,
+    centers_by_prompt,
+    pair_responses,
+    sample_prompts,
+    score_as_policy,
     score_pairs,
+    score_samples,
+    with_sample_count,
 )
 from prmd.policies.targets import Targets, method_targets
 from prmd.rewards.reward_model import RewardModel
 from prmd.training.trainer import PairData
 
 logger = logging.getLogger(__name__)
-
-HELD_OUT = -1
-"""Column `position` of pairs that are not trained on."""
 
 
 @dataclass(frozen=True)
@@ -67,121 +76,196 @@ class MethodInputs:
     """One method's training.
 
     Attributes:
-        base_rows: the rows of `train` without the samples of the gamma term.
         stream: indices into `train` over all epochs.
         targets: None for methods that learn from the labels alone.
     """
 
     train: PairData
-    base_rows: Sequence[PrefixRow]
     held_out: PairData
     stream: Sequence[int]
     targets: Targets | None = None
     notes: tuple[str, ...] = field(default=())
 
 
+@dataclass(frozen=True)
+class _Trained:
+    """What a method is trained on before its loss is known.
+
+    Attributes:
+        rows: (chosen, rejected) of the labelled pairs, and behind them the pairs of reference samples.
+        prompts: index into the labelled pairs of each row's prompt.
+        ref_logps: [n, 2].
+        stream: indices into `rows`.
+        targets: None for methods that read no rewards.
+    """
+
+    rows: Sequence[PrefixRow]
+    prompts: Sequence[int]
+    ref_logps: Tensor
+    stream: Sequence[int]
+    targets: Targets | None = None
+
+
 def prepare(
-    config: PolicyConfig,
-    tokenizer: PreTrainedTokenizerBase,
     methods: Sequence[str],
-    objective: str | None,
     models: Sequence[RewardModel],
+    tokens: PairTokens,
+    *,
+    splits: Mapping[str, Split],
+    mixture: Mixture,
+    source: str,
+    shared: RewardModelConfig,
+    policy: PolicySection,
+    sample_pairs: PairsConfig,
 ) -> Prepared:
     """Read, sample and score what these methods need.
 
     Args:
         models: the reward models of all objectives; not read where no method reads rewards.
-        objective: pool the pairs of this one alone; None: of all.
+        splits: from `pairs.read_splits`.
+        mixture: of the training pairs.
+        source: whose pairs these are, for people.
     """
-    pairs = pooled_pairs(config, tokenizer, "train", None, objective=objective)
-    watched = held_out_pairs(config, tokenizer, len(pairs.tokenized.rows), objective=objective)
+    pairs = pooled_pairs(splits["train"], mixture, tokens)
+    watched = held_out_pairs(splits["val"], mixture, tokens, len(pairs.tokenized.rows))
     held_out = PolicyPairs(watched, list(range(len(watched.rows))))
     tokenized = pairs.tokenized
     logger.info(
         "policies: %d distinct pairs of %s, %d dropped and %d with a shortened prompt at max_length %d",
-        *(len(tokenized.rows), objective or config.paths.approach, tokenized.dropped, tokenized.truncated),
-        config.training.max_length,
+        *(len(tokenized.rows), source, tokenized.dropped, tokenized.truncated, tokens.max_length),
     )
     if not any(POLICY_METHODS[method].reads_rewards for method in methods):
         sides = (pairs, held_out) if any(method != BASELINE for method in methods) else ()
-        logps = [reference_logps(config.shared, tokenizer, side.tokenized.rows) for side in sides]
+        logps = [reference_logps(shared, tokens.tokenizer, side.tokenized.rows) for side in sides]
         return Prepared(pairs, held_out, tuple(torch.stack(values) for values in logps))
-    train, val = score_pairs(config, models, tokenizer, [tokenized, held_out.tokenized])
-    scale = scale_responses(config, models, tokenizer, pairs, train)
-    wanted = config.pairs.reference_samples or any(uses_gamma(config, method) for method in methods)
-    samples = draw_reference_samples(config, tokenizer, tokenized) if wanted else None
-    return Prepared(pairs, held_out, (train.ref_logps, val.ref_logps), (train, val), scale, samples)
+    count = reference_sample_count(sample_pairs, shared.calibration)
+    trained_on = sample_pairs.reference_samples or any(uses_gamma(policy, method) for method in methods)
+    return _scored(
+        pairs, held_out, models, tokens, shared=shared, sample_count=count, trained_on=bool(trained_on)
+    )
 
 
-def method_inputs(config: PolicyConfig, method: str, prepared: Prepared) -> MethodInputs:
+def _scored(
+    pairs: PolicyPairs,
+    held_out: PolicyPairs,
+    models: Sequence[RewardModel],
+    tokens: PairTokens,
+    *,
+    shared: RewardModelConfig,
+    sample_count: int,
+    trained_on: bool,
+) -> Prepared:
+    """The pairs with their rewards, and with reference samples where any are drawn.
+
+    Args:
+        sample_count: reference samples of each prompt; 0: none.
+        trained_on: whether a method trains on them.
+    """
+    sampling, by_prompt = with_sample_count(shared, sample_count), centers_by_prompt(shared.calibration)
+    parts = [pairs.tokenized, held_out.tokenized]
+
+    def draw(part: int) -> SampledPrompts:
+        return sample_prompts(sampling, tokens.tokenizer, tokens.of_prompts(parts[part]))
+
+    centers = [draw(part) for part in range(len(parts))] if by_prompt else []
+    train, val = score_pairs(shared, models, tokens, parts, samples=centers)
+    logps = (train.ref_logps, val.ref_logps)
+    if not sample_count:
+        return Prepared(pairs, held_out, logps, (train, val), pair_responses(train))
+    drawn = centers[0] if centers else draw(0)
+    scale = score_samples(models, drawn, by_prompt=by_prompt, source="training prompts")
+    samples = score_as_policy(shared, tokens.tokenizer, drawn) if trained_on else None
+    return Prepared(pairs, held_out, logps, (train, val), scale, samples)
+
+
+def method_inputs(
+    method: str,
+    prepared: Prepared,
+    *,
+    policy: PolicySection,
+    sample_pairs: PairsConfig,
+    max_length: int,
+    seed: int,
+) -> MethodInputs:
     """Rows, columns, targets and stream of one method.
+
+    Args:
+        max_length: tokens of a pair's prompt and response together.
+        seed: of which pairs of samples are drawn and where they come.
 
     Raises:
         ConfigError: as `robust_reward.solve_reward` and `sample_pairs.draw_sample_pairs`.
     """
-    rows, stream = prepared.pairs.tokenized.rows, prepared.pairs.stream
-    held_rows, targets, notes = prepared.held_out.tokenized.rows, None, label_notes(config.policy, method)
-    ref, prompts = prepared.ref_logps[0], list(range(len(rows)))
+    held_rows, labelled = prepared.held_out.tokenized.rows, prepared.pairs.tokenized.rows
+    trained, notes = _labelled(prepared), label_notes(policy, method)
     if POLICY_METHODS[method].reads_rewards:
-        rows, ref, prompts, stream, targets = _rewarded(config, method, prepared)
-        notes = targets.notes
-    added = len(rows) - len(prepared.pairs.tokenized.rows)
-    columns = {"ref_logps": ref, "chosen_length": _chosen_lengths(rows, added)}
+        trained = _rewarded(
+            method, prepared, policy=policy, sample_pairs=sample_pairs, max_length=max_length, seed=seed
+        )
+        notes = trained.targets.notes
+    rows, targets = trained.rows, trained.targets
+    columns = {
+        "ref_logps": trained.ref_logps,
+        "chosen_length": _chosen_lengths(rows, len(rows) - len(labelled)),
+    }
     held = {"ref_logps": prepared.ref_logps[1], "chosen_length": _chosen_lengths(held_rows, 0)}
     if targets is not None:
         train_targets, held_targets = targets.columns
         columns |= {name: values.float() for name, values in train_targets.items()}
         held |= {name: values.float() for name, values in held_targets.items()}
-    base = list(rows)
-    if uses_gamma(config, method):
-        rows = with_gamma_samples(rows, prompts, prepared.samples)
-    inputs = MethodInputs(
-        PairData(rows, columns), base, PairData(held_rows, held), stream, targets, tuple(notes)
-    )
-    return _by_position(inputs) if POLICY_METHODS[method].loss == "edpo" else inputs
+    if uses_gamma(policy, method):
+        rows = with_gamma_samples(rows, trained.prompts, prepared.samples)
+    train = PairData(rows, columns)
+    return MethodInputs(train, PairData(held_rows, held), trained.stream, targets, tuple(notes))
+
+
+def _labelled(prepared: Prepared) -> _Trained:
+    rows, stream = prepared.pairs.tokenized.rows, prepared.pairs.stream
+    return _Trained(rows, range(len(rows)), prepared.ref_logps[0], stream)
 
 
 def _rewarded(
-    config: PolicyConfig, method: str, prepared: Prepared
-) -> tuple[Sequence[PrefixRow], Tensor, list[int], Sequence[int], Targets]:
-    """Rows, their reference log-probabilities and prompts, the stream and the targets, with pairs of samples added."""
-    policy, (train, held_out), scale = config.policy, prepared.scores, prepared.scale
-    rows, stream = prepared.pairs.tokenized.rows, prepared.pairs.stream
-    prompts, reward = list(range(len(rows))), None
+    method: str,
+    prepared: Prepared,
+    *,
+    policy: PolicySection,
+    sample_pairs: PairsConfig,
+    max_length: int,
+    seed: int,
+) -> _Trained:
+    """The labelled pairs and the added ones of samples with the targets of a method that reads rewards."""
+    trained, (train, held_out) = _labelled(prepared), prepared.scores
+    reward = None
     if POLICY_METHODS[method].reward is not None:
-        reward = solve_reward(policy, method, scale)
-        if config.pairs.reference_samples and config.pairs.share:
-            count, seed = added_pairs(len(stream), config.pairs.share), config.shared.seed
-            drawn = draw_sample_pairs(
-                prepared.samples, count, max_length=config.training.max_length, seed=seed
+        reward = solve_reward(policy, method, prepared.scale)
+        if sample_pairs.reference_samples and sample_pairs.share:
+            trained, train = _with_samples(
+                prepared, reward, share=sample_pairs.share, max_length=max_length, seed=seed
             )
-            stream = merge_streams(stream, range(len(rows), len(rows) + count), seed)
-            sides = sides_by_reward(drawn, reward(scale.by_prompt()))
-            rows, train = with_sample_pairs(
-                rows, train, drawn=drawn, sides=sides, samples=prepared.samples, scale=scale
-            )
-            prompts += [pair.prompt for pair in drawn]
-    targets = method_targets(policy, method, train=train, held_out=held_out, scale=scale, reward=reward)
-    return rows, train.ref_logps, prompts, stream, targets
+    targets = method_targets(
+        policy, method, train=train, held_out=held_out, scale=prepared.scale, reward=reward
+    )
+    return replace(trained, targets=targets)
+
+
+def _with_samples(
+    prepared: Prepared, reward: RobustReward, *, share: float, max_length: int, seed: int
+) -> tuple[_Trained, PairScores]:
+    """The labelled pairs with `share` of pairs of reference samples, and the scores of both."""
+    labelled, scale, samples = _labelled(prepared), prepared.scale, prepared.samples
+    count = added_pairs(len(labelled.stream), share)
+    drawn = draw_sample_pairs(samples, count, max_length=max_length, seed=seed)
+    added = range(len(labelled.rows), len(labelled.rows) + count)
+    sides = sides_by_reward(drawn, reward(scale.by_prompt()))
+    rows, scores = with_sample_pairs(
+        labelled.rows, prepared.scores[0], drawn=drawn, sides=sides, samples=samples, scale=scale
+    )
+    prompts = [*labelled.prompts, *(pair.prompt for pair in drawn)]
+    stream = merge_streams(labelled.stream, added, seed)
+    return _Trained(rows, prompts, scores.ref_logps, stream), scores
 
 
 def _chosen_lengths(rows: Sequence[PrefixRow], added: int) -> Tensor:
     """Tokens of each chosen response; infinite for the last `added` rows, whose likelihood nothing should raise."""
     lengths = [float(len(row.responses[0])) for row in rows[: len(rows) - added]]
     return torch.tensor(lengths + [math.inf] * added)
-
-
-def _by_position(inputs: MethodInputs) -> MethodInputs:
-    """Every position of the stream a row of its own, so that a batch says which optimiser step it belongs to."""
-    index = torch.tensor(list(inputs.stream))
-    columns = {name: values[index] for name, values in inputs.train.columns.items()}
-    columns["position"] = torch.arange(len(index))
-    held = {**inputs.held_out.columns, "position": torch.full((len(inputs.held_out.rows),), HELD_OUT)}
-    return MethodInputs(
-        PairData([inputs.train.rows[i] for i in inputs.stream], columns),
-        [inputs.base_rows[i] for i in inputs.stream],
-        PairData(inputs.held_out.rows, held),
-        range(len(index)),
-        inputs.targets,
-        inputs.notes,
-    )

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prmd.config.policy import PolicyConfig, PolicySection
+from prmd.config.policy import PairsConfig, PolicySection
+from prmd.config.shared import CalibrationConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.aggregation import METHODS, Aggregation, method_aggregation
@@ -91,23 +92,23 @@ def aggregation(policy: PolicySection, method: str) -> Aggregation:
     return method_aggregation(method, within=policy.within, across=across, **parameters)
 
 
-def settings_read(config: PolicyConfig, method: str) -> dict[str, Any]:
+def settings_read(policy: PolicySection, pairs: PairsConfig, method: str) -> dict[str, Any]:
     """The settings of `policy` and `pairs` that this method's targets and loss depend on; nothing it does not read."""
-    policy, kind = config.policy, POLICY_METHODS[method].loss
+    kind = POLICY_METHODS[method].loss
     names = [n for n in _READ[kind] if n != "weights" or POLICY_METHODS[method].objective is None]
     values: dict[str, Any] = {}
     if POLICY_METHODS[method].reward is not None:
         chosen = aggregation(policy, method)
         values["reward"] = [chosen.within, chosen.across]
         names += [n for op in (chosen.within, chosen.across) for n in _PARAMETERS.get(op, ())]
-        if policy.reward_scale == "auto" or _needs_samples(config, method):
+        if policy.reward_scale == "auto" or _needs_samples(policy, method):
             names.append("kl_target")
         if kind == "distil" and policy.loss == "huber":
             names.append("huber_delta")
-        if config.pairs.reference_samples:
-            values["pairs"] = config.pairs.model_dump()
+        if pairs.reference_samples:
+            values["pairs"] = pairs.model_dump()
     elif kind == "modpo":
-        values["reference_samples"] = config.pairs.reference_samples
+        values["reference_samples"] = pairs.reference_samples
     return values | {name: getattr(policy, name) for name in names}
 
 
@@ -123,46 +124,48 @@ def unread_settings(policy: PolicySection, method: str) -> tuple[str, ...]:
     )
 
 
-def reference_sample_count(config: PolicyConfig) -> int:
+def reference_sample_count(pairs: PairsConfig, calibration: CalibrationConfig) -> int:
     """Samples of pi_ref drawn for each prompt; 0 where the configuration draws none."""
-    if config.pairs.reference_samples:
-        return config.pairs.reference_samples
-    calibration = config.shared.calibration
+    if pairs.reference_samples:
+        return pairs.reference_samples
     return calibration.samples_per_prompt if calibration.source == "reference_samples" else 0
 
 
-def uses_gamma(config: PolicyConfig, method: str) -> bool:
+def uses_gamma(policy: PolicySection, method: str) -> bool:
     """Whether this method's loss has the forward-KL term on reference samples."""
-    return config.policy.gamma > 0 and POLICY_METHODS[method].reward is not None
+    return policy.gamma > 0 and POLICY_METHODS[method].reward is not None
 
 
-def check_methods(config: PolicyConfig, methods: Sequence[str]) -> None:
+def check_methods(methods: Sequence[str], policy: PolicySection, *, samples: int) -> None:
     """Refuse, before anything is loaded, a method that the configuration cannot serve.
+
+    Args:
+        samples: samples of pi_ref for each prompt, from `reference_sample_count`.
 
     Raises:
         ConfigError: a method needs samples of the reference and none are configured, or an operator does not fit it.
     """
     for method in methods:
-        needs = _needs_samples(config, method)
-        if needs and not reference_sample_count(config):
+        needs = _needs_samples(policy, method)
+        if needs and not samples:
             raise ConfigError(
                 f"{needs}: {method} needs samples of the reference policy and there are none (calibration.source: "
                 "validation_responses, pairs.reference_samples: 0); set pairs.reference_samples=16 or "
                 "calibration.source=reference_samples"
             )
-        if method == "maxmin" and config.policy.within == "none":
+        if method == "maxmin" and policy.within == "none":
             raise ConfigError(
                 "policy.within: none leaves maxmin no reward per objective; set mean, lcb or cvar, or null"
             )
 
 
-def _needs_samples(config: PolicyConfig, method: str) -> str:
+def _needs_samples(policy: PolicySection, method: str) -> str:
     """The setting because of which a method needs samples of the reference; empty where it does not."""
     if method == "maxmin":
         return "policy.methods"
-    if uses_gamma(config, method):
+    if uses_gamma(policy, method):
         return "policy.gamma"
-    return "policy.constraints" if config.policy.constraints and _is_distilled(method) else ""
+    return "policy.constraints" if policy.constraints and _is_distilled(method) else ""
 
 
 def _is_distilled(method: str) -> bool:

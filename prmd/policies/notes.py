@@ -19,8 +19,8 @@ from prmd.pessimism.aggregation import (
 )
 from prmd.pessimism.draft_equations import PAPER_METHODS, negative_target_share, paper_margins
 from prmd.policies.methods import POLICY_METHODS, aggregation, unread_settings
+from prmd.policies.pairs import PairScores
 from prmd.policies.robust_reward import objective_weights
-from prmd.policies.scores import PairScores
 from prmd.statistics.reliability import mean_pairwise_correlation
 
 

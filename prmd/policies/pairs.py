@@ -1,27 +1,45 @@
-"""Which pairs a policy is trained on: splits pooled by objective weights, in the order of training, tokenised once.
+"""Which pairs a policy is trained on: splits mixed by objective weights, in the order of training; their tokens and numbers.
 
-What these pairs are worth, their rewards and log-probabilities, is in `scores`, to be read next; pairs made of
-reference samples are in `sample_pairs`.
+How the numbers come about, rewards and log-probabilities, is in `scores`, to be read next; pairs made of reference samples
+are in `sample_pairs`.
 """
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prmd.config.policy import PolicyConfig
-from prmd.models.tokenization import TokenizedPairs, tokenize_pairs
+from prmd.artifacts.paths import ArtifactPaths
+from prmd.errors import DataError
+from prmd.models.tokenization import (
+    PrefixRow,
+    TokenizedPairs,
+    Tokens,
+    render,
+    template_fingerprint,
+    tokenize_pairs,
+    tokenize_prompt,
+    tokenize_response,
+    tokenize_row,
+)
 from prmd.objectives import OBJECTIVES
-from prmd.pairs import read_pairs
+from prmd.pairs import Message, PreferencePair, read_pairs
 
 EVAL_SHARE, EVAL_PAIRS = 0.25, 256
 """Held-out pairs watched during training: a quarter of the training pairs, 256 at most."""
 
+Split = Mapping[str, Sequence[PreferencePair]]
+"""The pairs of one split by objective."""
 
+Text = tuple[tuple[str, str], ...]
+
+
+# ------------------------------------------------------------------ which pairs
 @dataclass(frozen=True)
 class PolicyPairs:
-    """Pairs of one split, tokenised for the policy, and the order in which training sees them.
+    """Pairs of one split, tokenized for the policy, and the order in which training sees them.
 
     Attributes:
         stream: indices into `tokenized.rows` over all epochs.
@@ -29,6 +47,54 @@ class PolicyPairs:
 
     tokenized: TokenizedPairs
     stream: list[int]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How the pairs of all objectives are mixed.
+
+    Attributes:
+        weights: share of each objective.
+        total: pairs of an epoch.
+        epochs: passes over them.
+    """
+
+    weights: Mapping[str, float]
+    total: int
+    epochs: float
+    seed: int
+
+
+def read_splits(paths: ArtifactPaths) -> dict[str, Split]:
+    """The splits `train` and `val` of all objectives, by name.
+
+    Raises:
+        DataError: one is missing, empty or malformed.
+    """
+    splits: dict[str, dict[str, list[PreferencePair]]] = {"train": {}, "val": {}}
+    for objective in OBJECTIVES:
+        for split, pairs in splits.items():
+            pairs[objective] = read_pairs(paths, objective, split)
+    return splits
+
+
+def training_mixture(
+    train: Split,
+    *,
+    weights: Mapping[str, float],
+    max_pairs: int | None,
+    epochs: float,
+    seed: int,
+    objective: str | None = None,
+) -> Mixture:
+    """The mixture of a training: as many pairs per epoch as the split holds, and no more than `max_pairs`.
+
+    Args:
+        objective: take this one's pairs alone, as many as all together would be.
+    """
+    held = sum(map(len, train.values()))
+    own = {k: float(k == objective) for k in OBJECTIVES} if objective else weights
+    return Mixture(own, min(held, max_pairs or held), epochs, seed)
 
 
 def pool_order(
@@ -50,47 +116,186 @@ def pool_order(
     return drawn
 
 
-def pooled_pairs(
-    config: PolicyConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    split: str,
-    total: int | None,
-    *,
-    objective: str | None = None,
-) -> PolicyPairs:
-    """Pool the pairs of a split by the objective weights and tokenise each once.
-
-    Args:
-        total: pairs per epoch; None takes as many as the split holds (and no more than `training.max_pairs`).
-        objective: take this one's pairs alone, as many as all together would be.
-    """
-    by_objective = {objective: read_pairs(config.paths, objective, split) for objective in OBJECTIVES}
-    sizes = {objective: len(pairs) for objective, pairs in by_objective.items()}
-    if total is None:
-        total = min(sum(sizes.values()), config.training.max_pairs or sum(sizes.values()))
-    weights = {k: float(k == objective) for k in OBJECTIVES} if objective else config.policy.weights
-    epochs = config.training.epochs if split == "train" else 1.0
-    seed, drawn = config.shared.seed, []
-    for epoch in range(-int(-epochs // 1)):
-        drawn += pool_order(sizes, weights, total, seed + epoch)
-    drawn = drawn[: round(epochs * total)]
-    unique = list(dict.fromkeys(drawn))
-    training = config.training
-    tokenized = tokenize_pairs(
-        [by_objective[k][i] for k, i in unique],
-        tokenizer,
-        max_length=training.max_length,
-        over_length=training.over_length,
-        keep_suffix=False,
-    )
+def pooled_pairs(split: Split, mixture: Mixture, tokens: "PairTokens") -> PolicyPairs:
+    """Pool the pairs of a split by the objective weights and tokenize each once."""
+    sizes, drawn = {objective: len(pairs) for objective, pairs in split.items()}, []
+    for epoch in range(-int(-mixture.epochs // 1)):
+        drawn += pool_order(sizes, mixture.weights, mixture.total, mixture.seed + epoch)
+    drawn = drawn[: round(mixture.epochs * mixture.total)]
+    tokenized = tokens.of_pairs([split[k][i] for k, i in dict.fromkeys(drawn)])
     position = {pair.id: i for i, pair in enumerate(tokenized.pairs)}
-    ids = [by_objective[k][i].id for k, i in drawn]
+    ids = [split[k][i].id for k, i in drawn]
     return PolicyPairs(tokenized, [position[i] for i in ids if i in position])
 
 
-def held_out_pairs(
-    config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, trained: int, *, objective: str | None = None
-) -> TokenizedPairs:
-    """A pooled sample of the validation split, to watch the losses on."""
+def held_out_pairs(split: Split, mixture: Mixture, tokens: "PairTokens", trained: int) -> TokenizedPairs:
+    """A pooled sample of the validation split, to watch the losses on.
+
+    Args:
+        mixture: that of the training.
+        trained: distinct pairs of the training.
+    """
     total = max(3, min(EVAL_PAIRS, int(EVAL_SHARE * trained)))
-    return pooled_pairs(config, tokenizer, "val", total, objective=objective).tokenized
+    return pooled_pairs(split, replace(mixture, total=total, epochs=1.0), tokens).tokenized
+
+
+# ------------------------------------------------------------------ their tokens
+class PairTokens:
+    """The tokens of a stage: each text is tokenized once, however many methods, reward models and tables read it.
+
+    Args:
+        tokenizer: the policy's.
+        max_length: tokens of prompt and response together.
+        over_length: as for `tokenize_pairs`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, over_length: str) -> None:
+        self.tokenizer, self.max_length, self.over_length = tokenizer, max_length, over_length
+        self._template, self._suffix = template_fingerprint(tokenizer), _suffix(tokenizer)
+        self._pairs: dict[tuple[Text, str, str], TokenizedPairs | None] = {}
+        self._reward_rows: dict[tuple[str, Text, str, str], PrefixRow] = {}
+        self._whole_prompts: dict[Text, Tokens] = {}
+        self._cut_prompts: dict[tuple[Text, int], Tokens] = {}
+
+    def of_pairs(self, pairs: Sequence[PreferencePair]) -> TokenizedPairs:
+        """Pairs as policies read them, which end with the end of turn; over-long ones are fitted or dropped.
+
+        Raises:
+            DataError: nothing is left.
+        """
+        found = [(pair, self._of_pair(pair)) for pair in pairs]
+        kept = [(pair, one) for pair, one in found if one is not None]
+        if pairs and not kept:
+            return self._tokenize(pairs)  # which says what is wrong
+        rows = [one.rows[0] for _, one in kept]
+        fitted = [replace(pair, prompt=one.pairs[0].prompt) if one.truncated else pair for pair, one in kept]
+        return TokenizedPairs(rows, fitted, len(pairs) - len(kept), sum(one.truncated for _, one in kept))
+
+    def _of_pair(self, pair: PreferencePair) -> TokenizedPairs | None:
+        key = (_text(pair.prompt), pair.chosen, pair.rejected)
+        if key not in self._pairs:
+            try:
+                self._pairs[key] = self._tokenize([pair])
+            except DataError:  # it does not fit
+                self._pairs[key] = None
+        return self._pairs[key]
+
+    def _tokenize(self, pairs: Sequence[PreferencePair]) -> TokenizedPairs:
+        return tokenize_pairs(
+            pairs,
+            self.tokenizer,
+            max_length=self.max_length,
+            over_length=self.over_length,
+            keep_suffix=False,
+        )
+
+    def for_rewards(self, tokenizer: PreTrainedTokenizerBase, tokenized: TokenizedPairs) -> list[PrefixRow]:
+        """Pairs from `of_pairs` as a reward model reads them, with what its template puts behind the end of turn.
+
+        Args:
+            tokenizer: the reward model's; where its template is the policy's, so are the tokens.
+        """
+        template = template_fingerprint(tokenizer)
+        if template == self._template and (suffix := self._suffix) is not None:
+            return [
+                PrefixRow(row.prompt_ids, tuple((*response, *suffix) for response in row.responses))
+                for row in tokenized.rows
+            ]
+        return [self._reward_row(template, tokenizer, pair) for pair in tokenized.pairs]
+
+    def _reward_row(
+        self, template: str, tokenizer: PreTrainedTokenizerBase, pair: PreferencePair
+    ) -> PrefixRow:
+        key = (template, _text(pair.prompt), pair.chosen, pair.rejected)
+        if key not in self._reward_rows:
+            responses = (pair.chosen, pair.rejected)
+            self._reward_rows[key] = tokenize_row(tokenizer, pair.prompt, responses, keep_suffix=True)
+        return self._reward_rows[key]
+
+    def of_prompt(self, messages: Sequence[Message], max_length: int) -> Tokens:
+        """A rendered prompt as a policy continues it, cut to `max_length` tokens.
+
+        Raises:
+            DataError: as `tokenize_prompt`.
+        """
+        text = _text(messages)
+        if text not in self._whole_prompts:
+            rendered = render(self.tokenizer, messages, add_generation_prompt=True)
+            self._whole_prompts[text] = tuple(rendered)
+        whole, cut = self._whole_prompts[text], (text, max_length)
+        if len(whole) <= max_length:
+            return whole
+        if cut not in self._cut_prompts:
+            self._cut_prompts[cut] = tokenize_prompt(self.tokenizer, messages, max_length=max_length)
+        return self._cut_prompts[cut]
+
+    def of_prompts(self, tokenized: TokenizedPairs) -> list[Tokens]:
+        """The prompts of pairs, as the policy continues them."""
+        return [self.of_prompt(pair.prompt, self.max_length) for pair in tokenized.pairs]
+
+
+def _text(messages: Sequence[Message]) -> Text:
+    return tuple((message["role"], message["content"]) for message in messages)
+
+
+def _suffix(tokenizer: PreTrainedTokenizerBase) -> Tokens | None:
+    """What the template puts behind the end of the assistant's turn; None where that depends on the conversation."""
+    first = [{"role": "user", "content": "a"}]
+    longer = [*first, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c d."}]
+    found = set()
+    for messages, response in ((first, "e f."), (longer, "g")):
+        whole, cut = (
+            tokenize_response(tokenizer, messages, response, keep_suffix=keep)[1] for keep in (True, False)
+        )
+        found.add(whole[len(cut) :])
+    return found.pop() if len(found) == 1 else None
+
+
+# ------------------------------------------------------------------ their numbers
+@dataclass(frozen=True)
+class PairScores:
+    """Frozen numbers of n pairs; side 0 is chosen.
+
+    Attributes:
+        rewards: calibrated rewards, float64 [K, M, n, 2].
+        ref_logps: log pi_ref, float32 [n, 2], nats.
+        labelled_for: index of the objective each pair was labelled for, LongTensor [n], or None where none was.
+    """
+
+    rewards: Tensor
+    ref_logps: Tensor
+    labelled_for: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class ScaleResponses:
+    """Calibrated rewards of the responses that fix the reward scale: several responses to each of some prompts.
+
+    Attributes:
+        rewards: float64 [K, M, R].
+        prompt_index: prompt of each response, [R].
+        source: what the responses are.
+        samples_per_prompt: n where they are n samples of pi_ref for each prompt in turn (R = X n), else 0.
+    """
+
+    rewards: Tensor
+    prompt_index: Tensor
+    source: str
+    samples_per_prompt: int = 0
+
+    def by_prompt(self) -> Tensor:
+        """Rewards of reference samples by prompt, [K, M, X, n]."""
+        return self.rewards.unflatten(2, (-1, self.samples_per_prompt))
+
+
+@dataclass(frozen=True)
+class ReferenceSamples:
+    """Samples of pi_ref for the prompts of a list of pairs, as the policy reads them: n responses to each of X prompts.
+
+    Attributes:
+        rows: prompt and n responses.
+        logps: log pi_ref of each, float32 [X, n], nats.
+    """
+
+    rows: list[PrefixRow]
+    logps: Tensor

@@ -7,25 +7,21 @@ training ensemble's mean members, a proxy: they say what the operator trades, no
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command, stage_command
 from prmd.artifacts.runs import read_run
-from prmd.config.policy import PolicyConfig
-from prmd.config.shared import RewardModelConfig
+from prmd.config.policy import PairsConfig, PolicySection
+from prmd.config.shared import RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import UserError
 from prmd.inference.cache import ScoreTable
-from prmd.inference.generation import sample_rows
-from prmd.inference.reference import reference_samples, samples_table
+from prmd.inference.reference import samples_table
 from prmd.models.loading import load_tokenizer
-from prmd.models.tokenization import Tokens, tokenize_prompt
+from prmd.models.tokenization import Tokens
 from prmd.objectives import OBJECTIVES
-from prmd.pairs import read_pairs
 from prmd.pessimism.kl_budget import gate_row, usable_kl_target
 from prmd.policies.methods import (
     BASELINE,
@@ -35,9 +31,16 @@ from prmd.policies.methods import (
     reference_sample_count,
     uses_gamma,
 )
+from prmd.policies.pairs import PairTokens, ScaleResponses, Split, read_splits
 from prmd.policies.robust_reward import solve_reward
 from prmd.policies.sample_pairs import GAMMA_SAMPLES
-from prmd.policies.scores import ScaleResponses, sampling_config, score_samples
+from prmd.policies.scores import (
+    SampledPrompts,
+    centers_by_prompt,
+    sample_prompts,
+    score_samples,
+    with_sample_count,
+)
 from prmd.rewards.reward_model import RewardModel, load_reward_models
 from prmd.runtime import is_main_process
 from prmd.training.dry_run import Sampled, describe_training
@@ -45,52 +48,63 @@ from prmd.training.dry_run import Sampled, describe_training
 logger = logging.getLogger(__name__)
 
 
-def describe_policies(config: PolicyConfig, methods: Sequence[str]) -> None:
+def describe_policies(
+    methods: Sequence[str],
+    *,
+    shared: RewardModelConfig,
+    policy: PolicySection,
+    sample_pairs: PairsConfig,
+    tuning: TuningConfig,
+    training: TrainingConfig,
+    run_name: str | None,
+) -> None:
     """Log what training these methods would read, do and write."""
-    train, val = (
-        [config.paths.split(objective, split) for objective in OBJECTIVES] for split in ("train", "val")
-    )
+    paths, max_new_tokens = shared.paths, shared.calibration.max_new_tokens
+    train, val = ([paths.split(objective, split) for objective in OBJECTIVES] for split in ("train", "val"))
     if any(POLICY_METHODS[method].reads_rewards for method in methods):
-        describe_reward_models(config.paths)
+        describe_reward_models(paths)
     for method in methods:
-        directory = config.paths.policy(method, config.run_name)
+        directory = paths.policy(method, run_name)
         if method == SOUP:
             logger.info("would average %s to %s; nothing is trained", ", ".join(SOUP_MEMBERS), directory)
             continue
+        sampled = _sampled(method, policy, sample_pairs, max_new_tokens)
         describe_training(
-            config.shared,
+            shared,
             name=f"policy {method}",
             trained_on=train,
             also_read=val,
-            tuning=config.tuning,
-            training=config.training,
+            tuning=tuning,
+            training=training,
             task="policy",
             output=directory,
-            sampled=(sampled := _sampled(config, method)),
+            sampled=sampled,
         )
         if method == BASELINE:
             logger.info(
                 "TRL trains it: prompts twice, padded, all logits at once; the memory above is too low"
             )
         if sampled.paired:
-            times, share = 1 / (1 - config.pairs.share), config.pairs.share
+            times, share = 1 / (1 - sample_pairs.share), sample_pairs.share
             logger.info(
                 "with pairs of reference samples, %.0f%% of all: %.3g times these steps", 100 * share, times
             )
 
 
-def gamma_lengths(config: PolicyConfig, methods: Sequence[str]) -> tuple[int, ...]:
-    """Most tokens of each reference sample that the gamma term of one of these methods puts behind every pair."""
-    used = any(uses_gamma(config, method) for method in methods)
-    return (config.shared.calibration.max_new_tokens,) * GAMMA_SAMPLES if used else ()
+def gamma_lengths(policy: PolicySection, methods: Sequence[str], max_new_tokens: int) -> tuple[int, ...]:
+    """Most tokens of each reference sample that the gamma term of one of these methods puts behind every pair.
+
+    Args:
+        max_new_tokens: of a reference sample.
+    """
+    used = any(uses_gamma(policy, method) for method in methods)
+    return (max_new_tokens,) * GAMMA_SAMPLES if used else ()
 
 
-def _sampled(config: PolicyConfig, method: str) -> Sampled:
-    pairs = (
-        config.pairs.reference_samples and config.pairs.share and POLICY_METHODS[method].reward is not None
-    )
-    tokens = config.shared.calibration.max_new_tokens if pairs else 0
-    return Sampled(gamma_lengths(config, [method]), tokens)
+def _sampled(method: str, policy: PolicySection, sample_pairs: PairsConfig, max_new_tokens: int) -> Sampled:
+    drawn = sample_pairs.reference_samples and sample_pairs.share
+    pairs = drawn and POLICY_METHODS[method].reward is not None
+    return Sampled(gamma_lengths(policy, [method], max_new_tokens), max_new_tokens if pairs else 0)
 
 
 def describe_reward_models(paths: ArtifactPaths) -> None:
@@ -112,94 +126,110 @@ def gate_file(paths: ArtifactPaths) -> Path:
     return paths.reward_analysis / "gate.json"
 
 
-def preview_gate(config: PolicyConfig) -> None:
+def preview_gate(
+    shared: RewardModelConfig, policy: PolicySection, sample_pairs: PairsConfig, training: TrainingConfig
+) -> None:
     """The gate before anything is trained, of the reward models that are finished."""
     try:
-        models = load_reward_models(config.shared)  # first: without them the base model need not be there
-        tokenizer = load_tokenizer(config.shared.model, config.paths)
+        models = load_reward_models(shared)  # first: without them the base model need not be there
+        tokenizer = load_tokenizer(shared.model, shared.paths)
+        drawn = reference_sample_count(sample_pairs, shared.calibration)
+        splits = read_splits(shared.paths) if drawn else {}
+        tokens = PairTokens(tokenizer, max_length=training.max_length, over_length=training.over_length)
     except UserError as error:
         logger.info("gate        not computed: %s", error)
         return
-    describe_gate(config, models, tokenizer)
+    describe_gate(models, tokens, splits, shared=shared, policy=policy, sample_pairs=sample_pairs)
 
 
 def describe_gate(
-    config: PolicyConfig, models: Sequence[RewardModel], tokenizer: PreTrainedTokenizerBase
+    models: Sequence[RewardModel],
+    tokens: PairTokens,
+    splits: Mapping[str, Split],
+    *,
+    shared: RewardModelConfig,
+    policy: PolicySection,
+    sample_pairs: PairsConfig,
 ) -> None:
     """Compute, log and write the gate, or say in one line what is missing."""
+    count = reference_sample_count(sample_pairs, shared.calibration)
     try:
-        scored = cached_responses(config, models, tokenizer)
+        scored = cached_responses(models, tokens, splits, shared=shared, sample_count=count)
     except UserError as error:
         logger.info("gate        not computed: %s", error)
         return
     if isinstance(scored, str):
         logger.info("gate        not computed: %s", scored)
         return
-    table = gate_table(config, scored)
+    table = gate_table(policy, scored)
     for line in gate_lines(table):
         logger.info("gate        %s", line)
     if is_main_process():
-        logger.info("gate        written to %s", io.write_json(gate_file(config.paths), table))
+        logger.info("gate        written to %s", io.write_json(gate_file(shared.paths), table))
 
 
 def cached_responses(
-    config: PolicyConfig, models: Sequence[RewardModel], tokenizer: PreTrainedTokenizerBase
+    models: Sequence[RewardModel],
+    tokens: PairTokens,
+    splits: Mapping[str, Split],
+    *,
+    shared: RewardModelConfig,
+    sample_count: int,
 ) -> ScaleResponses | str:
     """Scored reference samples from the cache alone; or what is missing, with the command.
 
     Stage 3's own number of samples a prompt if those are there, else that of the calibration in stage 2; of held-out
     prompts if any are there, else of training prompts.
+
+    Args:
+        splits: from `pairs.read_splits`; not read where no samples are drawn.
+        sample_count: stage 3's own number.
     """
-    if not reference_sample_count(config):
+    if not sample_count:
         return (
             "it needs scored samples of the reference and none are configured (calibration.source: "
             "validation_responses); set pairs.reference_samples=16 or calibration.source=reference_samples"
         )
-    by_prompt = config.shared.calibration.source == "reference_samples"
-    splits = {"held-out prompts": "val", "training prompts": "train"}
-    prompts = {source: _prompts(config, tokenizer, split) for source, split in splits.items()}
-    for shared in (sampling_config(config), config.shared):
+    by_prompt = centers_by_prompt(shared.calibration)
+    lengths = sorted({shared.training.max_length, tokens.max_length})
+    named = {"held-out prompts": "val", "training prompts": "train"}
+    prompts = {source: distinct_prompts(splits[split], tokens, lengths) for source, split in named.items()}
+    for sampling in (with_sample_count(shared, sample_count), shared):
         for source, candidates in prompts.items():
-            found = _scored_prompts(shared, models, tokenizer, candidates)
-            if found:
-                samples = reference_samples(shared, tokenizer, found)
-                return score_samples(models, found, samples, by_prompt=by_prompt, source=source)
+            if found := _scored_prompts(sampling, models, tokens, candidates):
+                return score_samples(models, found, by_prompt=by_prompt, source=source)
     if by_prompt:
         return f"no scored reference samples are cached; stage 2 ({reward_model_command('*')}) makes them"
     return f"no scored reference samples are cached; {stage_command('pessimistic_dpo')} makes them"
 
 
-def _prompts(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, split: str) -> list[Tokens]:
-    """Distinct prompts of a split of all objectives, as stages 2 and 3 cut them."""
-    lengths = {config.shared.training.max_length, config.training.max_length}
-    pairs = [pair for objective in OBJECTIVES for pair in read_pairs(config.paths, objective, split)]
-    prompts = (tokenize_prompt(tokenizer, p.prompt, max_length=n) for p in pairs for n in sorted(lengths))
-    return list(dict.fromkeys(prompts))
+def distinct_prompts(split: Split, tokens: PairTokens, lengths: Iterable[int]) -> list[Tokens]:
+    """Distinct prompts of a split of all objectives, cut to each of these lengths as stages 2 and 3 do."""
+    messages = [pair.prompt for objective in OBJECTIVES for pair in split[objective]]
+    return list(dict.fromkeys(tokens.of_prompt(prompt, length) for prompt in messages for length in lengths))
 
 
 def _scored_prompts(
-    shared: RewardModelConfig,
-    models: Sequence[RewardModel],
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Tokens],
-) -> list[Tokens]:
-    """The prompts whose samples are cached with the rewards of every model."""
-    table = samples_table(shared, tokenizer)  # `reference_samples` would load a model for what is missing
-    sampled = [prompt for prompt in prompts if table.holds([prompt])]
-    if not sampled:
-        return []
-    samples = reference_samples(shared, tokenizer, sampled)
-    kept = set(range(len(sampled)))
+    sampling: RewardModelConfig, models: Sequence[RewardModel], tokens: PairTokens, prompts: Sequence[Tokens]
+) -> SampledPrompts | None:
+    """The prompts whose samples are cached with the rewards of every model; None where there are none."""
+    table = samples_table(sampling, tokens.tokenizer)  # sampling would load a model for what is missing
+    cached = [prompt for prompt in prompts if table.holds([prompt])]
+    if not cached:
+        return None
+    found = sample_prompts(sampling, tokens.tokenizer, cached)
+    kept = set(range(len(cached)))
     for model in models:
-        rewards = ScoreTable(shared.paths.cache("rewards", model.fingerprint), model.members)
-        rows = sample_rows(sampled, samples, model.tokenizer, keep_suffix=True)
+        rewards = ScoreTable(sampling.paths.cache("rewards", model.fingerprint), model.members)
+        rows = found.rows(model.tokenizer, keep_suffix=True)
         kept &= {i for i, row in enumerate(rows) if rewards.holds([row])}
-    return [sampled[i] for i in sorted(kept)]
+    chosen = sorted(kept)
+    return SampledPrompts([cached[i] for i in chosen], [found.responses[i] for i in chosen]) if kept else None
 
 
-def gate_table(config: PolicyConfig, scored: ScaleResponses) -> dict[str, Any]:
+def gate_table(policy: PolicySection, scored: ScaleResponses) -> dict[str, Any]:
     """The gate of every method with a reward at one KL, as JSON."""
-    policy, samples = config.policy, scored.by_prompt()
+    samples = scored.by_prompt()
     budget = usable_kl_target(policy.kl_target, scored.samples_per_prompt)
     rewards, rows, refused = samples.mean(dim=1), [], []
     for method in GATE_METHODS:

@@ -18,7 +18,7 @@ from prmd.pessimism.calibration import auto_reward_scale
 from prmd.pessimism.kl_budget import usable_kl_target
 from prmd.pessimism.maxmin import solve_constraints, solve_maxmin
 from prmd.policies.methods import POLICY_METHODS, aggregation
-from prmd.policies.scores import ScaleResponses
+from prmd.policies.pairs import ScaleResponses
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prmd.errors import ConfigError
 from prmd.models.tokenization import PrefixRow
-from prmd.policies.scores import PairScores, ReferenceSamples, ScaleResponses
+from prmd.policies.pairs import PairScores, ReferenceSamples, ScaleResponses
 
 GAMMA_SAMPLES = 2
 """Reference samples behind every pair for the gamma term; two, because a batch is read as pairs of responses."""

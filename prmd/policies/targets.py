@@ -30,8 +30,8 @@ from prmd.pessimism.losses import (
 )
 from prmd.policies.methods import POLICY_METHODS, aggregation
 from prmd.policies.notes import cvar_atoms, method_notes
+from prmd.policies.pairs import PairScores, ScaleResponses
 from prmd.policies.robust_reward import RobustReward, objective_weights, solve_reward
-from prmd.policies.scores import PairScores, ScaleResponses
 from prmd.training.trainer import Columns, PairLoss
 
 __all__ = ["Targets", "aggregation", "describe_targets", "method_targets", "policy_loss"]

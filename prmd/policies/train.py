@@ -10,6 +10,7 @@ the same labelled pairs in the same order. The TRL baseline is in `trl_baseline`
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
-from prmd.artifacts.paths import stage_command
+from prmd.artifacts.paths import ArtifactPaths, stage_command
 from prmd.artifacts.runs import (
     finish_run,
     is_current,
@@ -29,14 +30,14 @@ from prmd.artifacts.runs import (
     write_step_result,
 )
 from prmd.config.loading import as_dict
-from prmd.config.policy import PolicyConfig
+from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
+from prmd.config.shared import RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import DataError
 from prmd.inference.reference import check_engine, reference_key
 from prmd.models.loading import add_lora, load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
 from prmd.objectives import OBJECTIVES
-from prmd.pairs import read_pairs
-from prmd.policies.edpo import loss_function
+from prmd.policies.edpo import choosing_members
 from prmd.policies.inputs import MethodInputs, Prepared, method_inputs, prepare
 from prmd.policies.methods import (
     BASELINE,
@@ -47,15 +48,17 @@ from prmd.policies.methods import (
     reference_sample_count,
     settings_read,
 )
+from prmd.policies.pairs import PairTokens, PolicyPairs, Split, read_splits, training_mixture
 from prmd.policies.preview import describe_gate, describe_policies, gamma_lengths, preview_gate
 from prmd.policies.soup import average_policies
-from prmd.policies.targets import describe_targets
+from prmd.policies.targets import describe_targets, policy_loss
 from prmd.policies.trl_baseline import train_trl_dpo
 from prmd.report import figures
 from prmd.rewards.reward_model import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
 from prmd.training.checkpoints import copy_model, name_checkpoints
 from prmd.training.run import TrainingRun, check_training, run_training
+from prmd.training.trainer import LossFunction
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +75,7 @@ def train_pessimistic(config: PolicyConfig, *, force: bool = False, dry_run: boo
         return config.paths.policies
     path = _train_methods(config, config.policy.methods, force, dry_run)
     if dry_run:
-        preview_gate(config)
+        preview_gate(config.shared, config.policy, config.pairs, config.training)
     return path
 
 
@@ -82,63 +85,121 @@ def train_hierarchical(config: PolicyConfig, *, force: bool = False, dry_run: bo
 
 
 def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dry_run: bool) -> Path:
-    check_methods(config, methods)
+    shared, policy, tuning, training = config.shared, config.policy, config.tuning, config.training
+    check_methods(methods, policy, samples=reference_sample_count(config.pairs, shared.calibration))
     trained = [method for method in dict.fromkeys(methods) if method != SOUP]
+    settings: dict[str, Any] = {"shared": shared, "policy": policy, "sample_pairs": config.pairs}
+    how: dict[str, Any] = {"tuning": tuning, "training": training}
     if dry_run:
-        describe_policies(config, methods)
+        describe_policies(methods, run_name=config.run_name, **settings, **how)
         return config.paths.policies
-    _check_data(config)
-    tokenizer = load_tokenizer(config.shared.model, config.paths)
+    splits = read_splits(config.paths)  # refuses missing or empty ones before anything is loaded or written
+    tokenizer = load_tokenizer(shared.model, config.paths)
+    folders = PolicyFolders(config.paths, config.run_name, force, partial(finish_run, config=config))
+    key = partial(_fingerprint, tokenizer=tokenizer, **settings, **how)
     if SOUP in methods:
-        _check_soup(config, tokenizer, being_trained=trained)
+        _check_soup(folders, key, being_trained=trained)
     rewarded = any(POLICY_METHODS[method].reads_rewards for method in trained)
-    models = load_reward_models(config.shared) if rewarded else []
-    todo = _not_finished(config, trained, tokenizer, models, force)
+    models = load_reward_models(shared) if rewarded else []
+    todo = _not_finished(folders, trained, partial(key, models=models))
     if todo:
-        check_engine(config.shared)
-        settings, sampled = (config.shared, config.tuning, config.training), gamma_lengths(config, list(todo))
-        directory = config.paths.policy(next(iter(todo)), config.run_name)
-        check_training(*settings, task="policy", directory=directory, sampled=sampled)
+        check_engine(shared)
+        directory = folders.of(next(iter(todo)))
+        sampled = gamma_lengths(policy, list(todo), shared.calibration.max_new_tokens)
+        check_training(shared, tuning, training, task="policy", directory=directory, sampled=sampled)
+        tokens = PairTokens(tokenizer, max_length=training.max_length, over_length=training.over_length)
     for objective in dict.fromkeys(POLICY_METHODS[method].objective for method in todo):
-        alike = {m: key for m, key in todo.items() if POLICY_METHODS[m].objective == objective}
-        _train_alike(config, alike, objective, tokenizer, models, force)
+        alike = {
+            m: fingerprint for m, fingerprint in todo.items() if POLICY_METHODS[m].objective == objective
+        }
+        prepared = _prepare(list(alike), objective, models, tokens, splits, training=training, **settings)
+        _train_alike(alike, prepared, folders, tokenizer, **settings, **how)
     if SOUP in methods:
-        _make_soup(config, tokenizer, force)
+        _make_soup(folders, key, policy.weights)
     return config.paths.policies
 
 
-def _check_data(config: PolicyConfig) -> None:
-    """Refuse missing or empty splits before anything is loaded or written."""
-    for objective in OBJECTIVES:
-        for split in ("train", "val"):
-            read_pairs(config.paths, objective, split)
+@dataclass(frozen=True)
+class PolicyFolders:
+    """Where the policies of a run lie, and what is recorded with each.
+
+    Attributes:
+        run_name: behind the method's name; None: that alone.
+        force: replace what is finished.
+        record: `finish_run` with the settings of the run, its last file.
+    """
+
+    paths: ArtifactPaths
+    run_name: str | None
+    force: bool
+    record: Callable[..., None]
+
+    def of(self, method: str) -> Path:
+        """A policy's folder."""
+        return self.paths.policy(method, self.run_name)
+
+    def holds(self, method: str, fingerprint: str) -> bool:
+        """Whether a policy is finished and to be reused; says so."""
+        directory = self.of(method)
+        if self.force or not is_current(directory, fingerprint):
+            return False
+        logger.info("policy %s: finished before with the same settings, reused: %s", method, directory)
+        return True
+
+    def refuse_replacing(self, method: str) -> None:
+        """Refuse to replace a finished policy of other settings unasked.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        if not self.force:
+            refuse_replacing(self.of(method), what=f"policy {method}")
+
+    def write(self, method: str, fingerprint: str, make: Callable[[Path, Path], dict[str, Any]]) -> None:
+        """Build a policy's folder and publish it.
+
+        Args:
+            make: (folder, log directory) -> its metrics; leaves the weights in the folder.
+        """
+        paths, directory = self.paths, self.of(method)
+        clock, partial_folder = start_run(), partial_directory(directory, fingerprint, self.force)
+        log_directory = paths.logs("policies", paths.approach, directory.name)
+        metrics: dict[str, Any] = {"method": directory.name, "approach": paths.approach, "notes": []}
+        metrics |= make(partial_folder, log_directory)
+        if is_main_process():
+            path = io.write_json(partial_folder / "metrics.json", metrics)
+            figures.plot_policy_training(path, paths.visualizations)
+            inputs = {"policy": fingerprint}
+            self.record(partial_folder, inputs=inputs, fingerprint=fingerprint, clock=clock)
+        publish(partial_folder, directory)
+        if is_main_process():
+            result = {key: metrics.get(key) for key in ("reward_scale", "notes")}
+            write_step_result(paths, f"train_{directory.name}", {"artifact": str(directory), **result})
+            logger.info("policy %s: written to %s", method, directory)
 
 
 def _not_finished(
-    config: PolicyConfig,
-    methods: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    models: Sequence[RewardModel],
-    force: bool,
+    folders: PolicyFolders, methods: Sequence[str], key: Callable[[str], str]
 ) -> dict[str, str]:
     """The methods to train with their fingerprints; a finished one is reused, one of other settings not replaced unasked."""
-    todo = {}
-    for method in methods:
-        directory = config.paths.policy(method, config.run_name)
-        fingerprint = _fingerprint(config, method, tokenizer, models)
-        if not force and is_current(directory, fingerprint):
-            logger.info("policy %s: finished before with the same settings, reused: %s", method, directory)
-        else:
-            todo[method] = fingerprint
-    for method in todo if not force else ():
-        refuse_replacing(config.paths.policy(method, config.run_name), what=f"policy {method}")
+    keys = {method: key(method) for method in methods}
+    todo = {
+        method: fingerprint for method, fingerprint in keys.items() if not folders.holds(method, fingerprint)
+    }
+    for method in todo:
+        folders.refuse_replacing(method)
     return todo
 
 
 def _fingerprint(
-    config: PolicyConfig,
     method: str,
+    *,
     tokenizer: PreTrainedTokenizerBase,
+    shared: RewardModelConfig,
+    policy: PolicySection,
+    sample_pairs: PairsConfig,
+    tuning: TuningConfig,
+    training: TrainingConfig,
     models: Sequence[RewardModel] = (),
 ) -> str:
     """Key of everything a finished policy depends on, and of nothing its method does not read.
@@ -146,140 +207,176 @@ def _fingerprint(
     Args:
         models: the reward models of all objectives; may be left out where the method reads no rewards.
     """
-    values, paths, rewarded = as_dict(config), config.paths, POLICY_METHODS[method].reads_rewards
-    shared = values["reward_model_config"]
-    splits = [paths.split(objective, split) for objective in OBJECTIVES for split in ("train", "val")]
+    rewarded = POLICY_METHODS[method].reads_rewards
+    splits = [shared.paths.split(objective, split) for objective in OBJECTIVES for split in ("train", "val")]
     data, keys = io.files_sha256(splits), [model.fingerprint for model in models] if rewarded else []
-    parts = [method, settings_read(config, method), values["tuning"], values["training"], shared["seed"]]
-    calibration = shared["calibration"] if rewarded else None
-    return io.fingerprint([*parts, calibration, reference_key(config.shared, tokenizer), data, keys])
+    read = settings_read(policy, sample_pairs, method)
+    parts = [method, read, as_dict(tuning), as_dict(training), shared.seed]
+    calibration = as_dict(shared.calibration) if rewarded else None
+    return io.fingerprint([*parts, calibration, reference_key(shared, tokenizer), data, keys])
 
 
 # ------------------------------------------------------------------ training
-def _train_alike(
-    config: PolicyConfig,
-    methods: Mapping[str, str],
+def _prepare(
+    methods: Sequence[str],
     objective: str | None,
-    tokenizer: PreTrainedTokenizerBase,
     models: Sequence[RewardModel],
-    force: bool,
+    tokens: PairTokens,
+    splits: Mapping[str, Split],
+    *,
+    shared: RewardModelConfig,
+    policy: PolicySection,
+    sample_pairs: PairsConfig,
+    training: TrainingConfig,
+) -> Prepared:
+    """What methods on the same pairs share, and the closed-form table where they read rewards of reference samples.
+
+    Args:
+        objective: whose pairs these are; None: those of all.
+        models: the reward models of all objectives; none where no method of the stage reads rewards.
+    """
+    mixture = training_mixture(
+        splits["train"],
+        weights=policy.weights,
+        max_pairs=training.max_pairs,
+        epochs=training.epochs,
+        seed=shared.seed,
+        objective=objective,
+    )
+    settings: dict[str, Any] = {"shared": shared, "policy": policy, "sample_pairs": sample_pairs}
+    source = objective or shared.paths.approach
+    prepared = prepare(methods, models, tokens, splits=splits, mixture=mixture, source=source, **settings)
+    rewarded = any(POLICY_METHODS[method].reads_rewards for method in methods)
+    if rewarded and reference_sample_count(sample_pairs, shared.calibration):
+        describe_gate(models, tokens, splits, **settings)
+    return prepared
+
+
+def _train_alike(
+    methods: Mapping[str, str],
+    prepared: Prepared,
+    folders: PolicyFolders,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shared: RewardModelConfig,
+    policy: PolicySection,
+    sample_pairs: PairsConfig,
+    tuning: TuningConfig,
+    training: TrainingConfig,
 ) -> None:
     """Train methods that see the same pairs; all their targets are made before the first one is trained.
 
     Args:
         methods: their fingerprints by name.
-        objective: whose pairs these are; None: those of all.
-        models: the reward models of all objectives; none where no method of the stage reads rewards.
     """
-    prepared = prepare(config, tokenizer, list(methods), objective, models)
-    rewarded = any(POLICY_METHODS[method].reads_rewards for method in methods)
-    if rewarded and reference_sample_count(config):
-        describe_gate(config, models, tokenizer)
-    inputs = {method: method_inputs(config, method, prepared) for method in methods if method != BASELINE}
+    drawing: dict[str, Any] = {
+        "sample_pairs": sample_pairs,
+        "max_length": training.max_length,
+        "seed": shared.seed,
+    }
+    inputs = {m: method_inputs(m, prepared, policy=policy, **drawing) for m in methods if m != BASELINE}
     for method, own in inputs.items():
         for note in own.notes:
             logger.info("policy %s: %s", method, note)
+    how: dict[str, Any] = {"shared": shared, "policy": policy, "tuning": tuning, "training": training}
     for method, fingerprint in methods.items():
         train: Callable[[Path, Path], dict[str, Any]]
         if method == BASELINE:
-            train = partial(_train_baseline, config, tokenizer, prepared)
+            train = partial(_train_baseline, prepared.pairs, tokenizer, **how)
         else:
-            train = partial(_distil, config, method, inputs.pop(method), tokenizer)
-        _write_policy(config, method, fingerprint, force, train)
-
-
-def _write_policy(
-    config: PolicyConfig,
-    method: str,
-    fingerprint: str,
-    force: bool,
-    make: Callable[[Path, Path], dict[str, Any]],
-) -> None:
-    """Build a policy's folder and publish it.
-
-    Args:
-        make: (folder, log directory) -> its metrics; leaves the weights in the folder.
-    """
-    directory = config.paths.policy(method, config.run_name)
-    clock, partial_folder = start_run(), partial_directory(directory, fingerprint, force)
-    log_directory = config.paths.logs("policies", config.paths.approach, directory.name)
-    metrics: dict[str, Any] = {"method": directory.name, "approach": config.paths.approach, "notes": []}
-    metrics |= make(partial_folder, log_directory)
-    if is_main_process():
-        path = io.write_json(partial_folder / "metrics.json", metrics)
-        figures.plot_policy_training(path, config.paths.visualizations)
-        inputs = {"policy": fingerprint}
-        finish_run(partial_folder, config=config, inputs=inputs, fingerprint=fingerprint, clock=clock)
-    publish(partial_folder, directory)
-    if is_main_process():
-        result = {key: metrics.get(key) for key in ("reward_scale", "notes")}
-        write_step_result(config.paths, f"train_{directory.name}", {"artifact": str(directory), **result})
-        logger.info("policy %s: written to %s", method, directory)
+            train = partial(_distil, method, inputs.pop(method), tokenizer, **how)
+        folders.write(method, fingerprint, train)
 
 
 def _train_baseline(
-    config: PolicyConfig,
+    pairs: PolicyPairs,
     tokenizer: PreTrainedTokenizerBase,
-    prepared: Prepared,
     folder: Path,
     log_directory: Path,
+    *,
+    shared: RewardModelConfig,
+    policy: PolicySection,
+    tuning: TuningConfig,
+    training: TrainingConfig,
 ) -> dict[str, Any]:
-    return {"curve": train_trl_dpo(config, tokenizer, prepared.pairs, folder, log_directory)}
+    curve = train_trl_dpo(
+        pairs,
+        tokenizer,
+        shared=shared,
+        beta=policy.beta,
+        tuning=tuning,
+        training=training,
+        directory=folder,
+        log_directory=log_directory,
+    )
+    return {"curve": curve}
 
 
 def _distil(
-    config: PolicyConfig,
     method: str,
     inputs: MethodInputs,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     log_directory: Path,
+    *,
+    shared: RewardModelConfig,
+    policy: PolicySection,
+    tuning: TuningConfig,
+    training: TrainingConfig,
 ) -> dict[str, Any]:
     """Train one policy with our trainer."""
     loaded: list[SequenceLogps] = []
 
     def load(master_weights: bool) -> SequenceLogps:
-        model = load_causal_lm(config.shared.model, config.paths, master_weights=master_weights)
-        lora = config.tuning.method == "lora"
-        loaded.append(SequenceLogps(add_lora(model, config.tuning.lora, task="CAUSAL_LM") if lora else model))
+        model = load_causal_lm(shared.model, shared.paths, master_weights=master_weights)
+        lora = tuning.method == "lora"
+        loaded.append(SequenceLogps(add_lora(model, tuning.lora, task="CAUSAL_LM") if lora else model))
         return loaded[-1]
 
-    set_seed(config.shared.seed)
+    kind = POLICY_METHODS[method].loss
+    loss: LossFunction = partial(policy_loss, policy=policy, kind=kind)
+    set_seed(shared.seed)
+    if kind == "edpo":
+        choice = {"seed": shared.seed, "pad_id": tokenizer.pad_token_id}
+        inputs, loss = choosing_members(
+            inputs, lambda: loaded[-1], policy=policy, training=training, **choice
+        )
     run = TrainingRun(
         name=f"policy {method}",
         directory=folder,
-        shared=config.shared,
-        tuning=config.tuning,
-        training=config.training,
+        shared=shared,
+        tuning=tuning,
+        training=training,
         data=inputs.train,
         stream=inputs.stream,
         eval_data=inputs.held_out,
-        loss_function=loss_function(config, method, inputs, tokenizer.pad_token_id, lambda: loaded[-1]),
+        loss_function=loss,
         load_model=load,
         log_directory=log_directory,
         task="policy",
-        sampled=gamma_lengths(config, [method]),
+        sampled=gamma_lengths(policy, [method], shared.calibration.max_new_tokens),
     )
     history, steps = run_training(run, tokenizer)
     if is_main_process():
         name_checkpoints(folder, steps)
         copy_model(folder / "checkpoints" / "end", folder)
-    described = describe_targets(inputs.targets, config.policy.margin_clip) if inputs.targets else {}
+    described = describe_targets(inputs.targets, policy.margin_clip) if inputs.targets else {}
     return {**described, "notes": list(inputs.notes), "curve": history}
 
 
 # ------------------------------------------------------------------ soup
-def _check_soup(
-    config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, being_trained: Sequence[str]
-) -> None:
+def _check_soup(folders: PolicyFolders, key: Callable[[str], str], being_trained: Sequence[str]) -> None:
     """Refuse a soup of policies that are not there.
+
+    Args:
+        key: method -> the fingerprint it has with the settings of the run.
 
     Raises:
         DataError: one that is not about to be trained is missing, or was trained with other settings.
     """
     for name in SOUP_MEMBERS:
-        source = config.paths.policy(name, config.run_name)
-        if name in being_trained or is_current(source, _fingerprint(config, name, tokenizer)):
+        source = folders.of(name)
+        if name in being_trained or is_current(source, key(name)):
             continue
         state = "was trained with other settings or data" if read_run(source) else "is missing"
         members = ", ".join(SOUP_MEMBERS)
@@ -287,17 +384,18 @@ def _check_soup(
         raise DataError(f"soup averages {members}, and {source} {state}; train them with: {command}")
 
 
-def _make_soup(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, force: bool) -> None:
-    """Average the finished per-objective policies; nothing is trained."""
-    sources = [config.paths.policy(name, config.run_name) for name in SOUP_MEMBERS]
-    keys = [_fingerprint(config, name, tokenizer) for name in SOUP_MEMBERS]
-    weights = [config.policy.weights[POLICY_METHODS[name].objective] for name in SOUP_MEMBERS]
-    directory, fingerprint = config.paths.policy(SOUP, config.run_name), io.fingerprint([SOUP, keys, weights])
-    if not force and is_current(directory, fingerprint):
-        logger.info("policy %s: finished before with the same settings, reused: %s", SOUP, directory)
+def _make_soup(folders: PolicyFolders, key: Callable[[str], str], objectives: Mapping[str, float]) -> None:
+    """Average the finished per-objective policies; nothing is trained.
+
+    Args:
+        objectives: their weights.
+    """
+    sources, keys = [folders.of(name) for name in SOUP_MEMBERS], [key(name) for name in SOUP_MEMBERS]
+    weights = [objectives[POLICY_METHODS[name].objective] for name in SOUP_MEMBERS]
+    fingerprint = io.fingerprint([SOUP, keys, weights])
+    if folders.holds(SOUP, fingerprint):
         return
-    if not force:
-        refuse_replacing(directory, what=f"policy {SOUP}")
+    folders.refuse_replacing(SOUP)
 
     def make(folder: Path, log_directory: Path) -> dict[str, Any]:
         if is_main_process():
@@ -306,4 +404,4 @@ def _make_soup(config: PolicyConfig, tokenizer: PreTrainedTokenizerBase, force: 
         shares = ", ".join(f"{w:.3g} {s.name}" for w, s in zip(weights, sources, strict=True))
         return {"notes": [f"the mean of {shares}; nothing was trained"]}
 
-    _write_policy(config, SOUP, fingerprint, force, make)
+    folders.write(SOUP, fingerprint, make)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig, DPOTrainer
 
-from prmd.config.policy import PolicyConfig
+from prmd.config.shared import RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.models.loading import load_causal_lm, lora_config
 from prmd.pairs import PreferencePair
 from prmd.policies.pairs import PolicyPairs
@@ -71,9 +71,13 @@ class _OurColumns(TrainerCallback):
 
 
 def train_trl_dpo(
-    config: PolicyConfig,
-    tokenizer: PreTrainedTokenizerBase,
     pairs: PolicyPairs,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shared: RewardModelConfig,
+    beta: float,
+    tuning: TuningConfig,
+    training: TrainingConfig,
     directory: Path,
     log_directory: Path,
 ) -> list[dict[str, float]]:
@@ -82,22 +86,20 @@ def train_trl_dpo(
     Returns:
         TRL's log rows.
     """
-    rows = baseline_rows(pairs.tokenized.pairs, _batch_plan(config, pairs))
-    precision = choose_precision(config.shared, config.tuning, config.training, "policy")
-    set_seed(config.shared.seed)
-    lora = config.tuning.method == "lora"
+    rows = baseline_rows(pairs.tokenized.pairs, _batch_plan(pairs, training, shared.seed))
+    precision = choose_precision(shared, tuning, training, "policy")
+    set_seed(shared.seed)
+    lora = tuning.method == "lora"
     trainer = DPOTrainer(
-        model=load_causal_lm(config.shared.model, config.paths, master_weights=precision.master_weights),
-        args=_dpo_arguments(config, precision, directory, len(rows)),
+        model=load_causal_lm(shared.model, shared.paths, master_weights=precision.master_weights),
+        args=_dpo_arguments(precision, directory, len(rows), beta=beta, training=training, seed=shared.seed),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        peft_config=lora_config(config.tuning.lora, task="CAUSAL_LM") if lora else None,
+        peft_config=lora_config(tuning.lora, task="CAUSAL_LM") if lora else None,
         callbacks=[
-            _OurColumns(
-                config.policy.beta, get_runtime().world_size
-            ),  # before the loggers: they read its values
+            _OurColumns(beta, get_runtime().world_size),  # before the loggers: they read its values
             RefuseUnsharded(),
-            *reporting_callbacks(config.shared.report_to, log_directory, "policy baseline_dpo (TRL)"),
+            *reporting_callbacks(shared.report_to, log_directory, "policy baseline_dpo (TRL)"),
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -116,27 +118,29 @@ def _save(trainer: DPOTrainer, tokenizer: PreTrainedTokenizerBase, directory: Pa
         tokenizer.save_pretrained(directory)
 
 
-def _batch_plan(config: PolicyConfig, pairs: PolicyPairs) -> list[MicroBatch]:
+def _batch_plan(pairs: PolicyPairs, training: TrainingConfig, seed: int) -> list[MicroBatch]:
     """The micro-batches of our own trainer, so that TRL sees the same pairs in the same order."""
-    training, world_size = config.training, get_runtime().world_size
+    world_size = get_runtime().world_size
     return plan_batches(
         [row.shared_length for row in pairs.tokenized.rows],
         pairs.stream,
         rows_per_batch=training.pairs_per_device,
         batches_per_step=training.gradient_accumulation_steps * world_size,
-        seed=config.shared.seed,
+        seed=seed,
         world_size=world_size,
     )
 
 
-def _dpo_arguments(config: PolicyConfig, precision: Precision, directory: Path, rows: int) -> DPOConfig:
+def _dpo_arguments(
+    precision: Precision, directory: Path, rows: int, *, beta: float, training: TrainingConfig, seed: int
+) -> DPOConfig:
     """TRL's arguments for the configured training over `rows` pairs in the order given."""
-    training, on_gpu = config.training, get_device().type == "cuda"
+    on_gpu = get_device().type == "cuda"
     step_pairs = training.pairs_per_device * training.gradient_accumulation_steps * get_runtime().world_size
     eight_bit = precision.optimizer == "adamw_8bit_stochastic"
     arguments = DPOConfig(
         output_dir=str(directory),
-        beta=config.policy.beta,
+        beta=beta,
         max_length=training.max_length + TEMPLATE_TAIL,
         precompute_ref_log_probs=True,
         num_train_epochs=1,
@@ -160,6 +164,6 @@ def _dpo_arguments(config: PolicyConfig, precision: Precision, directory: Path, 
         report_to="none",
         disable_tqdm=True,
         use_cpu=not on_gpu,
-        seed=config.shared.seed,
+        seed=seed,
     )
     return on_one_gpu(arguments)

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_pipeline import no_model_loads
+from tiny_policies import tokens_of
 from tiny_tables import SAMPLES, M, Table, table_config, with_calibration
 from tiny_workspace import write_prepared
 
@@ -15,7 +16,9 @@ from prmd.inference.cache import tokens_key
 from prmd.inference.generation import sample_rows
 from prmd.inference.reference import reference_samples
 from prmd.models.loading import load_tokenizer
+from prmd.models.tokenization import Tokens
 from prmd.policies import preview
+from prmd.policies.pairs import read_splits
 from prmd.policies.train import train_pessimistic
 from prmd.report.evaluation_sections import gate_section
 
@@ -79,25 +82,31 @@ def test_the_gate_takes_the_samples_of_the_calibration_before_stage_three(
     write_prepared(config.paths, pairs=6)
     tokenizer = load_tokenizer(shared.model, shared.paths)
     models = preview.load_reward_models(shared)
-    prompts = preview._prompts(config, tokenizer, "val")
+    prompts = watched_prompts(config)
     assert len(prompts) == 18
     samples = reference_samples(shared, tokenizer, prompts[:7])
     for model, scored in zip(models, (7, 7, 4), strict=True):  # one model has not scored them all
         model.rewards(
             sample_rows(prompts[:scored], samples[:scored], tokenizer, keep_suffix=True), description="c"
         )
-    found = preview.cached_responses(config, models, tokenizer)
+    splits, count = read_splits(config.paths), config.pairs.reference_samples
+    found = preview.cached_responses(models, tokens_of(config), splits, shared=shared, sample_count=count)
     assert found.samples_per_prompt == 5 and found.by_prompt().shape == (3, M, 4, 5)
     assert found.by_prompt().mean(dim=-1).abs().max() < 1e-9  # centred on each prompt's own samples
-    table = preview.gate_table(config, found)
+    table = preview.gate_table(config.policy, found)
     assert table["prompts"] == 4 and table["kl"] == pytest.approx(np.log(5) / 4)
     assert any("needs more samples" in line for line in preview.gate_lines(table))
+
+
+def watched_prompts(config: PolicyConfig) -> list[Tokens]:
+    lengths = sorted({config.shared.training.max_length, config.training.max_length})
+    return preview.distinct_prompts(read_splits(config.paths)["val"], tokens_of(config), lengths)
 
 
 def gate_rewards(config: PolicyConfig, tables: dict[str, Table]) -> np.ndarray:
     """Calibrated rewards [K, M, X, n] of the cached samples of the watched prompts, by hand."""
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    prompts = preview._prompts(config, tokenizer, "val")
+    prompts = watched_prompts(config)
     (folder,) = (config.paths.root / "data" / "cache").glob("samples-*")
     cached = {row["key"]: row["value"] for shard in folder.glob("*.jsonl") for row in io.read_jsonl(shard)}
     kept = [p for p in prompts if tokens_key(p).hex() in cached]

@@ -234,12 +234,12 @@ def test_samples_are_planned_for_the_methods_that_train_on_them(
     )
     train_pessimistic(policy, dry_run=True)
     assert "40 and 40 of responses, with 40 and 40 of reference samples behind each" in caplog.text
-    assert gamma_lengths(policy, ["mean", "dpo"]) == (40, 40)
+    assert gamma_lengths(policy.policy, ["mean", "dpo"], 40) == (40, 40)
     caplog.clear()
     labels = PolicySection(methods=("dpo",), gamma=0.1)
     train_pessimistic(policy.model_copy(update={"policy": labels}), dry_run=True)
     assert "of responses" in caplog.text and "reference samples" not in caplog.text
-    assert gamma_lengths(policy, ["dpo"]) == ()
+    assert gamma_lengths(policy.policy, ["dpo"], 40) == ()
 
 
 def test_without_data_tokenizer_or_a_pair_that_fits_the_longest_row_is_not_known(

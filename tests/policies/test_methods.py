@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from tiny_scores import K, M, N, random_scores, reference
 
 from prmd.config.policy import PairsConfig, PolicyConfig, PolicyMethod, PolicySection
-from prmd.config.shared import CalibrationConfig, RewardModelConfig
+from prmd.config.shared import CalibrationConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.policies.methods import (
@@ -21,22 +21,20 @@ from prmd.policies.methods import (
     settings_read,
 )
 from prmd.policies.notes import method_notes
-from prmd.policies.scores import PairScores, ScaleResponses
+from prmd.policies.pairs import PairScores, ScaleResponses
 from prmd.policies.targets import Targets, method_targets, policy_loss
 
 SHIPPED = PolicyConfig()
 NAMES = tuple(method for method in POLICY_METHODS if method not in (BASELINE, SOUP))
 
 
-def config_of(
-    policy: dict[str, Any] | None = None, pairs: int = 0, source: str = "validation_responses"
-) -> PolicyConfig:
-    shared = RewardModelConfig(calibration=CalibrationConfig(source=source))
-    return PolicyConfig(
-        policy=PolicySection(**(policy or {})),
-        pairs=PairsConfig(reference_samples=pairs),
-        reward_model_config=shared,
-    )
+def read_by(method: str, policy: dict[str, Any] | None = None, pairs: int = 0) -> dict[str, Any]:
+    return settings_read(PolicySection(**(policy or {})), PairsConfig(reference_samples=pairs), method)
+
+
+def check(method: str, policy: dict[str, Any], pairs: int = 0, source: str = "validation_responses") -> None:
+    samples = reference_sample_count(PairsConfig(reference_samples=pairs), CalibrationConfig(source=source))
+    check_methods((method,), PolicySection(**policy), samples=samples)
 
 
 def test_the_configuration_names_exactly_the_methods_there_are() -> None:
@@ -161,9 +159,9 @@ def test_a_fingerprint_changes_with_what_is_read_and_with_nothing_else(
     table: dict[str, set[str]], changes: bool
 ) -> None:
     for method, names in table.items():
-        before = settings_read(config_of(), method)
+        before = read_by(method)
         for name in names:
-            after = settings_read(config_of({name: CHANGED[name]}), method)
+            after = read_by(method, {name: CHANGED[name]})
             assert (before != after) is changes, (method, name)
 
 
@@ -175,7 +173,7 @@ def test_pairs_of_reference_samples_are_part_of_distilled_methods_alone() -> Non
         ("ipo", False),
         (BASELINE, False),
     ):
-        assert (settings_read(config_of(), method) != settings_read(config_of(pairs=4), method)) is changes
+        assert (read_by(method) != read_by(method, pairs=4)) is changes
 
 
 # ------------------------------------------------------------------ what is refused
@@ -194,23 +192,25 @@ def test_methods_that_need_reference_samples_need_some(
     with pytest.raises(
         ConfigError, match=rf"{named}: {method} needs samples .*pairs\.reference_samples=16"
     ) as refusal:
-        check_methods(config_of(policy), (method,))
+        check(method, policy)
     assert "\n" not in str(refusal.value)
-    check_methods(config_of(policy, pairs=2), (method,))
-    check_methods(config_of(policy, source="reference_samples"), (method,))
-    check_methods(config_of(policy), ("dpo",))
+    check(method, policy, pairs=2)
+    check(method, policy, source="reference_samples")
+    check("dpo", policy)
 
 
 def test_samples_are_those_of_the_pairs_or_of_the_calibration() -> None:
-    assert reference_sample_count(config_of()) == 0
-    assert reference_sample_count(config_of(pairs=6)) == 6
-    assert reference_sample_count(config_of(source="reference_samples")) == 4
-    assert reference_sample_count(config_of(pairs=6, source="reference_samples")) == 6
+    own, none = PairsConfig(reference_samples=6), PairsConfig()
+    held, drawn = (
+        CalibrationConfig(source=source) for source in ("validation_responses", "reference_samples")
+    )
+    assert [reference_sample_count(none, held), reference_sample_count(own, held)] == [0, 6]
+    assert [reference_sample_count(none, drawn), reference_sample_count(own, drawn)] == [4, 6]
 
 
 def test_maxmin_needs_one_reward_per_objective() -> None:
     with pytest.raises(ConfigError, match="within: none leaves maxmin no reward per objective"):
-        check_methods(config_of({"within": "none"}, pairs=4), ("maxmin",))
+        check("maxmin", {"within": "none"}, pairs=4)
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,19 @@
 """Pairs of policy training: pooled by objective weights, tokenised once, in the order of the seed."""
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_policies import mixture_of, tokens_of, trained_on, watched
 from tiny_workspace import policy_config
 
 from prmd.config.policy import PolicyConfig, PolicySection
-from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.policies.pairs import held_out_pairs, pool_order, pooled_pairs
+from prmd.policies.pairs import pool_order, pooled_pairs, read_splits
 
 K = len(OBJECTIVES)
 
@@ -63,15 +64,11 @@ def adjusted(
     )
 
 
-def tokenizer_of(config: PolicyConfig) -> Any:
-    return load_tokenizer(config.shared.model, config.paths)
-
-
 def test_each_pair_is_tokenised_once_and_streamed_by_weight(config: PolicyConfig) -> None:
     config = adjusted(
         config, weights={"helpful": 0.5, "harmless": 0.25, "honest": 0.25}, epochs=2.0, max_pairs=12
     )
-    pairs = pooled_pairs(config, tokenizer_of(config), "train", None)
+    pairs = trained_on(config)
     ids = [pair.id for pair in pairs.tokenized.pairs]
     assert len(set(ids)) == len(ids) and len(pairs.stream) == 24
     for epoch in (pairs.stream[:12], pairs.stream[12:]):
@@ -81,21 +78,20 @@ def test_each_pair_is_tokenised_once_and_streamed_by_weight(config: PolicyConfig
 
 
 def test_half_an_epoch_is_half_the_stream_and_more_weight_repeats_pairs(config: PolicyConfig) -> None:
-    half = pooled_pairs(adjusted(config, epochs=0.5), tokenizer_of(config), "train", None)
+    half = trained_on(adjusted(config, epochs=0.5))
     assert len(half.stream) == 9
     heavy = adjusted(config, weights={"helpful": 0.9, "harmless": 0.05, "honest": 0.05})
-    pairs = pooled_pairs(heavy, tokenizer_of(config), "train", 20)
+    train = read_splits(config.paths)["train"]
+    pairs = pooled_pairs(train, replace(mixture_of(heavy), total=20), tokens_of(config))
     uses = Counter(pairs.tokenized.pairs[i].id for i in pairs.stream)
     helpful = [uses[p.id] for p in pairs.tokenized.pairs if p.objective == "helpful"]
     assert sum(helpful) == 18 and set(helpful) == {3}
 
 
 def test_over_long_pairs_leave_the_stream(config: PolicyConfig) -> None:
-    whole = pooled_pairs(config, tokenizer_of(config), "train", None)
+    whole = trained_on(config)
     length = max(row.longest for row in whole.tokenized.rows) - 1
-    short = pooled_pairs(
-        adjusted(config, max_length=length, over_length="drop"), tokenizer_of(config), "train", None
-    )
+    short = trained_on(adjusted(config, max_length=length, over_length="drop"))
     assert short.tokenized.dropped > 0
     kept = {p.id for p in short.tokenized.pairs}
     assert [short.tokenized.pairs[i].id for i in short.stream] == [
@@ -104,18 +100,18 @@ def test_over_long_pairs_leave_the_stream(config: PolicyConfig) -> None:
 
 
 def test_held_out_pairs_are_a_pooled_quarter(config: PolicyConfig) -> None:
-    held = held_out_pairs(config, tokenizer_of(config), 24)
+    held = watched(config, 24)
     assert Counter(p.objective for p in held.pairs) == dict.fromkeys(OBJECTIVES, 2)
-    train = {p.id for p in pooled_pairs(config, tokenizer_of(config), "train", None).tokenized.pairs}
+    train = {p.id for p in trained_on(config).tokenized.pairs}
     assert not train & {p.id for p in held.pairs}
 
 
 def test_pairs_of_one_objective_are_as_many_as_all_together(config: PolicyConfig) -> None:
     config = adjusted(config, max_pairs=12)
-    together = pooled_pairs(config, tokenizer_of(config), "train", None)
-    alone = pooled_pairs(config, tokenizer_of(config), "train", None, objective="honest")
+    together = trained_on(config)
+    alone = trained_on(config, "honest")
     assert len(alone.stream) == len(together.stream) == 12
     assert {p.objective for p in alone.tokenized.pairs} == {"honest"} and len(alone.tokenized.pairs) == 6
     assert set(Counter(alone.stream).values()) == {2}
-    held = held_out_pairs(config, tokenizer_of(config), 24, objective="harmless")
+    held = watched(config, 24, "harmless")
     assert {p.objective for p in held.pairs} == {"harmless"} and len(held.pairs) == 6

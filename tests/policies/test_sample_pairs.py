@@ -14,8 +14,8 @@ from prmd.config.policy import PolicySection
 from prmd.errors import ConfigError, DataError
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
-from prmd.policies.edpo import MemberSelection, refuse_sharded
-from prmd.policies.inputs import HELD_OUT
+from prmd.policies.edpo import HELD_OUT, MemberSelection, refuse_sharded
+from prmd.policies.pairs import ReferenceSamples
 from prmd.policies.sample_pairs import (
     GAMMA_SAMPLES,
     SamplePair,
@@ -26,7 +26,6 @@ from prmd.policies.sample_pairs import (
     with_gamma_samples,
     with_sample_pairs,
 )
-from prmd.policies.scores import ReferenceSamples
 from prmd.policies.soup import average_policies
 from prmd.training.batches import MicroBatch
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_policies import mixture_of, tokens_of, trained_on
 from tiny_workspace import policy_config
 from torch import Tensor
 
@@ -18,14 +19,8 @@ from prmd.models.tokenization import PrefixRow, Tokens
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration, fit_calibration
 from prmd.policies import scores as policies_scores
-from prmd.policies.pairs import pooled_pairs
-from prmd.policies.scores import (
-    PairScores,
-    ScaleResponses,
-    draw_reference_samples,
-    scale_responses,
-    score_pairs,
-)
+from prmd.policies.inputs import Prepared, prepare
+from prmd.policies.pairs import PairScores, ScaleResponses, read_splits
 from prmd.policies.targets import method_targets
 from prmd.rewards.reward_model import load_reward_models
 
@@ -98,11 +93,23 @@ def with_source(config: PolicyConfig, source: str) -> PolicyConfig:
     return config.model_copy(update={"reward_model_config": shared})
 
 
+def prepared(config: PolicyConfig, models: list[StandIn]) -> Prepared:
+    return prepare(
+        ["hard_min"],
+        models,  # type: ignore[arg-type]
+        tokens_of(config),
+        splits=read_splits(config.paths),
+        mixture=mixture_of(config),
+        source="embedded",
+        shared=config.shared,
+        policy=config.policy,
+        sample_pairs=config.pairs,
+    )
+
+
 def scored(config: PolicyConfig, models: list[StandIn]) -> tuple[PairScores, ScaleResponses]:
-    tokenizer = tokenizer_of(config)
-    pairs = pooled_pairs(config, tokenizer, "train", None)
-    [scores] = score_pairs(config, models, tokenizer, [pairs.tokenized])  # type: ignore[arg-type]
-    return scores, scale_responses(config, models, tokenizer, pairs, scores)  # type: ignore[arg-type]
+    found = prepared(config, models)
+    return found.scores[0], found.scale
 
 
 def test_every_pair_is_scored_by_every_model_and_centred_globally(config: PolicyConfig, frozen: None) -> None:
@@ -112,7 +119,7 @@ def test_every_pair_is_scored_by_every_model_and_centred_globally(config: Policy
     assert scores.rewards.shape == (K, M, n, 2) and scores.ref_logps.shape == (n, 2)
     for k, model in enumerate(models):
         raw = torch.stack(
-            [torch.stack([model._reward(r.prompt_ids, y) for y in r.responses]) for r in model.seen]
+            [torch.stack([model._reward(r.prompt_ids, y) for y in r.responses]) for r in model.seen[:n]]
         )
         validation = np.array([v.numpy() for v in model.rewards(VALIDATION, description="c")])  # [8, 3, M]
         deviations = validation - validation.mean(axis=1, keepdims=True)
@@ -130,7 +137,7 @@ def test_with_reference_samples_every_prompt_is_centred_on_its_own(
     models = [StandIn(tokenizer_of(config), k).calibrated(VALIDATION) for k in range(K)]
     scores, scale = scored(config, models)
     model = models[1]
-    pair_rows = [row for row in model.seen if len(row.responses) == 2]
+    pair_rows = [row for row in model.seen if len(row.responses) == 2][:18]
     sampled = [row for row in model.seen if len(row.responses) == 3][:18]
     assert [r.prompt_ids for r in sampled] == [r.prompt_ids for r in pair_rows]
     for i, (row, samples) in enumerate(zip(pair_rows, sampled, strict=True)):
@@ -147,8 +154,8 @@ def test_samples_beside_a_global_centring_keep_it(config: PolicyConfig, frozen: 
     """`pairs.reference_samples` with calibration by held-out responses: one centring for pairs and samples."""
     config = config.model_copy(update={"pairs": PairsConfig(reference_samples=3)})
     models = [StandIn(tokenizer_of(config), k).calibrated(VALIDATION) for k in range(K)]
-    scores, scale = scored(config, models)
-    model = models[2]
+    found = prepared(config, models)
+    scores, scale, reference, model = found.scores[0], found.scale, found.samples, models[2]
     pair = next(row for row in model.seen if len(row.responses) == 2)
     samples = next(row for row in model.seen if len(row.responses) == 3)
     fitted = model.calibration
@@ -159,10 +166,7 @@ def test_samples_beside_a_global_centring_keep_it(config: PolicyConfig, frozen: 
     assert torch.allclose(scores.rewards[2, :, 0, 1], expected, atol=1e-12)
     assert scale.samples_per_prompt == 3 and scale.rewards.shape == (K, M, 54)
     objectives = [OBJECTIVES[k] for k in scores.labelled_for.tolist()]
-    tokenizer = tokenizer_of(config)
-    drawn = pooled_pairs(config, tokenizer, "train", None).tokenized
-    assert objectives == [p.objective for p in drawn.pairs]
-    reference = draw_reference_samples(config, tokenizer, drawn)
+    assert objectives == [p.objective for p in trained_on(config).tokenized.pairs]
     assert [row.responses for row in reference.rows][:2] == [((5, 0, 2), (5, 1, 2), (5, 2, 2))] * 2
     assert reference.logps.shape == (18, 3) and set(reference.logps.flatten().tolist()) == {-3.0}
 

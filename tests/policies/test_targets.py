@@ -13,8 +13,8 @@ from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.policies.methods import unread_settings
 from prmd.policies.notes import label_notes, method_notes
+from prmd.policies.pairs import PairScores, ScaleResponses
 from prmd.policies.robust_reward import solve_reward
-from prmd.policies.scores import PairScores, ScaleResponses
 from prmd.policies.targets import Targets, describe_targets, method_targets, policy_loss
 
 UNEVEN = {"helpful": 0.5, "harmless": 0.3, "honest": 0.2}

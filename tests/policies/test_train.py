@@ -15,7 +15,7 @@ from prmd.errors import ConfigError, DataError
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps
 from prmd.pessimism.aggregation import METHODS
-from prmd.policies.scores import PairScores
+from prmd.policies.pairs import PairScores
 from prmd.policies.targets import Targets, method_targets, policy_loss
 from prmd.policies.train import train_hierarchical
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_causal_lm
+from tiny_policies import trained_on
 from tiny_workspace import reward_model_config, write_prepared
 
 from prmd.config.policy import PolicyConfig
@@ -16,7 +17,7 @@ from prmd.models.loading import load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
 from prmd.pairs import PreferencePair
 from prmd.policies import trl_baseline
-from prmd.policies.pairs import PolicyPairs, pooled_pairs
+from prmd.policies.pairs import PolicyPairs
 from prmd.policies.targets import policy_loss
 from prmd.policies.trl_baseline import baseline_rows, train_trl_dpo
 from prmd.training import run as training_run
@@ -48,7 +49,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> PolicyConfig:
 
 @pytest.fixture(scope="module")
 def pairs(config: PolicyConfig) -> PolicyPairs:
-    return pooled_pairs(config, load_tokenizer(config.shared.model, config.paths), "train", None)
+    return trained_on(config)
 
 
 def pair(i: int) -> PreferencePair:
@@ -66,6 +67,21 @@ def test_rows_follow_the_plan_and_are_messages() -> None:
     }
 
 
+def train(
+    config: PolicyConfig, pairs: PolicyPairs, directory: Path, log_directory: Path
+) -> list[dict[str, float]]:
+    return train_trl_dpo(
+        pairs,
+        load_tokenizer(config.shared.model, config.paths),
+        shared=config.shared,
+        beta=config.policy.beta,
+        tuning=config.tuning,
+        training=config.training,
+        directory=directory,
+        log_directory=log_directory,
+    )
+
+
 class CaughtError(Exception):
     """Thrown by a stand-in that has seen what it should see."""
 
@@ -81,9 +97,8 @@ def caught_arguments(
         raise CaughtError
 
     monkeypatch.setattr(trl_baseline, "DPOTrainer", stand_in)
-    tokenizer = load_tokenizer(config.shared.model, config.paths)
     with pytest.raises(CaughtError):
-        train_trl_dpo(config, tokenizer, pairs, Path(config.shared.artifact_root), config.paths.logs("t"))
+        train(config, pairs, Path(config.shared.artifact_root), config.paths.logs("t"))
     return found
 
 
@@ -160,8 +175,7 @@ def test_a_training_keeps_every_response_token_and_logs_what_ours_logs(
         return made[-1]
 
     monkeypatch.setattr(trl_baseline, "DPOTrainer", watched)
-    tokenizer = load_tokenizer(config.shared.model, config.paths)
-    curve = train_trl_dpo(config, tokenizer, pairs, tmp_path / "out", tmp_path / "logs")
+    curve = train(config, pairs, tmp_path / "out", tmp_path / "logs")
     rows = [row for row in curve if "loss" in row]
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[0]["logratios/chosen"] == 0.0
     for row in rows:

@@ -10,6 +10,7 @@ from model_families import separate_rewards
 from peft import PeftModel
 from tiny_models import tiny_causal_lm
 from tiny_pipeline import count_loads
+from tiny_policies import tokens_of, trained_on
 from tiny_workspace import write_prepared
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -27,7 +28,6 @@ from prmd.models.loading import add_lora, load_base_classifier, load_tokenizer, 
 from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration
-from prmd.policies.pairs import pooled_pairs
 from prmd.policies.scores import score_pairs
 from prmd.rewards.adapters import shared_base
 from prmd.rewards.reward_model import RewardModel, load_reward_model, load_reward_models, write_calibration
@@ -158,11 +158,9 @@ def test_stage_three_loads_the_base_once_for_all_pairs(
     write_prepared(config.paths, pairs=4)
     write_reward_models(config)  # calibrated on what was prepared
     policy = PolicyConfig(reward_model_config=config, training=TrainingConfig(max_length=200))
-    tokenizer = load_tokenizer(config.model, config.paths)
-    pairs = pooled_pairs(policy, tokenizer, "train", None).tokenized
-    models = load_reward_models(config)
+    models, pairs, tokens = load_reward_models(config), trained_on(policy).tokenized, tokens_of(policy)
     loads = count_loads(monkeypatch)
-    [scores] = score_pairs(policy, models, tokenizer, [pairs])
+    [scores] = score_pairs(config, models, tokens, [pairs])
     assert loads == ["LlamaForSequenceClassification", "LlamaForCausalLM"]
     assert "_model" not in vars(models[0].shared_base)  # the reference model was not loaded beside it
     for k, model in enumerate(models):

@@ -24,8 +24,8 @@ from prmd.models.loading import add_lora
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.models.tokenization import PrefixRow
+from prmd.policies.pairs import ReferenceSamples
 from prmd.policies.sample_pairs import GAMMA_SAMPLES, with_gamma_samples
-from prmd.policies.scores import ReferenceSamples
 from prmd.policies.targets import policy_loss
 from prmd.training.memory import USABLE, MemoryPlan, plan_generation_memory, plan_memory, plan_scoring_memory
 from prmd.training.precision import Precision, eight_bit_precision, lora_precision
