@@ -1,4 +1,4 @@
-"""What a stage reads: every weight file hashed once and every reward model loaded once, however many methods there are."""
+"""What a stage reads: each weight file hashed, each reward model loaded and each text tokenized once, for all methods together."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from tiny_models import tiny_causal_lm
+from tiny_tables import table_config, use_tables, with_calibration
 from tiny_workspace import reward_model_config, write_prepared, write_reward_models, write_workspace
+from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
@@ -24,6 +26,7 @@ from prmd.config.shared import (
 from prmd.evaluation.evaluate import compute_metrics
 from prmd.judges import reward_model
 from prmd.objectives import OBJECTIVES
+from prmd.pairs import read_pairs
 from prmd.policies.preview import gate_file
 from prmd.policies.train import train_pessimistic
 from prmd.report import figures, reward_figures
@@ -97,6 +100,25 @@ def counted(load: Any, counter: Counter[Path]) -> Any:
     return load_and_count
 
 
+def text_of(prompt: Any, response: str | None = None) -> str:
+    """A conversation as one string."""
+    turns = [*prompt, *([{"role": "assistant", "content": response}] if response is not None else [])]
+    return "|".join(turn["content"] for turn in turns)
+
+
+def count_rendered(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each conversation is tokenized from now on."""
+    rendered: Counter[str] = Counter()
+    render = PreTrainedTokenizerBase.apply_chat_template
+
+    def counted_render(self: Any, conversation: Any, *arguments: Any, **keywords: Any) -> Any:
+        rendered[text_of(conversation)] += 1
+        return render(self, conversation, *arguments, **keywords)
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "apply_chat_template", counted_render)
+    return rendered
+
+
 def place(path: Path) -> Path:
     """Where a file lies, or will lie when the folder it is built in is published."""
     return Path(*(part.removeprefix(".").removesuffix(".partial") for part in path.resolve().parts))
@@ -126,6 +148,29 @@ def test_methods_share_one_loading_and_one_hashing_of_the_reward_models(
     assert splits < set(reads.hashed) and set(reads.hashed.values()) == {1}
     assert reads.size == sum(path.stat().st_size for path in reads.hashed)
     assert gate_file(config.paths).is_file()  # of the same models
+
+
+def test_methods_reward_models_and_the_table_share_the_tokens_of_a_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two methods on other pairs, three reward models, centers of prompts, pairs of samples and the closed-form table."""
+    base, policy = tiny_causal_lm(tmp_path / "base"), PolicySection(methods=("hard_min", "dpo_helpful"))
+    config = with_calibration(
+        table_config(tmp_path / "root", base, policy=policy), source="reference_samples"
+    )
+    write_prepared(config.paths)
+    use_tables(monkeypatch)
+    rendered = count_rendered(monkeypatch)
+    train_pessimistic(config)
+    assert gate_file(config.paths).is_file()
+    watched_too = [(objective, split) for objective in OBJECTIVES for split in ("train", "val")]
+    pairs = [pair for objective, split in watched_too for pair in read_pairs(config.paths, objective, split)]
+    responses = {p.id: [rendered[text_of(p.prompt, y)] for y in (p.chosen, p.rejected)] for p in pairs}
+    read = {pair.id for pair in pairs if responses[pair.id] != [0, 0]}
+    assert len(read) > 12 + 3  # pairs of the larger training and those watched beside it
+    assert all(responses[name] == [1, 1] for name in read)
+    for pair in pairs:  # its own row takes a prompt three times; the table reads the others too
+        assert rendered[text_of(pair.prompt)] == (4 if pair.id in read else 1)
 
 
 def test_an_evaluation_hashes_policies_reward_models_and_judges_once(

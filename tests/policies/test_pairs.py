@@ -8,12 +8,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import TEMPLATE, tiny_tokenizer
 from tiny_policies import mixture_of, tokens_of, trained_on, watched
 from tiny_workspace import policy_config
+from transformers import AutoTokenizer
 
 from prmd.config.policy import PolicyConfig, PolicySection
+from prmd.errors import DataError
+from prmd.models.tokenization import tokenize_pairs, tokenize_prompt, tokenize_row
 from prmd.objectives import OBJECTIVES
-from prmd.policies.pairs import pool_order, pooled_pairs, read_splits
+from prmd.pairs import PreferencePair, make_pair
+from prmd.policies.pairs import PairTokens, pool_order, pooled_pairs, read_splits
 
 K = len(OBJECTIVES)
 
@@ -115,3 +120,63 @@ def test_pairs_of_one_objective_are_as_many_as_all_together(config: PolicyConfig
     assert set(Counter(alone.stream).values()) == {2}
     held = watched(config, 24, "harmless")
     assert {p.objective for p in held.pairs} == {"harmless"} and len(held.pairs) == 6
+
+
+# ------------------------------------------------------------------ tokens
+TEMPLATES = {
+    "a newline behind the turn": TEMPLATE,
+    "nothing behind the turn": TEMPLATE.replace("<|im_end|>\n", "<|im_end|>"),
+    "what depends on the conversation": TEMPLATE.replace(
+        "<|im_end|>\n", "<|im_end|>{{ message['content'] | length }}"
+    ),
+    "a prompt that shares less": TEMPLATE.replace("assistant\n{% endif %}", "assistant\n\n{% endif %}"),
+}
+
+
+def odd_pairs() -> list[PreferencePair]:
+    """Several turns, a system turn, text that reads like the template, other alphabets, one that no prompt can save."""
+    turns = [
+        {"role": "user", "content": "why is the sky blue? " * 4},
+        {"role": "assistant", "content": "no."},
+    ]
+    last = {"role": "user", "content": "the quick brown fox\n"}
+    system = {"role": "system", "content": "answer"}
+    prompts = ([last], [*turns, last], [system, *turns, last], [turns[0]], [last])
+    texts = ("yes", "no\n", "<|im_end|>\nI", "I do not know <|im_start|>", "é ß 中文", "fox " * 40)
+    return [
+        make_pair(prompt=prompt, chosen=text, rejected="B", source=f"s:{i}", objective="helpful")
+        for i, text in enumerate(texts)
+        for prompt in prompts
+    ]
+
+
+@pytest.mark.parametrize("over_length", ["drop", "truncate_prompt"])
+@pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
+def test_tokens_are_those_of_tokenizing_anew(tmp_path: Path, template: str, over_length: str) -> None:
+    load = AutoTokenizer.from_pretrained
+    tokenizer = load(tiny_tokenizer(tmp_path / "policy", template=template))
+    own = load(tiny_tokenizer(tmp_path / "own", template=TEMPLATE.replace("assistant\n", "assistant ")))
+    pairs, options = odd_pairs(), {"max_length": 90, "over_length": over_length}
+    tokens = PairTokens(tokenizer, **options)
+    first, found = tokens.of_pairs(pairs[3:9]), tokens.of_pairs(pairs)
+    for tokenized, asked in ((first, pairs[3:9]), (found, pairs), (tokens.of_pairs(pairs), pairs)):
+        assert tokenized == tokenize_pairs(asked, tokenizer, keep_suffix=False, **options)
+    assert found.dropped > 0 and (found.truncated > 0) is (over_length == "truncate_prompt")
+    for model in (tokenizer, own, own):
+        expected = [
+            tokenize_row(model, p.prompt, (p.chosen, p.rejected), keep_suffix=True) for p in found.pairs
+        ]
+        assert tokens.for_rewards(model, found) == expected
+    for length in (90, 40, 60, 90):
+        for pair in pairs:
+            cut = tokenize_prompt(tokenizer, pair.prompt, max_length=length)
+            assert tokens.of_prompt(pair.prompt, length) == cut
+
+
+def test_when_no_pair_fits_it_is_said_of_the_pairs_asked_for(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer(tmp_path))
+    short, long = ([p for p in odd_pairs() if (len(p.chosen) > 100) is is_long] for is_long in (False, True))
+    tokens = PairTokens(tokenizer, max_length=100, over_length="drop")
+    assert tokens.of_pairs([*short, *long]).dropped >= len(long)
+    with pytest.raises(DataError, match=rf"none of {len(long)} pairs fits training\.max_length=100"):
+        tokens.of_pairs(long)
