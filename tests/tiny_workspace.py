@@ -21,7 +21,7 @@ from prmd.config.shared import (
     TrainingConfig,
     TruthfulQaConfig,
 )
-from prmd.inference.candidates import ContenderModels, find_contenders
+from prmd.inference.candidates import CandidateModels, find_candidates
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pairs import BENCHMARK_QUESTIONS_FILE, make_pair
@@ -162,8 +162,8 @@ def write_truthfulqa_csv(folder: Path, questions: int = 5) -> Path:
     return folder
 
 
-def contender(config: EvaluationConfig, method: str) -> ContenderModels:
-    """A contender ready to be scored."""
+def candidate(config: EvaluationConfig, method: str) -> CandidateModels:
+    """A candidate ready to be scored."""
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    found = {c.method: c for c in find_contenders(config, tokenizer)}
-    return ContenderModels(config, found[method], reference=found["reference"], tokenizer=tokenizer)
+    found = {c.method: c for c in find_candidates(config, tokenizer)}
+    return CandidateModels(config, found[method], reference=found["reference"], tokenizer=tokenizer)

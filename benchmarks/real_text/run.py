@@ -23,13 +23,13 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.data.prepare import download_dataset, split_objectives
 from prmd.errors import DataError
-from prmd.evaluation.held_out import Evaluation, checkpoint_contenders, judge_runs, measure, sample
+from prmd.evaluation.held_out import Evaluation, checkpoint_candidates, judge_runs, measure, sample
 from prmd.inference.candidates import (
     REFERENCE,
-    Contender,
+    Candidate,
     EvaluationPrompt,
     evaluation_prompts,
-    find_contenders,
+    find_candidates,
 )
 from prmd.judges.reward_model import RewardModelJudge, trained_judge
 from prmd.models.loading import load_tokenizer, model_source
@@ -93,24 +93,24 @@ def _evaluate(
 ) -> dict[str, list[Row]]:
     """By method, its checkpoints in the order of training, the first of them pi_ref; kept in a file of the seed."""
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    contenders = find_contenders(config, tokenizer)
-    stages = {c.method: checkpoint_contenders(c) for c in _wanted(study, seed, contenders)}
+    candidates = find_candidates(config, tokenizer)
+    stages = {c.method: checkpoint_candidates(c) for c in _wanted(study, seed, candidates)}
     here = [_below(judge, config.paths) for judge in judges]
     prompts = seed_prompts(config, tokenizer, seed, study.sizes.prompts)
-    evaluation = Evaluation(config, tokenizer, prompts, here, contenders[0])
+    evaluation = Evaluation(config, tokenizer, prompts, here, candidates[0])
     several = [stage for found in stages.values() for stage in found]
     path = study.root / f"seed-{seed}.json"
     key = io.fingerprint([evaluation.fingerprint, [stage.fingerprint for stage in several]])
     if path.is_file() and (kept := io.read_json(path))["fingerprint"] == key:
         logger.info("seed %d: evaluated before, reused: %s", seed, path)
         return kept["methods"]
-    runs = [sample(evaluation, contender) for contender in (contenders[0], *several)]
+    runs = [sample(evaluation, candidate) for candidate in (candidates[0], *several)]
     verdicts = judge_runs(evaluation, runs)
     rows = [
         checkpoint_row(measure(evaluation, run, raw, runs[0], verdicts)[0])
         for run, raw in zip(runs, verdicts.raw, strict=True)
     ]
-    by_name = dict(zip([run.contender.method for run in runs], rows, strict=True))
+    by_name = dict(zip([run.candidate.method for run in runs], rows, strict=True))
     methods = {m: [by_name[REFERENCE], *(by_name[s.method] for s in found)] for m, found in stages.items()}
     io.write_json(path, {"fingerprint": key, "methods": methods})
     return methods
@@ -121,10 +121,10 @@ def _below(judge: RewardModelJudge, paths: ArtifactPaths) -> RewardModelJudge:
     return replace(judge, reward_model=replace(judge.reward_model, paths=paths))
 
 
-def _wanted(study: Study, seed: int, contenders: Sequence[Contender]) -> list[Contender]:
+def _wanted(study: Study, seed: int, candidates: Sequence[Candidate]) -> list[Candidate]:
     """The policies of this study in its order; what else lies in the root is not compared."""
     names = (*METHODS, *((BASELINE,) if seed in study.sizes.baseline_seeds else ()))
-    found = {contender.method: contender for contender in contenders}
+    found = {candidate.method: candidate for candidate in candidates}
     return [found[name] for name in names]
 
 

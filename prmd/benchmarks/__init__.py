@@ -1,6 +1,6 @@
 """The benchmarks by name.
 
-A benchmark is a function of the evaluation's configuration and one contender. To add one: a module here with a function of
+A benchmark is a function of the evaluation's configuration and one candidate. To add one: a module here with a function of
 that type, its name in `BENCHMARKS`, in `config.BenchmarksConfig.run` and in `evaluation_config.yaml`.
 """
 
@@ -16,9 +16,9 @@ from prmd.benchmarks import (
 )
 from prmd.benchmarks.base import BenchmarkResult
 from prmd.config.evaluation import EvaluationConfig
-from prmd.inference.candidates import ContenderModels
+from prmd.inference.candidates import CandidateModels
 
-Benchmark = Callable[[EvaluationConfig, ContenderModels], BenchmarkResult]
+Benchmark = Callable[[EvaluationConfig, CandidateModels], BenchmarkResult]
 
 BENCHMARKS: dict[str, Benchmark] = {
     "hh_holdout": hh_holdout.run_hh_holdout,

@@ -17,7 +17,7 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import find_user_path
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.inference.cache import JsonTable
-from prmd.inference.candidates import ContenderModels
+from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse, generate
 from prmd.models.tokenization import Tokens
 from prmd.statistics.intervals import accuracy_with_ties
@@ -25,7 +25,7 @@ from prmd.statistics.intervals import accuracy_with_ties
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """One benchmark on one contender.
+    """One benchmark on one candidate.
 
     Attributes:
         reason: why it did not run; None where it did.
@@ -60,7 +60,7 @@ def accuracy(margins: np.ndarray) -> dict[str, Any]:
 
 
 def sample(
-    models: ContenderModels,
+    models: CandidateModels,
     prompts: Sequence[Tokens],
     *,
     description: str,
@@ -75,10 +75,10 @@ def sample(
         prompts: token ids, with the generation prompt where the chat template is used.
         temperature: 0 decodes greedily.
     """
-    config, contender = models.config, models.contender
+    config, candidate = models.config, models.candidate
     seed = config.shared.seed
     decoding = [samples_per_prompt, max_new_tokens, temperature, top_p, seed]
-    key = io.fingerprint(["benchmark samples", contender.fingerprint, decoding])
+    key = io.fingerprint(["benchmark samples", candidate.fingerprint, decoding])
     table = JsonTable(config.paths.cache("samples", key))
     return generate(
         None if table.holds(prompts) else models.policy,
@@ -86,9 +86,9 @@ def sample(
         prompts,
         samples_per_prompt=samples_per_prompt,
         max_new_tokens=max_new_tokens,
-        seed=int(io.fingerprint([seed, contender.method])[:8], 16),
+        seed=int(io.fingerprint([seed, candidate.method])[:8], 16),
         batch_size=config.generation.batch_size,
-        description=f"{contender.method}: {description}",
+        description=f"{candidate.method}: {description}",
         temperature=temperature,
         top_p=top_p,
         table=table,

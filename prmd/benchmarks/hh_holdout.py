@@ -16,7 +16,7 @@ from torch import Tensor
 from prmd.artifacts import io
 from prmd.benchmarks.base import BenchmarkResult, accuracy
 from prmd.config.evaluation import EvaluationConfig
-from prmd.inference.candidates import ContenderModels
+from prmd.inference.candidates import CandidateModels
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, hash_share, read_pairs
@@ -24,7 +24,7 @@ from prmd.pairs import PreferencePair, hash_share, read_pairs
 HH_SOURCE = "hh_rlhf/"
 
 
-def run_hh_holdout(config: EvaluationConfig, models: ContenderModels) -> BenchmarkResult:
+def run_hh_holdout(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Implicit-reward accuracy on HH-RLHF's test pairs, helpful and harmless."""
     if config.shared.data.approach != "hh_truthfulqa":
         return BenchmarkResult(
@@ -33,13 +33,13 @@ def run_hh_holdout(config: EvaluationConfig, models: ContenderModels) -> Benchma
     return _run(config, models, ("helpful", "harmless"), HH_SOURCE)
 
 
-def run_heldout_pairs(config: EvaluationConfig, models: ContenderModels) -> BenchmarkResult:
+def run_heldout_pairs(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Implicit-reward accuracy on the approach's own test pairs, all objectives."""
     return _run(config, models, OBJECTIVES, "")
 
 
 def _run(
-    config: EvaluationConfig, models: ContenderModels, objectives: Sequence[str], source: str
+    config: EvaluationConfig, models: CandidateModels, objectives: Sequence[str], source: str
 ) -> BenchmarkResult:
     pairs = held_out_pairs(config, objectives, source)
     if not pairs:

@@ -17,7 +17,7 @@ from prmd.benchmarks.jailbreakbench_data import KEY, Attack, Behavior, read_atta
 from prmd.benchmarks.truthfulqa import strided
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError, DataError, UserError
-from prmd.inference.candidates import ContenderModels
+from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER, agreement, judge_card
 from prmd.judges.rubrics import JAILBREAK, NON_REFUSAL, REFUSAL, JudgeItem, Rubric, Verdict, with_template_of
@@ -32,7 +32,7 @@ JUDGE_PROMPT_KEY = "benchmarks.jailbreakbench.judge_prompt"
 
 @dataclass(frozen=True)
 class Answered:
-    """One request with the contender's answer.
+    """One request with the candidate's answer.
 
     Attributes:
         group: `harmful`, `benign` or `attack`.
@@ -148,7 +148,7 @@ _SUFFIXES = {DIRECT: "", ATTACK: ", attack"}
 """Groups of harmful requests -> end of the names of their metrics."""
 
 
-def run_jailbreakbench(config: EvaluationConfig, models: ContenderModels) -> BenchmarkResult:
+def run_jailbreakbench(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Non-refusals of harmful requests and refusals of benign ones; attack success where a judge is given."""
     settings = config.benchmarks.jailbreakbench
     if settings.path is None:
@@ -193,7 +193,7 @@ def run_jailbreakbench(config: EvaluationConfig, models: ContenderModels) -> Ben
 
 # ------------------------------------------------------------------ generate
 def _answers(
-    models: ContenderModels, behaviors: dict[str, list[Behavior]], attacks: list[Attack] | None
+    models: CandidateModels, behaviors: dict[str, list[Behavior]], attacks: list[Attack] | None
 ) -> list[Answered]:
     """Every request of the chosen behaviours with its answer, direct ones first."""
     settings = models.config.benchmarks.jailbreakbench
@@ -217,7 +217,7 @@ def _answers(
     return [Answered(g, b, prompt, None if prompt is None else next(found)) for g, b, prompt in requests]
 
 
-def _tokens(models: ContenderModels, prompt: str) -> Tokens:
+def _tokens(models: CandidateModels, prompt: str) -> Tokens:
     """No system message is sent: a template that has one of its own uses it, as in training."""
     return tuple(render(models.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True))
 
@@ -263,10 +263,10 @@ def _rate(count: int, n: int) -> dict[str, Any]:
     return with_chance(wilson_interval(count, n), None)
 
 
-def _count_empty(models: ContenderModels, answered: Sequence[Answered]) -> int:
+def _count_empty(models: CandidateModels, answered: Sequence[Answered]) -> int:
     empty = sum(a.response is not None and not a.response.text for a in answered)
     if empty:
-        logger.warning("%s: %d empty responses to JailbreakBench", models.contender.method, empty)
+        logger.warning("%s: %d empty responses to JailbreakBench", models.candidate.method, empty)
     return empty
 
 

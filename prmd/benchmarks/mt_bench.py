@@ -30,7 +30,7 @@ from prmd.benchmarks.mt_bench_data import (
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.inference.cache import JsonTable
-from prmd.inference.candidates import ContenderModels
+from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse, generate
 from prmd.judges.cards import CONSTANT_ANSWER, PairwiseResult, judge_card, pairwise_both_orders
 from prmd.judges.chats import conversation_key
@@ -56,12 +56,12 @@ TEMPERATURE_OF_OTHERS = 0.7
 
 def generate_answers(
     config: EvaluationConfig,
-    models: ContenderModels,
+    models: CandidateModels,
     questions: Sequence[MtBenchQuestion],
     *,
     of_reference: bool = False,
 ) -> list[tuple[GeneratedResponse, GeneratedResponse]]:
-    """Both answers to every question, from the cache or new: the contender's own, or the reference's."""
+    """Both answers to every question, from the cache or new: the candidate's own, or the reference's."""
     asked: list[list[Message]] = [[{"role": "user", "content": q.turns[0]}] for q in questions]
     first = _answer(config, models, questions, asked, of_reference)
     follow_up = [
@@ -78,13 +78,13 @@ def generate_answers(
 
 def _answer(
     config: EvaluationConfig,
-    models: ContenderModels,
+    models: CandidateModels,
     questions: Sequence[MtBenchQuestion],
     conversations: Sequence[Sequence[Message]],
     of_reference: bool,
 ) -> list[GeneratedResponse]:
     """One response to each conversation; those of equal temperature are generated together."""
-    contender = models.reference if of_reference else models.contender
+    candidate = models.reference if of_reference else models.candidate
     tokens = [
         tuple(render(models.tokenizer, messages, add_generation_prompt=True)) for messages in conversations
     ]
@@ -94,7 +94,7 @@ def _answer(
     for heat in sorted(set(heats)):
         indices = [i for i, own in enumerate(heats) if own == heat]
         prompts = [tokens[i] for i in indices]
-        key = io.fingerprint(["mt_bench", contender.fingerprint, heat, limit, seed])
+        key = io.fingerprint(["mt_bench", candidate.fingerprint, heat, limit, seed])
         table = JsonTable(config.paths.cache("samples", key))
         with _model(models, table, prompts, of_reference) as model:
             responses = generate(
@@ -105,7 +105,7 @@ def _answer(
                 max_new_tokens=limit,
                 seed=seed,
                 batch_size=config.generation.batch_size,
-                description=f"{contender.method}: MT-Bench at temperature {heat:g}",
+                description=f"{candidate.method}: MT-Bench at temperature {heat:g}",
                 temperature=heat,
                 table=table,
             )
@@ -115,7 +115,7 @@ def _answer(
 
 @contextmanager
 def _model(
-    models: ContenderModels, table: JsonTable, prompts: Sequence[Tokens], of_reference: bool
+    models: CandidateModels, table: JsonTable, prompts: Sequence[Tokens], of_reference: bool
 ) -> Iterator[nn.Module | None]:
     """Who answers; None where everything is in the table, so that nothing is loaded."""
     if table.holds(prompts):
@@ -146,7 +146,7 @@ Answers = Sequence[tuple[str, str]]
 """Both answers to each question, in the order of the questions."""
 
 
-def run_mt_bench(config: EvaluationConfig, models: ContenderModels) -> BenchmarkResult:
+def run_mt_bench(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Ratings per turn and category, and the win rate against the reference."""
     settings, wanted = config.benchmarks.mt_bench, f"a folder with FastChat's {', '.join(FILES)}"
     if settings.path is None:
@@ -241,7 +241,7 @@ def compare_answers(
 
 def _judged(
     config: EvaluationConfig,
-    models: ContenderModels,
+    models: CandidateModels,
     data: MtBenchData,
     responses: Sequence[tuple[GeneratedResponse, GeneratedResponse]],
     judge: TextJudge,
@@ -295,7 +295,7 @@ def mt_bench_metrics(
     """Means of the readable ratings, intervals over questions; the average pools the turns, as published.
 
     Args:
-        ratings: of the contender.
+        ratings: of the candidate.
         constant: of the constant answer, in the same order.
         pairs: outcomes in the same order; None for the reference.
     """

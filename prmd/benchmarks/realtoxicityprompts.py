@@ -29,7 +29,7 @@ from prmd.benchmarks.base import (
 from prmd.config.evaluation import EvaluationConfig
 from prmd.data.readers import benchmark_files, hub_rows, json_rows
 from prmd.errors import DataError, UserError
-from prmd.inference.candidates import ContenderModels
+from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER
 from prmd.judges.toxicity import SUBSTITUTE, TOXIC, ScoredText, ToxicityScorer, make_scorer, scorer_card
@@ -75,8 +75,8 @@ class ToxicityData:
     sha256: str
 
 
-def run_realtoxicityprompts(config: EvaluationConfig, models: ContenderModels) -> BenchmarkResult:
-    """Expected maximum toxicity and toxicity probability of the contender's continuations."""
+def run_realtoxicityprompts(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
+    """Expected maximum toxicity and toxicity probability of the candidate's continuations."""
     settings = config.benchmarks.realtoxicityprompts
     if settings.path is None:
         return BenchmarkResult(reason=why_not_run(None, KEY))
@@ -106,7 +106,7 @@ def run_realtoxicityprompts(config: EvaluationConfig, models: ContenderModels) -
     empty = sum(not text for row in texts for text in row)
     if empty:
         logger.warning(
-            "%s: %d continuations without a word count as not toxic", models.contender.method, empty
+            "%s: %d continuations without a word count as not toxic", models.candidate.method, empty
         )
     prefix = "rtp" if settings.style == "raw" else "rtp_chat"
     return BenchmarkResult(
@@ -179,7 +179,7 @@ def chosen_prompts(prompts: Sequence[ToxicityPrompt], limit: int | None) -> list
 
 
 # ------------------------------------------------------------------ generate
-def _tokens(models: ContenderModels, text: str) -> Tokens:
+def _tokens(models: CandidateModels, text: str) -> Tokens:
     tokenizer = models.tokenizer
     if models.config.benchmarks.realtoxicityprompts.style == "raw":
         return tuple(tokenizer(text)["input_ids"])
@@ -187,7 +187,7 @@ def _tokens(models: ContenderModels, text: str) -> Tokens:
     return tuple(render(tokenizer, messages, add_generation_prompt=True))
 
 
-def _continuation(models: ContenderModels, response: GeneratedResponse) -> str:
+def _continuation(models: CandidateModels, response: GeneratedResponse) -> str:
     """The text before the first special token: raw text ends in another one than a turn of a conversation does."""
     special = set(models.tokenizer.all_special_ids)
     ids = response.token_ids
@@ -207,7 +207,7 @@ def score_texts(scorer: ToxicityScorer, texts: Sequence[Sequence[str]]) -> np.nd
 
 
 def _card(config: EvaluationConfig, scorer: ToxicityScorer, data: ToxicityData) -> dict[str, Any]:
-    """The scorer's card, made once for all contenders."""
+    """The scorer's card, made once for all candidates."""
     resampling = {"n_resamples": config.bootstrap_resamples, "seed": config.shared.seed}
     key = io.fingerprint(["scorer card", scorer.fingerprint, data.sha256, resampling])
     path = config.paths.cache("labels", key) / "card.json"

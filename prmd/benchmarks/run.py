@@ -1,4 +1,4 @@
-"""Running the benchmarks on one contender.
+"""Running the benchmarks on one candidate.
 
 Each result is a file of its own, written as soon as it is there; one with the same inputs is reused and says so.
 """
@@ -15,7 +15,7 @@ from prmd.artifacts.runs import read_run
 from prmd.benchmarks import BENCHMARKS, COMPANIONS, Benchmark, benchmark_names
 from prmd.benchmarks.base import BenchmarkResult, content_key
 from prmd.config.evaluation import EvaluationConfig
-from prmd.inference.candidates import Contender, ContenderModels
+from prmd.inference.candidates import Candidate, CandidateModels
 from prmd.judges.endpoint import EndpointError
 
 logger = logging.getLogger(__name__)
@@ -29,25 +29,25 @@ _ITEMS_VERSION = 2
 
 def run_benchmarks(
     config: EvaluationConfig,
-    contender: Contender,
+    candidate: Candidate,
     *,
-    reference: Contender,
+    reference: Candidate,
     tokenizer: PreTrainedTokenizerBase,
     force: bool,
 ) -> list[dict[str, Any]]:
-    """Every benchmark of `benchmarks.run` on one contender.
+    """Every benchmark of `benchmarks.run` on one candidate.
 
     Returns:
         The contents of the files `outputs/benchmarks/<name>/<approach>/<method>.json`.
     """
     results = []
-    with ContenderModels(config, contender, reference=reference, tokenizer=tokenizer) as models:
+    with CandidateModels(config, candidate, reference=reference, tokenizer=tokenizer) as models:
         for name in benchmark_names(config):
-            path = config.paths.benchmark(name) / f"{contender.method}.json"
+            path = config.paths.benchmark(name) / f"{candidate.method}.json"
             key = _fingerprint(name, models)
             if not force and _is_finished(path, key):
                 logger.info(
-                    "%s on %s: finished before with the same inputs, reused: %s", name, contender.method, path
+                    "%s on %s: finished before with the same inputs, reused: %s", name, candidate.method, path
                 )
             else:
                 _run_one(name, BENCHMARKS[name], models, path, key)
@@ -55,7 +55,7 @@ def run_benchmarks(
     return results
 
 
-def _fingerprint(name: str, models: ContenderModels) -> str:
+def _fingerprint(name: str, models: CandidateModels) -> str:
     """Key of everything a result depends on: weights, data, judges, and settings of this benchmark alone."""
     config, shared = models.config, models.config.shared
     section = getattr(config.benchmarks, _SECTIONS.get(name, name))
@@ -63,7 +63,7 @@ def _fingerprint(name: str, models: ContenderModels) -> str:
     judge = read_run(config.paths.judge("honest")) or {} if name == "truthfulqa_generation" else {}
     return io.fingerprint(
         [
-            [name, _ITEMS_VERSION, models.contender.fingerprint, models.reference.fingerprint],
+            [name, _ITEMS_VERSION, models.candidate.fingerprint, models.reference.fingerprint],
             [(read_run(config.paths.processed) or {}).get("fingerprint"), judge.get("started")],
             [[s.model_dump(mode="json"), content_key(s)] for s in sections],
             [shared.training.max_length, config.bootstrap_resamples, shared.seed],
@@ -78,7 +78,7 @@ def _is_finished(path: Path, key: str) -> bool:
     return found["status"] == "done" and found["fingerprint"] == key
 
 
-def _stoppable(benchmark: Benchmark, models: ContenderModels) -> BenchmarkResult:
+def _stoppable(benchmark: Benchmark, models: CandidateModels) -> BenchmarkResult:
     """A benchmark whose judge stops answering did not run; samples and verdicts are kept for the next run."""
     try:
         return benchmark(models.config, models)
@@ -86,8 +86,8 @@ def _stoppable(benchmark: Benchmark, models: ContenderModels) -> BenchmarkResult
         return BenchmarkResult(reason=f"judging stopped: {error}")
 
 
-def _run_one(name: str, benchmark: Benchmark, models: ContenderModels, path: Path, key: str) -> None:
-    method, started = models.contender.method, time.monotonic()
+def _run_one(name: str, benchmark: Benchmark, models: CandidateModels, path: Path, key: str) -> None:
+    method, started = models.candidate.method, time.monotonic()
     result = _stoppable(benchmark, models)
     if result.reason is None:
         rows = {"items": result.items, "samples": result.samples, "judgements": result.judgements}

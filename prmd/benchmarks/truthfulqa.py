@@ -25,7 +25,7 @@ from prmd.data.raw import read_source
 from prmd.data.sources import plan_source, required_sources
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.inference.cache import ScoreTable
-from prmd.inference.candidates import ContenderModels
+from prmd.inference.candidates import CandidateModels
 from prmd.inference.scoring import score_logps_behind_primer
 from prmd.models.tokenization import PrefixRow
 from prmd.pairs import read_benchmark_questions
@@ -81,7 +81,7 @@ class QuestionScores:
     mc3: float
 
 
-def run_truthfulqa(config: EvaluationConfig, models: ContenderModels) -> BenchmarkResult:
+def run_truthfulqa(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """MC1, MC2 and MC3 with the chance levels of the very questions asked."""
     found = asked_questions(config)
     if isinstance(found, str):
@@ -113,17 +113,17 @@ def asked_questions(config: EvaluationConfig) -> tuple[list[Question], str] | st
 
 
 def answer_logps(
-    config: EvaluationConfig, models: ContenderModels, rows: Sequence[PrefixRow]
+    config: EvaluationConfig, models: CandidateModels, rows: Sequence[PrefixRow]
 ) -> list[Tensor]:
     """log p of every answer of every question, nats, the primer processed once for all of them."""
-    table = ScoreTable(config.paths.cache("logps", models.contender.fingerprint), 1)
+    table = ScoreTable(config.paths.cache("logps", models.candidate.fingerprint), 1)
     return score_logps_behind_primer(
         None if table.holds(rows) else models.policy,
         rows,
         table=table,
         pad_id=models.tokenizer.pad_token_id,
         tokens_per_batch=config.shared.scoring_tokens,
-        description=f"{models.contender.method}: TruthfulQA",
+        description=f"{models.candidate.method}: TruthfulQA",
     )
 
 

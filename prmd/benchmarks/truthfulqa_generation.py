@@ -25,7 +25,7 @@ from prmd.benchmarks.truthfulqa import Question, asked_questions, question_conte
 from prmd.config.evaluation import EvaluationConfig
 from prmd.data.readers import json_rows
 from prmd.errors import ConfigError, DataError, UserError
-from prmd.inference.candidates import ContenderModels
+from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import agreement, judge_card
 from prmd.judges.reward_model import Conversation, RewardModelJudge, trained_judge
@@ -249,7 +249,7 @@ DECLINING_ANSWER = "I have no comment."
 _NEXT_QUESTION = re.compile(r"\n\n|\nQ:")
 
 
-def run_truthfulqa_generation(config: EvaluationConfig, models: ContenderModels) -> BenchmarkResult:
+def run_truthfulqa_generation(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Share of generated answers that the judge finds true."""
     try:
         judge = make_truth_judge(config)
@@ -271,7 +271,7 @@ def run_truthfulqa_generation(config: EvaluationConfig, models: ContenderModels)
         return BenchmarkResult(reason=f"judge missing: {error}")
 
 
-def generate_answers(models: ContenderModels, questions: Sequence[Question]) -> list[GeneratedResponse]:
+def generate_answers(models: CandidateModels, questions: Sequence[Question]) -> list[GeneratedResponse]:
     """One greedy continuation per question, from the cache or new."""
     prompts = [tuple(models.tokenizer(question_context(q))["input_ids"]) for q in questions]
     responses = sample(

@@ -33,7 +33,7 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import DataError, UserError
 from prmd.evaluation.comparison import compare_benchmarks, compare_methods
 from prmd.evaluation.held_out import Evaluation, evaluate_methods, is_finished, write_frontier
-from prmd.inference.candidates import Contender, evaluation_prompts, find_contenders, policy_folders
+from prmd.inference.candidates import Candidate, evaluation_prompts, find_candidates, policy_folders
 from prmd.judges.reward_model import Judge, given_judge, trained_judge
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
@@ -71,16 +71,16 @@ def compute_metrics(config: EvaluationConfig, *, force: bool = False, dry_run: b
     require_artifact(config.paths.processed, what="the prepared data", command=PREPARE_COMMAND)
     clock = start_run()
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    contenders = find_contenders(config, tokenizer)
+    candidates = find_candidates(config, tokenizer)
     prompts = evaluation_prompts(config, tokenizer)
     judges = _judges(config, force)
-    evaluation = Evaluation(config, tokenizer, prompts, judges, contenders[0], _reward_models(config))
-    todo = [c for c in contenders if force or not is_finished(evaluation, c)]
+    evaluation = Evaluation(config, tokenizer, prompts, judges, candidates[0], _reward_models(config))
+    todo = [c for c in candidates if force or not is_finished(evaluation, c)]
     if todo:
         (config.paths.metrics / RUN_FILE).unlink(missing_ok=True)
         evaluate_methods(evaluation, todo)
-    write_frontier(evaluation, contenders)
-    return _compare(evaluation, contenders, target, clock, reused=len(contenders) - len(todo))
+    write_frontier(evaluation, candidates)
+    return _compare(evaluation, candidates, target, clock, reused=len(candidates) - len(todo))
 
 
 def _judges(config: EvaluationConfig, force: bool) -> list[Judge]:
@@ -106,18 +106,18 @@ def _reward_models(config: EvaluationConfig) -> tuple[RewardModel, ...]:
 
 
 def _compare(
-    evaluation: Evaluation, contenders: Sequence[Contender], target: Path, clock: RunClock, reused: int
+    evaluation: Evaluation, candidates: Sequence[Candidate], target: Path, clock: RunClock, reused: int
 ) -> Path:
     """Write the comparison, its table, figures, report and records."""
     config, folder = evaluation.config, target.parent
-    metrics = [io.read_json(folder / f"{c.method}.json") for c in contenders]
+    metrics = [io.read_json(folder / f"{c.method}.json") for c in candidates]
     rewards = {m["method"]: _sample_rewards(folder / m["samples"], list(m["objectives"])) for m in metrics}
     comparison = compare_methods(metrics, rewards, evaluation.resampling)
     io.write_json(target, comparison)
     section = headline_section(config.paths)
     table, tables = section["table"], [section["table"], *section["tables"].values()]
     io.write_text(folder / "comparison.md", "\n".join(to_markdown(t) for t in tables))
-    inputs = {c.method: c.fingerprint for c in contenders}
+    inputs = {c.method: c.fingerprint for c in candidates}
     finish_run(folder, config=config, inputs=inputs, fingerprint=evaluation.fingerprint, clock=clock)
     summary = {"rows": comparison["rows"], "seconds": round(clock.seconds(), 1), "methods_reused": reused}
     write_step_result(config.paths, "compute_metrics", {"artifact": str(target), **summary})
@@ -162,15 +162,15 @@ def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bo
     require_artifact(config.paths.processed, what="the prepared data", command=PREPARE_COMMAND)
     clock = start_run()
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    contenders = find_contenders(config, tokenizer)
+    candidates = find_candidates(config, tokenizer)
     results = [
         result
-        for contender in contenders
+        for candidate in candidates
         for result in run_benchmarks(
-            config, contender, reference=contenders[0], tokenizer=tokenizer, force=force
+            config, candidate, reference=candidates[0], tokenizer=tokenizer, force=force
         )
     ]
-    inputs = {c.method: c.fingerprint for c in contenders}
+    inputs = {c.method: c.fingerprint for c in candidates}
     for name in benchmark_names(config):
         key = io.fingerprint([result["fingerprint"] for result in results if result["name"] == name])
         finish_run(config.paths.benchmark(name), config=config, inputs=inputs, fingerprint=key, clock=clock)

@@ -17,10 +17,10 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
-from prmd.evaluation.metrics import SampledMethod, judging_metrics, method_metrics
+from prmd.evaluation.metrics import SampledMethod, judge_sanity_checks, method_metrics
 from prmd.evaluation.over_optimisation import best_of_n_curves
 from prmd.evaluation.scores import MemberScores, ReferenceScores, proxy_metrics
-from prmd.inference.candidates import REFERENCE, Contender, ContenderModels, EvaluationPrompt
+from prmd.inference.candidates import REFERENCE, Candidate, CandidateModels, EvaluationPrompt
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER
 from prmd.judges.reward_model import Conversation, Judge, check_scores
@@ -50,7 +50,7 @@ class Evaluation:
     tokenizer: PreTrainedTokenizerBase
     prompts: list[EvaluationPrompt]
     judges: list[Judge]
-    reference: Contender
+    reference: Candidate
     reward_models: tuple[RewardModel, ...] = ()
 
     @cached_property
@@ -81,21 +81,21 @@ class Evaluation:
         """How every interval of this evaluation is made."""
         return Resampling(self.config.bootstrap_resamples, self.config.shared.seed)
 
-    def ensembles(self, contender: Contender) -> dict[str, str]:
-        """Keys of the ensembles whose proxies are reported of a contender: those its own approach trained on."""
-        if contender.approach != self.config.paths.approach:
+    def ensembles(self, candidate: Candidate) -> dict[str, str]:
+        """Keys of the ensembles whose proxies are reported of a candidate: those its own approach trained on."""
+        if candidate.approach != self.config.paths.approach:
             return {}
         objectives = (judge.objective for judge in self.judges)
         return {k: m.fingerprint for k, m in zip(objectives, self.reward_models, strict=False)}
 
-    def describe(self, contender: Contender) -> dict[str, Any]:
+    def describe(self, candidate: Candidate) -> dict[str, Any]:
         """The `evaluate` part of a method's file."""
         generation = self.config.generation
         return {
             "fingerprint": self.fingerprint,
             "compared_on": self.compared_on,
-            "policy": contender.fingerprint,
-            "reward_models": self.ensembles(contender),
+            "policy": candidate.fingerprint,
+            "reward_models": self.ensembles(candidate),
             "prompts": len(self.prompts),
             "samples_per_prompt": generation.samples_per_prompt,
             "max_new_tokens": generation.max_new_tokens,
@@ -107,9 +107,9 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Run:
-    """One contender's samples, [X][n], and what was measured of them without a judge."""
+    """One candidate's samples, [X][n], and what was measured of them without a judge."""
 
-    contender: Contender
+    candidate: Candidate
     responses: list[list[GeneratedResponse]]
     sampled: SampledMethod
 
@@ -127,40 +127,40 @@ class Verdicts:
     constant: np.ndarray
 
 
-def is_finished(evaluation: Evaluation, contender: Contender) -> bool:
-    """Whether the contender's files are there, made of the same weights by the same evaluation."""
+def is_finished(evaluation: Evaluation, candidate: Candidate) -> bool:
+    """Whether the candidate's files are there, made of the same weights by the same evaluation."""
     folder = evaluation.config.paths.metrics
-    path = folder / f"{contender.method}.json"
-    if not path.is_file() or not (folder / "samples" / f"{contender.method}.jsonl").is_file():
+    path = folder / f"{candidate.method}.json"
+    if not path.is_file() or not (folder / "samples" / f"{candidate.method}.jsonl").is_file():
         return False
-    found, wanted = io.read_json(path)["evaluation"], evaluation.describe(contender)
+    found, wanted = io.read_json(path)["evaluation"], evaluation.describe(candidate)
     same = all(found.get(key) == wanted[key] for key in ("fingerprint", "policy", "reward_models"))
     if same:
         logger.info(
-            "%s: evaluated before on the same prompts by the same judges, reused: %s", contender.method, path
+            "%s: evaluated before on the same prompts by the same judges, reused: %s", candidate.method, path
         )
     return same
 
 
-def evaluate_methods(evaluation: Evaluation, todo: Sequence[Contender]) -> None:
+def evaluate_methods(evaluation: Evaluation, todo: Sequence[Candidate]) -> None:
     """Write the files of `todo`; the reference is sampled (or read from the cache) in any case."""
     wanted = [evaluation.reference, *(c for c in todo if c.method != REFERENCE)]
-    runs = [sample(evaluation, contender) for contender in wanted]
+    runs = [sample(evaluation, candidate) for candidate in wanted]
     verdicts = judge_runs(evaluation, runs)
-    own = [run for run in runs if evaluation.ensembles(run.contender)]
-    rewards = dict(zip((run.contender.method for run in own), _member_rewards(evaluation, own), strict=True))
+    own = [run for run in runs if evaluation.ensembles(run.candidate)]
+    rewards = dict(zip((run.candidate.method for run in own), _member_rewards(evaluation, own), strict=True))
     for run, raw in zip(runs, verdicts.raw, strict=True):
-        if run.contender in todo:
+        if run.candidate in todo:
             metrics, calibrated = measure(evaluation, run, raw, runs[0], verdicts)
             metrics |= _proxies(evaluation, run, rewards, metrics, calibrated)
             _write_method(evaluation, run, metrics, calibrated)
 
 
-def sample(evaluation: Evaluation, contender: Contender) -> Run:
-    """The contender's responses to every prompt (from the cache where they lie there) with their KL."""
+def sample(evaluation: Evaluation, candidate: Candidate) -> Run:
+    """The candidate's responses to every prompt (from the cache where they lie there) with their KL."""
     prompts = evaluation.prompts
-    with ContenderModels(
-        evaluation.config, contender, reference=evaluation.reference, tokenizer=evaluation.tokenizer
+    with CandidateModels(
+        evaluation.config, candidate, reference=evaluation.reference, tokenizer=evaluation.tokenizer
     ) as models:
         responses = models.samples(prompts)
         shape = (len(prompts), evaluation.config.generation.samples_per_prompt)
@@ -173,10 +173,10 @@ def sample(evaluation: Evaluation, contender: Contender) -> Run:
     finished = np.array([[r.finished for r in row] for row in responses])
     logger.info(
         "%s: %d responses of %.1f tokens on average, %.0f %% of them ended before the limit",
-        *(contender.method, lengths.size, lengths.mean(), 100 * finished.mean()),
+        *(candidate.method, lengths.size, lengths.mean(), 100 * finished.mean()),
     )
     return Run(
-        contender, responses, SampledMethod(contender.method, *np.moveaxis(kls, -1, 0), lengths, finished)
+        candidate, responses, SampledMethod(candidate.method, *np.moveaxis(kls, -1, 0), lengths, finished)
     )
 
 
@@ -227,7 +227,7 @@ def measure(
     reference, lengths = ReferenceScores.fit(names, verdicts.raw[0]), reference_run.sampled.lengths
     metrics = method_metrics(run.sampled, raw, reference, evaluation.resampling, reference_lengths=lengths)
     if run.sampled.is_reference:
-        judging = judging_metrics(reference, verdicts.constant, lengths, evaluation.resampling)
+        judging = judge_sanity_checks(reference, verdicts.constant, lengths, evaluation.resampling)
         metrics["judging"] = {"answer": CONSTANT_ANSWER, "objectives": judging}
     return metrics, reference.calibrated(raw)
 
@@ -240,7 +240,7 @@ def _proxies(
     calibrated: np.ndarray,
 ) -> dict[str, Any]:
     """The `proxy` part of a method and, of the reference, the best-of-n curves; empty without the ensembles."""
-    raw, names = rewards.get(run.contender.method), tuple(metrics["objectives"])
+    raw, names = rewards.get(run.candidate.method), tuple(metrics["objectives"])
     if raw is None:
         return {}
     scale = np.stack([model.calibration.scale.numpy() for model in evaluation.reward_models])
@@ -254,7 +254,7 @@ def _proxies(
 
 
 def _write_method(evaluation: Evaluation, run: Run, metrics: dict[str, Any], rewards: np.ndarray) -> None:
-    folder, method = evaluation.config.paths.metrics, run.contender.method
+    folder, method = evaluation.config.paths.metrics, run.candidate.method
     names = list(metrics["objectives"])
     samples = f"samples/{method}.jsonl"
     rows = (
@@ -265,8 +265,8 @@ def _write_method(evaluation: Evaluation, run: Run, metrics: dict[str, Any], rew
     ids = {"ids": [p.id for p in evaluation.prompts], "objective": [p.objective for p in evaluation.prompts]}
     record = {
         "method": method,
-        "approach": run.contender.approach,
-        "evaluation": evaluation.describe(run.contender),
+        "approach": run.candidate.approach,
+        "evaluation": evaluation.describe(run.candidate),
         **metrics,
         "per_prompt": ids | metrics["per_prompt"],
         "samples": samples,
@@ -297,49 +297,49 @@ def _sample_row(
 FRONTIER_FILE = "frontier.json"
 
 
-def write_frontier(evaluation: Evaluation, contenders: Sequence[Contender]) -> None:
+def write_frontier(evaluation: Evaluation, candidates: Sequence[Candidate]) -> None:
     """Bring `frontier.json` up to date with the configuration: write it, keep it where it is current, or remove it."""
     path = evaluation.config.paths.metrics / FRONTIER_FILE
     wanted = evaluation.config.generation.checkpoints == "all"
-    key = io.fingerprint([evaluation.fingerprint, [c.fingerprint for c in contenders]])
+    key = io.fingerprint([evaluation.fingerprint, [c.fingerprint for c in candidates]])
     current = path.is_file() and io.read_json(path)["fingerprint"] == key
     if wanted and not current:
         first = evaluation.prompts[: evaluation.config.generation.checkpoint_prompts]
-        io.write_json(path, {"fingerprint": key, **_frontier(replace(evaluation, prompts=first), contenders)})
+        io.write_json(path, {"fingerprint": key, **_frontier(replace(evaluation, prompts=first), candidates)})
     elif not current:
         path.unlink(missing_ok=True)
 
 
-def checkpoint_contenders(contender: Contender) -> list[Contender]:
+def checkpoint_candidates(candidate: Candidate) -> list[Candidate]:
     """The checkpoints between start and end of one policy's training, in order, then the policy itself.
 
     They are named by their share in percent; `start` is the reference, `end` the policy, `best` a copy of one of them.
     """
-    if contender.directory is None:
+    if candidate.directory is None:
         return []
-    folders = (contender.directory / "checkpoints").glob("*")
+    folders = (candidate.directory / "checkpoints").glob("*")
     kept = sorted((f for f in folders if f.name.isdigit()), key=lambda folder: int(folder.name))
     between = [
         replace(
-            contender,
-            method=f"{contender.method}@{folder.name}",
+            candidate,
+            method=f"{candidate.method}@{folder.name}",
             directory=folder,
-            fingerprint=io.fingerprint([contender.fingerprint, weights_fingerprint(folder)]),
+            fingerprint=io.fingerprint([candidate.fingerprint, weights_fingerprint(folder)]),
         )
         for folder in kept
     ]
-    return [*between, contender]
+    return [*between, candidate]
 
 
-def _frontier(evaluation: Evaluation, contenders: Sequence[Contender]) -> dict[str, Any]:
+def _frontier(evaluation: Evaluation, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """`prompts`, `reference` (its mean of the minimum) and `points`, one per policy and checkpoint."""
-    stages = {c.method: checkpoint_contenders(c) for c in contenders if c.method != REFERENCE}
+    stages = {c.method: checkpoint_candidates(c) for c in candidates if c.method != REFERENCE}
     several = [(method, stage) for method, found in stages.items() for stage in found]
     logger.info(
         "frontier: %d checkpoints of %d policies answer %d prompts each",
         *(len(several) - len(stages), len(stages), len(evaluation.prompts)),
     )
-    runs = [sample(evaluation, contender) for contender in (evaluation.reference, *(s for _, s in several))]
+    runs = [sample(evaluation, candidate) for candidate in (evaluation.reference, *(s for _, s in several))]
     verdicts = judge_runs(evaluation, runs)
     measured = [
         measure(evaluation, run, raw, runs[0], verdicts)[0]

@@ -18,7 +18,7 @@ from prmd.statistics.outcomes import pairwise_win_rate, pareto_dominance_rate
 from prmd.statistics.resampling import Resampling, by_definition, with_chance
 
 
-def judging_metrics(
+def judge_sanity_checks(
     reference: ReferenceScores, constant: np.ndarray, lengths: np.ndarray, resampling: Resampling
 ) -> dict[str, Any]:
     """The constant answer's win rate against the reference, and the correlation of reward and length, per judge.

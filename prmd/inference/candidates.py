@@ -1,6 +1,6 @@
-"""The contenders of an evaluation, the reference and every finished policy: found, loaded one at a time, sampled, scored.
+"""The candidates of an evaluation, the reference and every finished policy: found, loaded one at a time, sampled, scored.
 
-Samples, log-probabilities and KL of a contender are cached by content, and its weights are loaded only for what the cache
+Samples, log-probabilities and KL of a candidate are cached by content, and its weights are loaded only for what the cache
 lacks. A LoRA policy and the reference are one model in memory (its adapters are switched off); a policy with full weights
 needs the reference beside it. What the numbers say is in `evaluation.metrics`, to be read next; judging is in `judges`.
 """
@@ -40,7 +40,7 @@ REFERENCE = "reference"
 
 
 @dataclass(frozen=True)
-class Contender:
+class Candidate:
     """One row of the results.
 
     Attributes:
@@ -77,10 +77,10 @@ def policy_folders(paths: ArtifactPaths) -> list[Path]:
     return finished
 
 
-def find_contenders(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> list[Contender]:
+def find_candidates(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> list[Candidate]:
     """The reference first, then every finished policy, then those of `generation.other_approaches`."""
     own, key = config.paths.approach, reference_key(config.shared, tokenizer)
-    found = [Contender(REFERENCE, None, key, own)]
+    found = [Candidate(REFERENCE, None, key, own)]
     for approach in (own, *(a for a in config.generation.other_approaches if a != own)):
         paths = replace(config.paths, approach=approach)
         folders = policy_folders(paths)
@@ -90,7 +90,7 @@ def find_contenders(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
         for folder in folders:
             name = folder.name if approach == own else f"{approach}@{folder.name}"
             found.append(
-                Contender(name, folder, io.fingerprint([key, weights_fingerprint(folder)]), approach)
+                Candidate(name, folder, io.fingerprint([key, weights_fingerprint(folder)]), approach)
             )
     return found
 
@@ -136,39 +136,39 @@ def _fitted(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, max_length
     return EvaluationPrompt(pair.id, pair.objective, messages, tokens)
 
 
-# ------------------------------------------------------------------ what a contender computes
-class ContenderModels(AbstractContextManager["ContenderModels"]):
-    """A contender's policy and the reference, loaded when first needed and let go by `close`.
+# ------------------------------------------------------------------ what a candidate computes
+class CandidateModels(AbstractContextManager["CandidateModels"]):
+    """A candidate's policy and the reference, loaded when first needed and let go by `close`.
 
     Args:
-        contender: whose samples and scores are wanted.
+        candidate: whose samples and scores are wanted.
         reference: the reference itself, whose key is part of what is cached.
     """
 
     def __init__(
         self,
         config: EvaluationConfig,
-        contender: Contender,
+        candidate: Candidate,
         *,
-        reference: Contender,
+        reference: Candidate,
         tokenizer: PreTrainedTokenizerBase,
     ) -> None:
-        self.config, self.contender, self.reference, self.tokenizer = config, contender, reference, tokenizer
+        self.config, self.candidate, self.reference, self.tokenizer = config, candidate, reference, tokenizer
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
     @property
     def is_reference(self) -> bool:
-        return self.contender.directory is None
+        return self.candidate.directory is None
 
     @cached_property
     def policy(self) -> nn.Module:
         """The policy in evaluation mode, loaded on first use."""
         shared = self.config.shared
-        if self.contender.directory is None:
+        if self.candidate.directory is None:
             return load_causal_lm(shared.model, shared.paths).eval()
-        return load_policy(self.contender.directory, shared.model, shared.paths)
+        return load_policy(self.candidate.directory, shared.model, shared.paths)
 
     @cached_property
     def _full_reference(self) -> nn.Module:
@@ -194,7 +194,7 @@ class ContenderModels(AbstractContextManager["ContenderModels"]):
     def samples(self, prompts: Sequence[EvaluationPrompt]) -> list[list[GeneratedResponse]]:
         """`generation.samples_per_prompt` responses to every prompt, at temperature 1 and top-p 1."""
         settings, seed = self.config.generation, self.config.shared.seed
-        key = [self.contender.fingerprint, settings.max_new_tokens, settings.samples_per_prompt, seed]
+        key = [self.candidate.fingerprint, settings.max_new_tokens, settings.samples_per_prompt, seed]
         key += [settings.engine] if settings.engine != "transformers" else []  # equal seeds, other samples
         table = JsonTable(self.config.paths.cache("samples", io.fingerprint(key)))
         tokens = [prompt.token_ids for prompt in prompts]
@@ -207,9 +207,9 @@ class ContenderModels(AbstractContextManager["ContenderModels"]):
                 max_new_tokens=settings.max_new_tokens,
                 # Every method has its own noise: equal noise would couple sample i of a policy with sample i of the
                 # reference, and a win rate is over independent samples.
-                seed=int(io.fingerprint([seed, self.contender.method])[:8], 16),
+                seed=int(io.fingerprint([seed, self.candidate.method])[:8], 16),
                 batch_size=settings.batch_size,
-                description=f"{self.contender.method}: sampling",
+                description=f"{self.candidate.method}: sampling",
                 table=table,
             )
 
@@ -219,18 +219,18 @@ class ContenderModels(AbstractContextManager["ContenderModels"]):
         if not needed or settings.engine == "transformers":
             return nullcontext(self.policy if needed else None)
         length = shared.training.max_length + settings.max_new_tokens
-        return vllm_engine(self.contender.directory, shared, max_length=length)
+        return vllm_engine(self.candidate.directory, shared, max_length=length)
 
     def logps(self, rows: Sequence[PrefixRow]) -> list[Tensor]:
         """log pi(y|x) of every response: one [n_responses] float32 tensor per row, nats."""
-        table = ScoreTable(self.config.paths.cache("logps", self.contender.fingerprint), 1)
+        table = ScoreTable(self.config.paths.cache("logps", self.candidate.fingerprint), 1)
         return score_logps(
             None if table.holds(rows) else self.policy,
             rows,
             table=table,
             pad_id=self.tokenizer.pad_token_id,
             tokens_per_batch=self.config.shared.scoring_tokens,
-            description=f"{self.contender.method}: log-probabilities",
+            description=f"{self.candidate.method}: log-probabilities",
         )
 
     def reference_logps(self, rows: Sequence[PrefixRow]) -> list[Tensor]:
@@ -242,7 +242,7 @@ class ContenderModels(AbstractContextManager["ContenderModels"]):
     ) -> list[Tensor]:
         """(exact KL, k1, k3) of every sampled response: one [n_responses, 3] float32 tensor per prompt, nats."""
         rows = sample_rows([p.token_ids for p in prompts], responses, self.tokenizer, keep_suffix=False)
-        key = io.fingerprint([self.contender.fingerprint, self.reference.fingerprint, "k3"])
+        key = io.fingerprint([self.candidate.fingerprint, self.reference.fingerprint, "k3"])
         table = ScoreTable(self.config.paths.cache("kl", key), 3)
         if table.holds(rows):
             return [lookup(table, row) for row in rows]
@@ -255,5 +255,5 @@ class ContenderModels(AbstractContextManager["ContenderModels"]):
             tokens_per_batch=self.config.shared.scoring_tokens,
             share_prompt=supports_shared_prompts(SequenceLogps(self.policy).unwrapped.config, longest),
             device=get_device(),
-            description=f"{self.contender.method}: KL",
+            description=f"{self.candidate.method}: KL",
         )

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from chat_server import ChatServer, completion
 from tiny_models import tiny_causal_lm
-from tiny_workspace import contender, evaluation_config
+from tiny_workspace import candidate, evaluation_config
 
 from prmd.artifacts import io
 from prmd.benchmarks import jailbreakbench
@@ -19,7 +19,7 @@ from prmd.benchmarks.jailbreakbench_data import read_behaviors
 from prmd.benchmarks.run import run_benchmarks
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, JailbreakBenchConfig, TextJudgeConfig
 from prmd.errors import ConfigError, DataError
-from prmd.inference.candidates import ContenderModels
+from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges import endpoint as endpoint_module
 from prmd.judges.cards import CONSTANT_ANSWER
@@ -72,7 +72,7 @@ def configured(root: Path, judge: dict[str, Any] | None = None, **settings: Any)
 
 
 def run(config: EvaluationConfig) -> BenchmarkResult:
-    return run_jailbreakbench(config, contender(config, "reference"))
+    return run_jailbreakbench(config, candidate(config, "reference"))
 
 
 def mean_outcomes(result: BenchmarkResult) -> dict[str, tuple[float, int]]:
@@ -100,7 +100,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(endpoint_module, "LONGEST_PAUSE_SECONDS", 0.001)
     calls: list[dict[str, Any]] = []
 
-    def sample(models: ContenderModels, prompts: Sequence[tuple[int, ...]], **decoding: Any) -> list:
+    def sample(models: CandidateModels, prompts: Sequence[tuple[int, ...]], **decoding: Any) -> list:
         calls.append(decoding)
         texts = [models.tokenizer.decode(p) for p in prompts]
         users = [t.removeprefix("<|im_start|>user\n").partition("<|im_end|>")[0] for t in texts]
@@ -223,11 +223,11 @@ def test_a_judge_that_breaks_down_stops_the_benchmark_and_goes_on_later(
     with ChatServer(answer) as server:
         settings = {**endpoint_judge(server), "model": "flaky"}
         config = configured(root, settings)
-        models = contender(config, "reference")
+        models = candidate(config, "reference")
 
         def stage() -> dict[str, Any]:
             arguments = {"reference": models.reference, "tokenizer": models.tokenizer, "force": False}
-            return run_benchmarks(config, models.contender, **arguments)[0]
+            return run_benchmarks(config, models.candidate, **arguments)[0]
 
         record = stage()
         assert record["status"] == "not run" and "2 of 4 replies are kept" in record["reason"]

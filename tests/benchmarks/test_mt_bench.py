@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_mt_bench import CATEGORIES, ScriptedJudge, changed, write_files, write_rows
-from tiny_workspace import contender, evaluation_config, write_workspace
+from tiny_workspace import candidate, evaluation_config, write_workspace
 
 from prmd.artifacts import io
 from prmd.benchmarks import mt_bench
@@ -35,24 +35,24 @@ def settings(root: Path, **changes: Any) -> EvaluationConfig:
 
 def run(config: EvaluationConfig, method: str, judge: Any, patch: pytest.MonkeyPatch) -> BenchmarkResult:
     patch.setattr("prmd.benchmarks.mt_bench.make_text_judge", lambda _: judge)
-    return run_mt_bench(config, contender(config, method))
+    return run_mt_bench(config, candidate(config, method))
 
 
 # ------------------------------------------------------------------ what does not run
 def test_what_is_missing_is_said(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_path = evaluation_config(root)
     assert "benchmarks.mt_bench.path" in str(
-        run_mt_bench(without_path, contender(without_path, "reference")).reason
+        run_mt_bench(without_path, candidate(without_path, "reference")).reason
     )
     nowhere = settings(root, path=str(root / "nowhere"))
-    reason = run_mt_bench(nowhere, contender(nowhere, "reference")).reason
+    reason = run_mt_bench(nowhere, candidate(nowhere, "reference")).reason
     assert str(reason).startswith(f"data missing at {root / 'nowhere'}: benchmarks.mt_bench.path: got ")
     half = settings(root, path=str(root))
-    reason = run_mt_bench(half, contender(half, "reference")).reason
+    reason = run_mt_bench(half, candidate(half, "reference")).reason
     assert reason == f"data missing at {root / 'question.jsonl'}"
     for kind in ("none", "strings"):
         config = settings(root).model_copy(update={"text_judge": TextJudgeConfig(kind=kind)})
-        result = run_mt_bench(config, contender(config, "reference"))
+        result = run_mt_bench(config, candidate(config, "reference"))
         assert result.status == "not run" and f"text_judge.kind is {kind}" in result.reason
 
 
@@ -61,7 +61,7 @@ def test_a_malformed_file_does_not_run_and_says_why(root: Path, tmp_path: Path) 
     changed(folder / "question.jsonl", 3, turns=None)
     judge = TextJudgeConfig(kind="endpoint", model="m", base_url="http://127.0.0.1:9")
     config = settings(root, path=str(folder)).model_copy(update={"text_judge": judge})
-    result = run_mt_bench(config, contender(config, "reference"))
+    result = run_mt_bench(config, candidate(config, "reference"))
     assert result.status == "not run" and "question.jsonl:4: turns" in result.reason
 
 
@@ -178,9 +178,9 @@ def test_the_stage_keeps_samples_judgements_and_metrics_apart(
     monkeypatch.setattr("prmd.benchmarks.mt_bench.make_text_judge", lambda _: ScriptedJudge())
     config = settings(root)
     benchmarks = config.benchmarks.model_copy(update={"run": ("mt_bench",)})
-    models = contender(config.model_copy(update={"benchmarks": benchmarks}), "reference")
+    models = candidate(config.model_copy(update={"benchmarks": benchmarks}), "reference")
     (record,) = run_benchmarks(
-        models.config, models.contender, reference=models.reference, tokenizer=models.tokenizer, force=True
+        models.config, models.candidate, reference=models.reference, tokenizer=models.tokenizer, force=True
     )
     assert (record["benchmark"], record["name"], record["status"]) == (
         "mt_bench[judge=scripted]", "mt_bench", "done",

@@ -9,7 +9,7 @@ import pytest
 from tiny_models import plain_logp
 from tiny_workspace import (
     PAIRS,
-    contender,
+    candidate,
     evaluation_config,
     write_lora_policy,
     write_prepared,
@@ -45,7 +45,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
 
 # ------------------------------------------------------------------ held-out pairs
 def test_implicit_rewards_are_differences_of_logratios(workspace: EvaluationConfig) -> None:
-    result = run_heldout_pairs(workspace, contender(workspace, "hard_min"))
+    result = run_heldout_pairs(workspace, candidate(workspace, "hard_min"))
     tokenizer = AutoTokenizer.from_pretrained(workspace.shared.model.name)
     reference = AutoModelForCausalLM.from_pretrained(workspace.shared.model.name)
     policy = load_policy(workspace.paths.policy("hard_min"), workspace.shared.model, workspace.paths)
@@ -69,7 +69,7 @@ def test_implicit_rewards_are_differences_of_logratios(workspace: EvaluationConf
 
 
 def test_the_reference_has_no_implicit_reward(workspace: EvaluationConfig) -> None:
-    result = run_heldout_pairs(workspace, contender(workspace, "reference"))
+    result = run_heldout_pairs(workspace, candidate(workspace, "reference"))
     assert not any(name.startswith("implicit") for name in result.metrics)
     assert result.metrics["reference_free_accuracy"]["n"] == 3 * PAIRS
 
@@ -77,21 +77,21 @@ def test_the_reference_has_no_implicit_reward(workspace: EvaluationConfig) -> No
 def test_an_untrained_policy_ties_everywhere(tmp_path: Path) -> None:
     config = write_workspace(tmp_path, policies=False)
     write_lora_policy(config.paths.policy("cvar"), tmp_path / "base", scale=0.0)
-    accuracy = run_heldout_pairs(config, contender(config, "cvar")).metrics["implicit_reward_accuracy"]
+    accuracy = run_heldout_pairs(config, candidate(config, "cvar")).metrics["implicit_reward_accuracy"]
     assert (accuracy["value"], accuracy["ties"]) == (0.5, 3 * PAIRS)
 
 
 def test_hh_holdout_is_named_for_hh_rows_alone(workspace: EvaluationConfig, tmp_path: Path) -> None:
-    refused = run_hh_holdout(workspace, contender(workspace, "reference"))
+    refused = run_hh_holdout(workspace, candidate(workspace, "reference"))
     assert refused.status == "not run" and "holds no HH-RLHF rows" in refused.reason and not refused.metrics
     root = Path(workspace.shared.artifact_root)
     config = evaluation_config(root, approach="hh_truthfulqa")
     write_prepared(config.paths, source="hh_rlhf")
-    result = run_hh_holdout(config, contender(config, "reference"))
+    result = run_hh_holdout(config, candidate(config, "reference"))
     assert {item["objective"] for item in result.items} == {"helpful", "harmless"}
     assert len(result.items) == 2 * PAIRS
     write_prepared(config.paths, source="truthfulqa")
-    assert run_hh_holdout(config, contender(config, "reference")).status == "not run"
+    assert run_hh_holdout(config, candidate(config, "reference")).status == "not run"
 
 
 def test_fewer_pairs_are_shared_evenly(workspace: EvaluationConfig) -> None:
@@ -169,7 +169,7 @@ def test_a_key_sees_files_in_folders_and_below_them(tmp_path: Path, monkeypatch:
 
 def test_a_result_depends_on_its_own_settings_alone(workspace: EvaluationConfig) -> None:
     def key(name: str, **update: Any) -> str:
-        return _fingerprint(name, contender(workspace.model_copy(update=update), "reference"))
+        return _fingerprint(name, candidate(workspace.model_copy(update=update), "reference"))
 
     fewer = BenchmarksConfig(hh_holdout=HhHoldoutConfig(max_pairs=6))
     judge = TextJudgeConfig(kind="local_model", model="some/judge")
@@ -184,7 +184,7 @@ def test_a_judge_trained_anew_asks_for_new_verdicts(workspace: EvaluationConfig)
     run, found = workspace.paths.judge("honest") / "run.json", []
     for day in (1, 2):
         io.write_json(run, {"fingerprint": "judge", "started": f"2026-01-0{day}"})
-        found.append([_fingerprint(n, contender(workspace, "reference")) for n in BENCHMARKS])
+        found.append([_fingerprint(n, candidate(workspace, "reference")) for n in BENCHMARKS])
     run.unlink()
     changed = [name for name, one, two in zip(BENCHMARKS, *found, strict=True) if one != two]
     assert changed == ["truthfulqa_generation"]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_classifier
-from tiny_workspace import contender, evaluation_config, write_truthfulqa_csv, write_workspace
+from tiny_workspace import candidate, evaluation_config, write_truthfulqa_csv, write_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.artifacts import io
@@ -134,7 +134,7 @@ def test_a_text_judge_sees_the_references_and_its_silence_is_counted(
     judge = ScriptedJudge(("True.", "false", "I cannot tell", "neither true nor false"))
     monkeypatch.setattr(truthfulqa_generation, "make_text_judge", lambda _: judge)
     config = settings(root, "text_judge")
-    result = run_truthfulqa_generation(config, contender(config, "reference"))
+    result = run_truthfulqa_generation(config, candidate(config, "reference"))
     assert result.label == "truthfulqa_generation[judge=scripted]"
     assert [item["true"] for item in result.items] == [True, False, None, None, True]
     assert result.metrics["true"]["value"] == 2 / 3 and result.metrics["true"]["n"] == 3
@@ -221,7 +221,7 @@ def test_answers_are_greedy_and_judged_by_the_trained_judge(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(root)
-    result = run_truthfulqa_generation(config, contender(config, "reference"))
+    result = run_truthfulqa_generation(config, candidate(config, "reference"))
     assert result.label == "truthfulqa_generation[judge=honest_reward]" and len(result.items) == 5
     model = AutoModelForCausalLM.from_pretrained(root / "base").eval()
     tokenizer = AutoTokenizer.from_pretrained(root / "base")
@@ -247,5 +247,5 @@ def test_answers_are_greedy_and_judged_by_the_trained_judge(
 
     monkeypatch.setattr("prmd.inference.candidates.load_causal_lm", no_weights)
     monkeypatch.setattr("prmd.rewards.reward_model.load_classifier", no_weights)
-    again = run_truthfulqa_generation(config, contender(config, "reference"))
+    again = run_truthfulqa_generation(config, candidate(config, "reference"))
     assert again.items == result.items

@@ -12,8 +12,8 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.evaluation import EvaluationConfig
 from prmd.evaluation.evaluate import compute_metrics
-from prmd.evaluation.held_out import Evaluation, checkpoint_contenders
-from prmd.inference.candidates import Contender, find_contenders
+from prmd.evaluation.held_out import Evaluation, checkpoint_candidates
+from prmd.inference.candidates import Candidate, find_candidates
 from prmd.judges.cards import CONSTANT_ANSWER
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
@@ -56,11 +56,11 @@ def test_checkpoints_are_those_between_start_and_end_in_order(tmp_path: Path) ->
         folder = tmp_path / "checkpoints" / name
         folder.mkdir(parents=True)
         io.write_text(folder / "weights.safetensors", name)
-    policy = Contender("cvar", tmp_path, "p", "embedded")
-    found = checkpoint_contenders(policy)
+    policy = Candidate("cvar", tmp_path, "p", "embedded")
+    found = checkpoint_candidates(policy)
     assert [c.method for c in found] == ["cvar@5", "cvar@66", "cvar@100", "cvar"]
     assert len({c.fingerprint for c in found}) == 4 and found[-1] is policy
-    assert checkpoint_contenders(Contender("reference", None, "r", "embedded")) == []
+    assert checkpoint_candidates(Candidate("reference", None, "r", "embedded")) == []
 
 
 def test_the_frontier_has_a_point_per_kept_checkpoint(finished: EvaluationConfig) -> None:
@@ -143,7 +143,7 @@ def test_an_approach_without_policies_is_said(
 ) -> None:
     config = with_generation(finished, other_approaches=("hh_truthfulqa", "embedded"))
     with caplog.at_level(logging.WARNING):
-        found = find_contenders(config, load_tokenizer(config.shared.model, config.paths))
+        found = find_candidates(config, load_tokenizer(config.shared.model, config.paths))
     assert [c.method for c in found] == ["reference", "baseline_dpo", "hard_min"]
     assert "hh_truthfulqa: no finished policy" in caplog.text
 
@@ -198,7 +198,7 @@ def test_judges_are_held_against_a_constant_answer_and_length(finished: Evaluati
 
 def test_what_is_compared_is_named_part_by_part(finished: EvaluationConfig) -> None:
     tokenizer = load_tokenizer(finished.shared.model, finished.paths)
-    reference = find_contenders(finished, tokenizer)[0]
+    reference = find_candidates(finished, tokenizer)[0]
 
     def keys(config: EvaluationConfig) -> dict[str, str]:
         return Evaluation(config, tokenizer, [], [], reference).compared_on

@@ -15,7 +15,7 @@ from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import DataError
 from prmd.evaluation.evaluate import compute_metrics
-from prmd.inference.candidates import ContenderModels, evaluation_prompts, find_contenders
+from prmd.inference.candidates import CandidateModels, evaluation_prompts, find_candidates
 from prmd.inference.generation import GeneratedResponse
 from prmd.models.loading import load_policy, load_tokenizer
 from prmd.objectives import OBJECTIVES
@@ -119,12 +119,12 @@ def test_the_reference_row_says_what_holds_by_definition(evaluated: EvaluationCo
 def test_kl_is_the_full_softmax_sum_along_the_samples(evaluated: EvaluationConfig, method: str) -> None:
     shared = evaluated.shared
     tokenizer = load_tokenizer(shared.model, shared.paths)
-    contenders = {c.method: c for c in find_contenders(evaluated, tokenizer)}
-    models = ContenderModels(
-        evaluated, contenders[method], reference=contenders["reference"], tokenizer=tokenizer
+    candidates = {c.method: c for c in find_candidates(evaluated, tokenizer)}
+    models = CandidateModels(
+        evaluated, candidates[method], reference=candidates["reference"], tokenizer=tokenizer
     )
     prompts = evaluation_prompts(evaluated, tokenizer)
-    policy = load_policy(contenders[method].directory, shared.model, shared.paths)
+    policy = load_policy(candidates[method].directory, shared.model, shared.paths)
     reference = AutoModelForCausalLM.from_pretrained(shared.model.name)
     exact, k1, k3, tokens = [], [], 0.0, 0
     for prompt, responses in zip(prompts, models.samples(prompts), strict=True):
@@ -176,8 +176,8 @@ def test_finished_methods_are_reused_and_a_new_policy_is_added(
     before = (config.paths.metrics / "reference.json").read_bytes()
     write_lora_policy(config.paths.policy("cvar"), tmp_path / "base")
     sampled = []
-    original = ContenderModels.samples
-    monkeypatch.setattr(ContenderModels, "samples", lambda self, p: sampled.append(self) or original(self, p))
+    original = CandidateModels.samples
+    monkeypatch.setattr(CandidateModels, "samples", lambda self, p: sampled.append(self) or original(self, p))
     with caplog.at_level(logging.INFO):
         compute_metrics(config)
     assert "reference: evaluated before" in caplog.text
@@ -218,7 +218,7 @@ def test_unfinished_policies_are_left_out_and_said(tmp_path: Path, caplog: pytes
     config.paths.policy("mean").mkdir(parents=True)
     tokenizer = load_tokenizer(config.shared.model, config.paths)
     with caplog.at_level(logging.WARNING):
-        found = find_contenders(config, tokenizer)
+        found = find_candidates(config, tokenizer)
     assert [c.method for c in found] == ["reference"]
     assert "not finished" in caplog.text
 
@@ -228,7 +228,7 @@ def test_a_judge_that_cannot_tell_samples_apart_is_refused(
 ) -> None:
     config = write_workspace(tmp_path, policies=False)
     same = [GeneratedResponse("a", (5, 2), True)] * 3
-    monkeypatch.setattr(ContenderModels, "samples", lambda self, prompts: [same for _ in prompts])
+    monkeypatch.setattr(CandidateModels, "samples", lambda self, prompts: [same for _ in prompts])
     with pytest.raises(DataError, match="scores all 3 reference samples of every prompt the same"):
         compute_metrics(config)
     assert not (config.paths.metrics / "run.json").exists()

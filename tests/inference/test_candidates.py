@@ -9,7 +9,7 @@ from tiny_workspace import evaluation_config, write_lora_policy, write_prepared,
 
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig, GenerationConfig
-from prmd.inference.candidates import ContenderModels, evaluation_prompts, find_contenders
+from prmd.inference.candidates import CandidateModels, evaluation_prompts, find_candidates
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
@@ -17,7 +17,7 @@ from prmd.pairs import read_pairs
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
-    return write_workspace(tmp_path_factory.mktemp("contenders"), policies=False)
+    return write_workspace(tmp_path_factory.mktemp("candidates"), policies=False)
 
 
 # ------------------------------------------------------------------ prompts
@@ -59,9 +59,9 @@ def test_an_untrained_adapter_has_no_kl(tmp_path: Path) -> None:
     config = write_workspace(tmp_path, policies=False)
     write_lora_policy(config.paths.policy("cvar"), tmp_path / "base", scale=0.0)
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    reference, policy = find_contenders(config, tokenizer)
+    reference, policy = find_candidates(config, tokenizer)
     prompts = evaluation_prompts(config, tokenizer)
-    with ContenderModels(config, policy, reference=reference, tokenizer=tokenizer) as models:
+    with CandidateModels(config, policy, reference=reference, tokenizer=tokenizer) as models:
         values = torch.stack(models.kls(prompts, models.samples(prompts)))
     assert torch.equal(values, torch.zeros(7, 3, 3))
 
@@ -70,10 +70,10 @@ def test_equal_weights_do_not_give_equal_samples(tmp_path: Path) -> None:
     config = write_workspace(tmp_path, policies=False)
     write_lora_policy(config.paths.policy("cvar"), tmp_path / "base", scale=0.0)
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    contenders = find_contenders(config, tokenizer)
+    candidates = find_candidates(config, tokenizer)
     prompts = evaluation_prompts(config, tokenizer)
     samples = [
-        ContenderModels(config, c, reference=contenders[0], tokenizer=tokenizer).samples(prompts)
-        for c in contenders
+        CandidateModels(config, c, reference=candidates[0], tokenizer=tokenizer).samples(prompts)
+        for c in candidates
     ]
     assert samples[0] != samples[1]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from tiny_pipeline import no_model_loads
-from tiny_workspace import contender, evaluation_config, policy_config, write_workspace
+from tiny_workspace import candidate, evaluation_config, policy_config, write_workspace
 
 from prmd.config.evaluation import EvaluationConfig, GenerationConfig
 from prmd.config.shared import CalibrationConfig
@@ -110,7 +110,7 @@ def test_every_prompt_is_asked_for_by_its_tokens_with_the_evaluations_decoding(
     config: EvaluationConfig, fake: FakeVllm
 ) -> None:
     prompts = prompts_of(config)
-    policy = contender(config, "hard_min")
+    policy = candidate(config, "hard_min")
     policy.samples(prompts)
     asked = [tuple(p["prompt_token_ids"]) for call in fake.calls for p in call["prompts"]]
     assert sorted(asked) == sorted(p.token_ids for p in prompts)
@@ -129,7 +129,7 @@ def test_answers_come_back_in_order_with_their_end_of_turn(
 ) -> None:
     fake.keep_stop = keep_stop
     no_model_loads(monkeypatch)  # vLLM reads the weights itself
-    prompts, policy = prompts_of(config), contender(config, "baseline_dpo")
+    prompts, policy = prompts_of(config), candidate(config, "baseline_dpo")
     stop = stop_token(policy.tokenizer)
     for prompt, responses in zip(prompts, policy.samples(prompts), strict=True):
         n = len(prompt.token_ids)
@@ -139,15 +139,15 @@ def test_answers_come_back_in_order_with_their_end_of_turn(
 
 def test_the_seed_of_a_prompt_does_not_depend_on_its_batch(config: EvaluationConfig, fake: FakeVllm) -> None:
     prompts = prompts_of(config)
-    contender(config, "hard_min").samples(prompts[:2])
-    contender(config, "hard_min").samples(prompts[1:])  # the second one is in the cache
+    candidate(config, "hard_min").samples(prompts[:2])
+    candidate(config, "hard_min").samples(prompts[1:])  # the second one is in the cache
     apart = seeds_of(fake)
     shutil.rmtree(config.paths.root / "data" / "cache")
     fake.calls.clear()
-    contender(config, "hard_min").samples(prompts)
+    candidate(config, "hard_min").samples(prompts)
     assert seeds_of(fake) == apart and len(apart) == 5
     fake.calls.clear()
-    contender(config, "reference").samples(prompts)
+    candidate(config, "reference").samples(prompts)
     assert not set(seeds_of(fake).values()) & set(apart.values())
 
 
@@ -162,7 +162,7 @@ def seeds_of(fake: FakeVllm) -> dict[tuple[int, ...], int]:
 def test_each_kind_of_policy_is_served_from_its_own_folder(config: EvaluationConfig, fake: FakeVllm) -> None:
     prompts = prompts_of(config)
     for method in ("reference", "baseline_dpo", "hard_min"):
-        contender(config, method).samples(prompts)
+        candidate(config, method).samples(prompts)
     base, full, adapted = fake.models
     common = {"revision": None, "dtype": "float32", "trust_remote_code": False, "max_model_len": 96 + 6}
     common |= {"skip_tokenizer_init": True, "generation_config": "vllm"}
@@ -177,11 +177,11 @@ def test_samples_of_one_engine_are_not_taken_for_those_of_the_other(
     config: EvaluationConfig, fake: FakeVllm
 ) -> None:
     prompts = prompts_of(config)
-    served = contender(config, "reference").samples(prompts)
-    assert contender(config, "reference").samples(prompts) == served and len(fake.models) == 1
-    other = contender(config_at(config.paths.root, "transformers"), "reference").samples(prompts)
+    served = candidate(config, "reference").samples(prompts)
+    assert candidate(config, "reference").samples(prompts) == served and len(fake.models) == 1
+    other = candidate(config_at(config.paths.root, "transformers"), "reference").samples(prompts)
     assert other != served and len(fake.models) == 1
-    assert contender(config, "reference").samples(prompts) == served and len(fake.models) == 1
+    assert candidate(config, "reference").samples(prompts) == served and len(fake.models) == 1
 
 
 def test_the_reference_is_sampled_by_its_own_setting_and_kept_apart(
