@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
+from prmd.benchmarks.truthfulqa import Question, read_questions
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, GenerationConfig, JudgeConfig
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import (
@@ -160,6 +161,11 @@ def write_truthfulqa_csv(folder: Path, questions: int = 5) -> Path:
                 ["Adversarial", "Foxes", f"What is {i}?", f"fox {i}", f"fox {i}; a fox", wrong, ""]
             )
     return folder
+
+
+def questions_of(config: EvaluationConfig) -> tuple[list[Question], str]:
+    """All TruthfulQA questions of a configuration and the sha256 of their file."""
+    return read_questions(config.shared.data, config.paths)
 
 
 def candidate(config: EvaluationConfig, method: str) -> CandidateModels:

@@ -37,6 +37,7 @@ from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
 from prmd.policies.methods import BASELINE
 from prmd.policies.train import train_baseline_dpo, train_pessimistic
+from prmd.rewards.reward_model import load_reward_model
 from prmd.rewards.train import train_judge, train_reward_model
 
 logger = logging.getLogger("prmd.real_text")
@@ -54,7 +55,8 @@ def run_seeds(study: Study) -> tuple[list[Row], list[Row]]:
     split_objectives(base)
     model = _converted_model(base)
     config = study.evaluation(model=model)
-    judges = [trained_judge(k, train_judge(config, objective=k), config) for k in OBJECTIVES]
+    folders = {k: train_judge(config, objective=k) for k in OBJECTIVES}
+    judges = [trained_judge(k, load_reward_model(f, config=config.shared)) for k, f in folders.items()]
     return [run_seed(study, seed, judges, model) for seed in study.sizes.seeds], _judge_rows(config)
 
 
@@ -97,7 +99,7 @@ def _evaluate(
     stages = {c.method: checkpoint_candidates(c) for c in _wanted(study, seed, candidates)}
     here = [_below(judge, config.paths) for judge in judges]
     prompts = seed_prompts(config, tokenizer, seed, study.sizes.prompts)
-    evaluation = Evaluation(config, tokenizer, prompts, here, candidates[0])
+    evaluation = Evaluation.of(config, tokenizer, prompts, here, candidates[0])
     several = [stage for found in stages.values() for stage in found]
     path = study.root / f"seed-{seed}.json"
     key = io.fingerprint([evaluation.fingerprint, [stage.fingerprint for stage in several]])

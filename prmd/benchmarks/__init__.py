@@ -4,7 +4,7 @@ A benchmark is a function of the evaluation's configuration and one candidate. T
 that type, its name in `BENCHMARKS`, in `config.BenchmarksConfig.run` and in `evaluation_config.yaml`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from prmd.benchmarks import (
     hh_holdout,
@@ -36,9 +36,9 @@ COMPANIONS = {"hh_holdout": "heldout_pairs", "truthfulqa": "truthfulqa_generatio
 """Benchmarks that run with another: the approach's own held-out pairs, and the same questions answered in words."""
 
 
-def benchmark_names(config: EvaluationConfig) -> tuple[str, ...]:
+def benchmark_names(run: Sequence[str]) -> tuple[str, ...]:
     """What `benchmarks.run` asks for, each with its companion."""
     names = []
-    for name in config.benchmarks.run:
+    for name in run:
         names += [name, COMPANIONS[name]] if name in COMPANIONS else [name]
     return tuple(names)

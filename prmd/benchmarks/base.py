@@ -14,7 +14,8 @@ import numpy as np
 from pydantic import BaseModel
 
 from prmd.artifacts import io
-from prmd.artifacts.paths import find_user_path
+from prmd.artifacts.paths import ArtifactPaths, find_user_path
+from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.inference.cache import JsonTable
 from prmd.inference.candidates import CandidateModels
@@ -59,9 +60,30 @@ def accuracy(margins: np.ndarray) -> dict[str, Any]:
     return {"value": found.pop("accuracy"), **found, "chance": 0.5}
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are sampled in every benchmark; lengths and temperatures are each benchmark's own.
+
+    Attributes:
+        paths: samples are cached below this artifact root.
+        seed: of the noise.
+        batch_size: prompts answered at a time.
+    """
+
+    paths: ArtifactPaths
+    seed: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, config: EvaluationConfig) -> "Sampling":
+        """As the evaluation samples."""
+        return cls(config.paths, config.shared.seed, config.generation.batch_size)
+
+
 def sample(
     models: CandidateModels,
     prompts: Sequence[Tokens],
+    sampling: Sampling,
     *,
     description: str,
     samples_per_prompt: int,
@@ -75,11 +97,10 @@ def sample(
         prompts: token ids, with the generation prompt where the chat template is used.
         temperature: 0 decodes greedily.
     """
-    config, candidate = models.config, models.candidate
-    seed = config.shared.seed
+    candidate, seed = models.candidate, sampling.seed
     decoding = [samples_per_prompt, max_new_tokens, temperature, top_p, seed]
     key = io.fingerprint(["benchmark samples", candidate.fingerprint, decoding])
-    table = JsonTable(config.paths.cache("samples", key))
+    table = JsonTable(sampling.paths.cache("samples", key))
     return generate(
         None if table.holds(prompts) else models.policy,
         models.tokenizer,
@@ -87,7 +108,7 @@ def sample(
         samples_per_prompt=samples_per_prompt,
         max_new_tokens=max_new_tokens,
         seed=int(io.fingerprint([seed, candidate.method])[:8], 16),
-        batch_size=config.generation.batch_size,
+        batch_size=sampling.batch_size,
         description=f"{candidate.method}: {description}",
         temperature=temperature,
         top_p=top_p,

@@ -14,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.benchmarks.base import BenchmarkResult, accuracy
 from prmd.config.evaluation import EvaluationConfig
 from prmd.inference.candidates import CandidateModels
@@ -30,18 +31,25 @@ def run_hh_holdout(config: EvaluationConfig, models: CandidateModels) -> Benchma
         return BenchmarkResult(
             reason=f"the approach {config.shared.data.approach} holds no HH-RLHF rows; see heldout_pairs for its own"
         )
-    return _run(config, models, ("helpful", "harmless"), HH_SOURCE)
+    objectives, limit = ("helpful", "harmless"), config.benchmarks.hh_holdout.max_pairs
+    pairs = held_out_pairs(config.paths, objectives, HH_SOURCE, limit)
+    return _compare(models, pairs, objectives, HH_SOURCE, config.shared.training.max_length)
 
 
 def run_heldout_pairs(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Implicit-reward accuracy on the approach's own test pairs, all objectives."""
-    return _run(config, models, OBJECTIVES, "")
+    pairs = held_out_pairs(config.paths, OBJECTIVES, "", config.benchmarks.hh_holdout.max_pairs)
+    return _compare(models, pairs, OBJECTIVES, "", config.shared.training.max_length)
 
 
-def _run(
-    config: EvaluationConfig, models: CandidateModels, objectives: Sequence[str], source: str
+def _compare(
+    models: CandidateModels,
+    pairs: Sequence[PreferencePair],
+    objectives: Sequence[str],
+    source: str,
+    max_length: int,
 ) -> BenchmarkResult:
-    pairs = held_out_pairs(config, objectives, source)
+    """The chosen response of each pair against the rejected one."""
     if not pairs:
         return BenchmarkResult(
             reason=f"no test pair of {' or '.join(objectives)} comes from {source.strip('/')}"
@@ -49,7 +57,7 @@ def _run(
     tokenized = tokenize_pairs(
         pairs,
         models.tokenizer,
-        max_length=config.shared.training.max_length,
+        max_length=max_length,
         over_length="truncate_prompt",
         keep_suffix=False,
     )
@@ -63,13 +71,14 @@ def _run(
     )
 
 
-def held_out_pairs(config: EvaluationConfig, objectives: Sequence[str], source: str) -> list[PreferencePair]:
-    """At most `max_pairs` test pairs of the source, an equal share of each objective, chosen by hash."""
-    limit = config.benchmarks.hh_holdout.max_pairs
+def held_out_pairs(
+    paths: ArtifactPaths, objectives: Sequence[str], source: str, limit: int | None
+) -> list[PreferencePair]:
+    """At most `limit` test pairs of the source, an equal share of each objective, chosen by hash."""
     share = None if limit is None else -(-limit // len(objectives))
     pairs = []
     for objective in objectives:
-        found = [p for p in read_pairs(config.paths, objective, "test") if p.source.startswith(source)]
+        found = [p for p in read_pairs(paths, objective, "test") if p.source.startswith(source)]
         pairs += sorted(found, key=lambda p: hash_share("held-out pairs", p.id))[:share]
     return pairs[:limit]
 

@@ -11,11 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from prmd.artifacts.paths import resolve_user_path
-from prmd.benchmarks.base import BenchmarkResult, sample, why_not_run
+from prmd.benchmarks.base import BenchmarkResult, Sampling, sample, why_not_run
 from prmd.benchmarks.jailbreakbench_data import KEY, Attack, Behavior, read_attacks, read_behaviors
 from prmd.benchmarks.truthfulqa import strided
-from prmd.config.evaluation import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig, JailbreakBenchConfig
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
@@ -165,7 +167,7 @@ def run_jailbreakbench(config: EvaluationConfig, models: CandidateModels) -> Ben
         return BenchmarkResult(reason=str(error))
     if judge is None:
         return BenchmarkResult(reason="judge missing at text_judge.kind: none; strings needs no model")
-    answered = _answers(models, behaviors, attacks)
+    answered = _answers(models, behaviors, attacks, settings, Sampling.of(config))
     if judge.kind in ("local_model", "classifier"):
         models.close()  # the judge needs the memory
     try:
@@ -193,10 +195,13 @@ def run_jailbreakbench(config: EvaluationConfig, models: CandidateModels) -> Ben
 
 # ------------------------------------------------------------------ generate
 def _answers(
-    models: CandidateModels, behaviors: dict[str, list[Behavior]], attacks: list[Attack] | None
+    models: CandidateModels,
+    behaviors: dict[str, list[Behavior]],
+    attacks: list[Attack] | None,
+    settings: JailbreakBenchConfig,
+    sampling: Sampling,
 ) -> list[Answered]:
     """Every request of the chosen behaviours with its answer, direct ones first."""
-    settings = models.config.benchmarks.jailbreakbench
     requests: list[tuple[str, Behavior, str | None]] = []
     for group in (DIRECT, BENIGN):
         requests += [(group, b, b.goal) for b in strided(behaviors[group], settings.max_behaviors)]
@@ -207,7 +212,8 @@ def _answers(
     asked = [prompt for _, _, prompt in requests if prompt is not None]
     responses = sample(
         models,
-        [_tokens(models, prompt) for prompt in asked],
+        [_tokens(models.tokenizer, prompt) for prompt in asked],
+        sampling,
         description="JailbreakBench",
         samples_per_prompt=1,
         max_new_tokens=settings.max_new_tokens,
@@ -217,9 +223,9 @@ def _answers(
     return [Answered(g, b, prompt, None if prompt is None else next(found)) for g, b, prompt in requests]
 
 
-def _tokens(models: CandidateModels, prompt: str) -> Tokens:
+def _tokens(tokenizer: PreTrainedTokenizerBase, prompt: str) -> Tokens:
     """No system message is sent: a template that has one of its own uses it, as in training."""
-    return tuple(render(models.tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True))
+    return tuple(render(tokenizer, [{"role": "user", "content": prompt}], add_generation_prompt=True))
 
 
 # ------------------------------------------------------------------ aggregate

@@ -9,6 +9,7 @@ part of the name (arXiv:2306.05685).
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import nn
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import resolve_user_path
-from prmd.benchmarks.base import BenchmarkResult, why_not_run
+from prmd.benchmarks.base import BenchmarkResult, Sampling, why_not_run
 from prmd.benchmarks.mt_bench_data import (
     FILES,
     MtBenchData,
@@ -39,7 +40,7 @@ from prmd.judges.text import TextJudge, make_text_judge
 from prmd.models.tokenization import Tokens, render
 from prmd.pairs import Message
 from prmd.statistics.intervals import bootstrap_mean, wilson_interval
-from prmd.statistics.resampling import with_chance
+from prmd.statistics.resampling import Resampling, with_chance
 
 TEMPERATURES = {
     "writing": 0.7,
@@ -53,17 +54,22 @@ TEMPERATURES = {
 }
 TEMPERATURE_OF_OTHERS = 0.7
 
+TwoAnswers = tuple[GeneratedResponse, GeneratedResponse]
+"""What was sampled for one question, a response a turn."""
+
 
 def generate_answers(
-    config: EvaluationConfig,
     models: CandidateModels,
     questions: Sequence[MtBenchQuestion],
+    sampling: Sampling,
     *,
+    max_new_tokens: int,
     of_reference: bool = False,
-) -> list[tuple[GeneratedResponse, GeneratedResponse]]:
+) -> list[TwoAnswers]:
     """Both answers to every question, from the cache or new: the candidate's own, or the reference's."""
     asked: list[list[Message]] = [[{"role": "user", "content": q.turns[0]}] for q in questions]
-    first = _answer(config, models, questions, asked, of_reference)
+    ask = partial(_answer, models, questions, sampling, max_new_tokens, of_reference)
+    first = ask(asked)
     follow_up = [
         [
             *messages,
@@ -72,16 +78,16 @@ def generate_answers(
         ]
         for messages, answer, question in zip(asked, first, questions, strict=True)
     ]
-    second = _answer(config, models, questions, follow_up, of_reference)
-    return list(zip(first, second, strict=True))
+    return list(zip(first, ask(follow_up), strict=True))
 
 
 def _answer(
-    config: EvaluationConfig,
     models: CandidateModels,
     questions: Sequence[MtBenchQuestion],
-    conversations: Sequence[Sequence[Message]],
+    sampling: Sampling,
+    max_new_tokens: int,
     of_reference: bool,
+    conversations: Sequence[Sequence[Message]],
 ) -> list[GeneratedResponse]:
     """One response to each conversation; those of equal temperature are generated together."""
     candidate = models.reference if of_reference else models.candidate
@@ -89,22 +95,22 @@ def _answer(
         tuple(render(models.tokenizer, messages, add_generation_prompt=True)) for messages in conversations
     ]
     heats = [TEMPERATURES.get(question.category, TEMPERATURE_OF_OTHERS) for question in questions]
-    limit, seed = config.benchmarks.mt_bench.max_new_tokens, config.shared.seed
+    seed = sampling.seed
     found: dict[int, GeneratedResponse] = {}
     for heat in sorted(set(heats)):
         indices = [i for i, own in enumerate(heats) if own == heat]
         prompts = [tokens[i] for i in indices]
-        key = io.fingerprint(["mt_bench", candidate.fingerprint, heat, limit, seed])
-        table = JsonTable(config.paths.cache("samples", key))
+        key = io.fingerprint(["mt_bench", candidate.fingerprint, heat, max_new_tokens, seed])
+        table = JsonTable(sampling.paths.cache("samples", key))
         with _model(models, table, prompts, of_reference) as model:
             responses = generate(
                 model,
                 models.tokenizer,
                 prompts,
                 samples_per_prompt=1,
-                max_new_tokens=limit,
+                max_new_tokens=max_new_tokens,
                 seed=seed,
-                batch_size=config.generation.batch_size,
+                batch_size=sampling.batch_size,
                 description=f"{candidate.method}: MT-Bench at temperature {heat:g}",
                 temperature=heat,
                 table=table,
@@ -167,9 +173,15 @@ def run_mt_bench(config: EvaluationConfig, models: CandidateModels) -> Benchmark
             reason=f"no text judge that writes: text_judge.kind is {config.text_judge.kind}, wanted local_model, endpoint "
             "or replay"
         )
-    responses = generate_answers(config, models, data.questions)
+    sampling, limit = Sampling.of(config), settings.max_new_tokens
+    answers_of = partial(generate_answers, models, data.questions, sampling, max_new_tokens=limit)
+    responses = answers_of()
     try:
-        return _judged(config, models, data, responses, judge)
+        others = answers_of(of_reference=True) if settings.pairwise and not models.is_reference else []
+        if judge.kind == "local_model":
+            models.close()  # two models do not fit where one just does
+        resampling = Resampling(config.bootstrap_resamples, config.shared.seed)
+        return _judged(judge, data, responses, others, config.text_judge.max_reply_tokens, resampling)
     except (ConfigError, DataError) as error:  # a judge that cannot be loaded, a file that lacks verdicts
         return BenchmarkResult(reason=f"judge missing: {error}")
 
@@ -240,29 +252,24 @@ def compare_answers(
 
 
 def _judged(
-    config: EvaluationConfig,
-    models: CandidateModels,
-    data: MtBenchData,
-    responses: Sequence[tuple[GeneratedResponse, GeneratedResponse]],
     judge: TextJudge,
+    data: MtBenchData,
+    responses: Sequence[TwoAnswers],
+    others: Sequence[TwoAnswers],
+    reply_tokens: int,
+    resampling: Resampling,
 ) -> BenchmarkResult:
-    answers = [(first.text, second.text) for first, second in responses]
-    baseline: list[tuple[str, str]] = []
-    if config.benchmarks.mt_bench.pairwise and not models.is_reference:
-        others = generate_answers(config, models, data.questions, of_reference=True)
-        baseline = [(first.text, second.text) for first, second in others]
-    if judge.kind == "local_model":
-        models.close()  # two models do not fit where one just does
-    limit = config.text_judge.max_reply_tokens
-    ratings = rate_answers(judge, data, answers, reply_tokens=limit)
+    """Ratings of the responses; with those of the reference, `others`, also who wins."""
+    answers, baseline = (
+        [(first.text, second.text) for first, second in both] for both in (responses, others)
+    )
+    ratings = rate_answers(judge, data, answers, reply_tokens=reply_tokens)
     constant_answers = [(CONSTANT_ANSWER, CONSTANT_ANSWER)] * len(data.questions)
-    constant = rate_answers(judge, data, constant_answers, reply_tokens=limit)
+    constant = rate_answers(judge, data, constant_answers, reply_tokens=reply_tokens)
     pairs, pair_rows = (
-        compare_answers(judge, data, answers, baseline, reply_tokens=limit) if baseline else (None, [])
+        compare_answers(judge, data, answers, baseline, reply_tokens=reply_tokens) if baseline else (None, [])
     )
-    metrics = mt_bench_metrics(
-        ratings, constant, pairs, resamples=config.bootstrap_resamples, seed=config.shared.seed
-    )
+    metrics = mt_bench_metrics(ratings, constant, pairs, resamples=resampling.resamples, seed=resampling.seed)
     verdicts = [Verdict(r.key, None if r.value is None else True, r.value, r.reply) for r in ratings]
     card = judge_card(
         judge,
@@ -350,7 +357,7 @@ def _rating_rows(ratings: Sequence[Rating], kind: str) -> list[dict[str, Any]]:
 
 
 def _sample_rows(
-    questions: Sequence[MtBenchQuestion], responses: Sequence[tuple[GeneratedResponse, GeneratedResponse]]
+    questions: Sequence[MtBenchQuestion], responses: Sequence[TwoAnswers]
 ) -> list[dict[str, Any]]:
     return [
         {

@@ -13,11 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.benchmarks.base import (
     BenchmarkResult,
     Row,
+    Sampling,
     numbered,
     refuse_twice,
     sample,
@@ -26,7 +29,7 @@ from prmd.benchmarks.base import (
     value_of,
     why_not_run,
 )
-from prmd.config.evaluation import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig, RealToxicityPromptsConfig
 from prmd.data.readers import benchmark_files, hub_rows, json_rows
 from prmd.errors import DataError, UserError
 from prmd.inference.candidates import CandidateModels
@@ -37,7 +40,7 @@ from prmd.models.tokenization import Tokens, render
 from prmd.pairs import hash_share
 from prmd.statistics.intervals import Estimate, bootstrap_mean, wilson_interval
 from prmd.statistics.outcomes import expected_max_order_statistic, prob_any_order
-from prmd.statistics.resampling import with_chance
+from prmd.statistics.resampling import Resampling, with_chance
 
 logger = logging.getLogger(__name__)
 
@@ -81,26 +84,28 @@ def run_realtoxicityprompts(config: EvaluationConfig, models: CandidateModels) -
     if settings.path is None:
         return BenchmarkResult(reason=why_not_run(None, KEY))
     try:
-        data = read_data(config)
-        scorer = make_scorer(config, data.texts)
+        data = read_data(settings)
+        scorer = make_scorer(settings, data.texts, config.paths)
     except UserError as error:
         return BenchmarkResult(reason=why_not_run(settings.path, KEY, error))
     prompts = chosen_prompts(data.prompts, settings.prompts)
     responses = sample(
         models,
-        [_tokens(models, prompt.text) for prompt in prompts],
+        [_tokens(models.tokenizer, prompt.text, settings.style) for prompt in prompts],
+        Sampling.of(config),
         description="toxicity prompts",
         samples_per_prompt=settings.samples_per_prompt,
         max_new_tokens=settings.max_new_tokens,
         temperature=1.0,
         top_p=TOP_P,
     )
-    texts = [[_continuation(models, response) for response in row] for row in responses]
+    texts = [[_continuation(models.tokenizer, response) for response in row] for row in responses]
+    resampling = Resampling(config.bootstrap_resamples, config.shared.seed)
     try:
         if scorer.name != SUBSTITUTE:
             models.close()  # a classifier needs the memory
         scores = score_texts(scorer, texts)
-        card = _card(config, scorer, data)
+        card = _card(scorer, data, config.paths, resampling)
     except UserError as error:
         return BenchmarkResult(reason=f"judge missing: {error}")
     empty = sum(not text for row in texts for text in row)
@@ -111,7 +116,7 @@ def run_realtoxicityprompts(config: EvaluationConfig, models: CandidateModels) -
     prefix = "rtp" if settings.style == "raw" else "rtp_chat"
     return BenchmarkResult(
         metrics=toxicity_metrics(
-            config, prefix, scorer.name, prompts, scores, card["constant_answer"]["score"]
+            prefix, scorer.name, prompts, scores, card["constant_answer"]["score"], resampling
         ),
         items=_items(prompts, scores),
         data_sha256=data.sha256,
@@ -123,14 +128,13 @@ def run_realtoxicityprompts(config: EvaluationConfig, models: CandidateModels) -
 
 
 # ------------------------------------------------------------------ load
-def read_data(config: EvaluationConfig) -> ToxicityData:
+def read_data(settings: RealToxicityPromptsConfig) -> ToxicityData:
     """Prompts and scored texts of `path`.
 
     Raises:
         ConfigError: there is nothing at `path`.
         DataError: a row is malformed; names row and field.
     """
-    settings = config.benchmarks.realtoxicityprompts
     files = benchmark_files(settings.path or "", ("*.jsonl", "*.jsonl.gz"), KEY)
     if files is None:
         rows = numbered(hub_rows(settings.path or "", settings.revision, "train", KEY), settings.path)
@@ -179,20 +183,19 @@ def chosen_prompts(prompts: Sequence[ToxicityPrompt], limit: int | None) -> list
 
 
 # ------------------------------------------------------------------ generate
-def _tokens(models: CandidateModels, text: str) -> Tokens:
-    tokenizer = models.tokenizer
-    if models.config.benchmarks.realtoxicityprompts.style == "raw":
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, style: str) -> Tokens:
+    if style == "raw":
         return tuple(tokenizer(text)["input_ids"])
     messages = [{"role": "user", "content": REQUEST + text}]
     return tuple(render(tokenizer, messages, add_generation_prompt=True))
 
 
-def _continuation(models: CandidateModels, response: GeneratedResponse) -> str:
+def _continuation(tokenizer: PreTrainedTokenizerBase, response: GeneratedResponse) -> str:
     """The text before the first special token: raw text ends in another one than a turn of a conversation does."""
-    special = set(models.tokenizer.all_special_ids)
+    special = set(tokenizer.all_special_ids)
     ids = response.token_ids
     end = next((i for i, token in enumerate(ids) if token in special), len(ids))
-    return models.tokenizer.decode(ids[:end]).strip()
+    return tokenizer.decode(ids[:end]).strip()
 
 
 # ------------------------------------------------------------------ judge
@@ -206,13 +209,15 @@ def score_texts(scorer: ToxicityScorer, texts: Sequence[Sequence[str]]) -> np.nd
     return scores.reshape(len(texts), -1)
 
 
-def _card(config: EvaluationConfig, scorer: ToxicityScorer, data: ToxicityData) -> dict[str, Any]:
+def _card(
+    scorer: ToxicityScorer, data: ToxicityData, paths: ArtifactPaths, resampling: Resampling
+) -> dict[str, Any]:
     """The scorer's card, made once for all candidates."""
-    resampling = {"n_resamples": config.bootstrap_resamples, "seed": config.shared.seed}
-    key = io.fingerprint(["scorer card", scorer.fingerprint, data.sha256, resampling])
-    path = config.paths.cache("labels", key) / "card.json"
+    options = {"n_resamples": resampling.resamples, "seed": resampling.seed}
+    key = io.fingerprint(["scorer card", scorer.fingerprint, data.sha256, options])
+    path = paths.cache("labels", key) / "card.json"
     if not path.is_file():
-        card = scorer_card(scorer, data.texts, **resampling)
+        card = scorer_card(scorer, data.texts, **options)
         constant = {"text": CONSTANT_ANSWER, "score": float(scorer.scores([CONSTANT_ANSWER])[0])}
         nothing = {"agreement": None, "position_bias": None, "parse_rate": None}
         io.write_json(path, {"kind": "toxicity scorer", **card, **nothing, "constant_answer": constant})
@@ -221,12 +226,12 @@ def _card(config: EvaluationConfig, scorer: ToxicityScorer, data: ToxicityData) 
 
 # ------------------------------------------------------------------ aggregate
 def toxicity_metrics(
-    config: EvaluationConfig,
     prefix: str,
     scorer: str,
     prompts: Sequence[ToxicityPrompt],
     scores: np.ndarray,
     constant: float,
+    resampling: Resampling,
 ) -> dict[str, dict[str, Any]]:
     """EMT and TP at the number of samples, for all prompts, toxic ones and others; at smaller numbers for all.
 
@@ -247,7 +252,7 @@ def toxicity_metrics(
         for k in (most, *(k for k in SMALLER_SAMPLES if k < most and not name)):
             if chosen:
                 documents = np.array([prompts[i].document for i in chosen])
-                emt, tp = _estimates(config, scores[chosen], k, documents)
+                emt, tp = _estimates(scores[chosen], k, documents, resampling)
                 metrics[f"{prefix}_emt{k}[{scorer}]{name}"] = emt
                 metrics[f"{prefix}_tp{k}[{scorer}]{name}"] = tp
     fixed = Estimate(constant, constant, constant, 1, "one text")
@@ -256,9 +261,9 @@ def toxicity_metrics(
 
 
 def _estimates(
-    config: EvaluationConfig, scores: np.ndarray, k: int, documents: np.ndarray
+    scores: np.ndarray, k: int, documents: np.ndarray, resampling: Resampling
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    options = {"n_resamples": config.bootstrap_resamples, "seed": config.shared.seed}
+    options = {"n_resamples": resampling.resamples, "seed": resampling.seed}
     maxima = expected_max_order_statistic(scores, k)
     any_toxic = prob_any_order(scores > TOXIC, k)
     emt = bootstrap_mean(maxima, clusters=documents, **options)

@@ -5,6 +5,8 @@ Each result is a file of its own, written as soon as it is there; one with the s
 
 import logging
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.runs import read_run
-from prmd.benchmarks import BENCHMARKS, COMPANIONS, Benchmark, benchmark_names
+from prmd.benchmarks import BENCHMARKS, COMPANIONS, benchmark_names
 from prmd.benchmarks.base import BenchmarkResult, content_key
 from prmd.config.evaluation import EvaluationConfig
 from prmd.inference.candidates import Candidate, CandidateModels
@@ -42,22 +44,22 @@ def run_benchmarks(
     """
     results = []
     with CandidateModels(config, candidate, reference=reference, tokenizer=tokenizer) as models:
-        for name in benchmark_names(config):
+        for name in benchmark_names(config.benchmarks.run):
             path = config.paths.benchmark(name) / f"{candidate.method}.json"
-            key = _fingerprint(name, models)
+            key = _fingerprint(name, config, models)
             if not force and _is_finished(path, key):
                 logger.info(
                     "%s on %s: finished before with the same inputs, reused: %s", name, candidate.method, path
                 )
             else:
-                _run_one(name, BENCHMARKS[name], models, path, key)
+                _run_one(name, partial(BENCHMARKS[name], config, models), path, config.paths.approach, key)
             results.append(io.read_json(path))
     return results
 
 
-def _fingerprint(name: str, models: CandidateModels) -> str:
+def _fingerprint(name: str, config: EvaluationConfig, models: CandidateModels) -> str:
     """Key of everything a result depends on: weights, data, judges, and settings of this benchmark alone."""
-    config, shared = models.config, models.config.shared
+    shared = config.shared
     section = getattr(config.benchmarks, _SECTIONS.get(name, name))
     sections = [section, shared.data.truthfulqa, *([config.text_judge] if name in _TEXT_JUDGED else [])]
     judge = read_run(config.paths.judge("honest")) or {} if name == "truthfulqa_generation" else {}
@@ -78,17 +80,19 @@ def _is_finished(path: Path, key: str) -> bool:
     return found["status"] == "done" and found["fingerprint"] == key
 
 
-def _stoppable(benchmark: Benchmark, models: CandidateModels) -> BenchmarkResult:
+def _stoppable(benchmark: Callable[[], BenchmarkResult]) -> BenchmarkResult:
     """A benchmark whose judge stops answering did not run; samples and verdicts are kept for the next run."""
     try:
-        return benchmark(models.config, models)
+        return benchmark()
     except EndpointError as error:
         return BenchmarkResult(reason=f"judging stopped: {error}")
 
 
-def _run_one(name: str, benchmark: Benchmark, models: CandidateModels, path: Path, key: str) -> None:
-    method, started = models.candidate.method, time.monotonic()
-    result = _stoppable(benchmark, models)
+def _run_one(
+    name: str, benchmark: Callable[[], BenchmarkResult], path: Path, approach: str, key: str
+) -> None:
+    method, started = path.stem, time.monotonic()
+    result = _stoppable(benchmark)
     if result.reason is None:
         rows = {"items": result.items, "samples": result.samples, "judgements": result.judgements}
         for kind in (kind for kind, found in rows.items() if found):
@@ -100,7 +104,7 @@ def _run_one(name: str, benchmark: Benchmark, models: CandidateModels, path: Pat
         "benchmark": result.label or name,
         "name": name,
         "method": method,
-        "approach": models.config.paths.approach,
+        "approach": approach,
         "status": result.status,
         "reason": result.reason,
         "metrics": result.metrics,

@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.benchmarks.base import BenchmarkResult
 from prmd.config.evaluation import EvaluationConfig
+from prmd.config.shared import DataConfig
 from prmd.data.raw import read_source
 from prmd.data.sources import plan_source, required_sources
 from prmd.errors import ConfigError, DataError, UserError
@@ -83,12 +85,14 @@ class QuestionScores:
 
 def run_truthfulqa(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """MC1, MC2 and MC3 with the chance levels of the very questions asked."""
-    found = asked_questions(config)
+    limit = config.benchmarks.truthfulqa.max_questions
+    found = asked_questions(config.shared.data, config.paths, limit)
     if isinstance(found, str):
         return BenchmarkResult(reason=found)
     asked, sha256 = found
     rows = [question_row(models.tokenizer, question) for question in asked]
-    logps = [values.double().numpy() for values in answer_logps(config, models, rows)]
+    tokens = config.shared.scoring_tokens
+    logps = [v.double().numpy() for v in answer_logps(models, rows, config.paths, tokens_per_batch=tokens)]
     scores = [score_question(q, values) for q, values in zip(asked, logps, strict=True)]
     items = [_item(q, s, values) for q, s, values in zip(asked, scores, logps, strict=True)]
     return BenchmarkResult(
@@ -98,42 +102,43 @@ def run_truthfulqa(config: EvaluationConfig, models: CandidateModels) -> Benchma
     )
 
 
-def asked_questions(config: EvaluationConfig) -> tuple[list[Question], str] | str:
-    """The questions to ask, of which no training pair was made, and the sha256 of their file; or why there are none."""
+def asked_questions(
+    data: DataConfig, paths: ArtifactPaths, limit: int | None
+) -> tuple[list[Question], str] | str:
+    """At most `limit` questions to ask, of which no training pair was made, and the sha256 of their file; or why there are none."""
     try:
-        questions, sha256 = read_questions(config)
+        questions, sha256 = read_questions(data, paths)
     except UserError as error:
         return f"no data: {error}"
-    allowed = read_benchmark_questions(config.paths)
+    allowed = read_benchmark_questions(paths)
     kept = [q for q in questions if allowed is None or q.text in allowed]
-    asked = strided(kept, config.benchmarks.truthfulqa.max_questions)
+    asked = strided(kept, limit)
     if not asked:
         return "every question took part in training; raise data.truthfulqa.benchmark_fraction and prepare the data again"
     return asked, sha256
 
 
 def answer_logps(
-    config: EvaluationConfig, models: CandidateModels, rows: Sequence[PrefixRow]
+    models: CandidateModels, rows: Sequence[PrefixRow], paths: ArtifactPaths, *, tokens_per_batch: int
 ) -> list[Tensor]:
     """log p of every answer of every question, nats, the primer processed once for all of them."""
-    table = ScoreTable(config.paths.cache("logps", models.candidate.fingerprint), 1)
+    table = ScoreTable(paths.cache("logps", models.candidate.fingerprint), 1)
     return score_logps_behind_primer(
         None if table.holds(rows) else models.policy,
         rows,
         table=table,
         pad_id=models.tokenizer.pad_token_id,
-        tokens_per_batch=config.shared.scoring_tokens,
+        tokens_per_batch=tokens_per_batch,
         description=f"{models.candidate.method}: TruthfulQA",
     )
 
 
-def read_questions(config: EvaluationConfig) -> tuple[list[Question], str]:
+def read_questions(data: DataConfig, paths: ArtifactPaths) -> tuple[list[Question], str]:
     """All questions and the sha256 of the file they come from: the approach's download, else a local `data.truthfulqa.path`.
 
     Raises:
         UserError: there is neither; names the remedy.
     """
-    data, paths = config.shared.data, config.paths
     if "truthfulqa" in required_sources(data):
         raw = next(read_source("truthfulqa", data, paths))
         return [_question(row) for row in raw.rows], io.file_sha256(raw.path)

@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerBase
 from prmd.artifacts import io
 from prmd.artifacts.paths import find_user_path, stage_command
 from prmd.artifacts.runs import read_run
-from prmd.benchmarks.base import BenchmarkResult, sample
+from prmd.benchmarks.base import BenchmarkResult, Sampling, sample
 from prmd.benchmarks.truthfulqa import Question, asked_questions, question_context
 from prmd.config.evaluation import EvaluationConfig
+from prmd.config.shared import RewardModelConfig
 from prmd.data.readers import json_rows
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.inference.candidates import CandidateModels
@@ -32,6 +33,7 @@ from prmd.judges.reward_model import Conversation, RewardModelJudge, trained_jud
 from prmd.judges.rubrics import JudgeItem, Rubric, Verdict, item_key
 from prmd.judges.text import TextJudge, make_text_judge
 from prmd.pairs import hash_share
+from prmd.rewards.reward_model import RewardModel, load_reward_model
 from prmd.statistics.intervals import wilson_interval
 from prmd.statistics.resampling import with_chance
 
@@ -71,20 +73,24 @@ class TruthJudge(Protocol):
 
 def make_truth_judge(config: EvaluationConfig) -> TruthJudge | str:
     """The judge of `benchmarks.truthfulqa.truth_judge`, or why there is none."""
-    kind = config.benchmarks.truthfulqa.truth_judge
+    kind, truthfulqa = config.benchmarks.truthfulqa.truth_judge, config.shared.data.truthfulqa.path
     if kind == "none":
         return "no judge of truth: benchmarks.truthfulqa.truth_judge is none"
     if kind == "trained":
-        return _trained(config)
+        reward_model = _honest_judge(config.shared)
+        if isinstance(reward_model, str):
+            return reward_model
+        return RewardTruthJudge(trained_judge("honest", reward_model), truthfulqa)
     judge = make_text_judge(config)
     if judge is None or not judge.answers(TRUTH):
         return f"no judge of truth: text_judge.kind is {config.text_judge.kind}, which cannot tell true from false"
-    return TextTruthJudge(judge, config)
+    return TextTruthJudge(judge, truthfulqa)
 
 
-def _trained(config: EvaluationConfig) -> "RewardTruthJudge | str":
-    folder = config.paths.judge("honest")
-    run, prepared = read_run(folder), read_run(config.paths.processed)
+def _honest_judge(shared: RewardModelConfig) -> RewardModel | str:
+    """The reward model of the honest judge, or why there is none to be used."""
+    folder = shared.paths.judge("honest")
+    run, prepared = read_run(folder), read_run(shared.paths.processed)
     command = stage_command("compute_metrics")
     if run is None:
         return f"no judge of truth at {folder}: train it with `{command}`, or set benchmarks.truthfulqa.truth_judge"
@@ -93,15 +99,19 @@ def _trained(config: EvaluationConfig) -> "RewardTruthJudge | str":
             f"the judge at {folder} is older than the prepared data and may have seen their questions: train it "
             f"again with `{command} --force`"
         )
-    return RewardTruthJudge(trained_judge("honest", folder, config), config)
+    return load_reward_model(folder, config=shared)
 
 
 @dataclass(frozen=True)
 class RewardTruthJudge:
-    """The honest judge's reward of an answer against its rewards of the question's reference answers."""
+    """The honest judge's reward of an answer against its rewards of the question's reference answers.
+
+    Attributes:
+        truthfulqa: where TruthfulQA lies, with people's labels beside it or not.
+    """
 
     judge: RewardModelJudge
-    config: EvaluationConfig
+    truthfulqa: str
     name: str = "honest_reward"
     is_local_model: bool = True
 
@@ -126,7 +136,7 @@ class RewardTruthJudge:
             "verdicts": len(verdicts),
             "parse_failures": 0,
             "agreement_with_reference_answers": references,
-            "agreement_with_people": human_agreement(self, questions, self.config),
+            "agreement_with_people": human_agreement(self, questions, self.truthfulqa),
         }
 
     def _rewards(self, questions: Sequence[Question], answers: Sequence[tuple[str, ...]]) -> list[np.ndarray]:
@@ -166,10 +176,14 @@ def _threshold(question: Question, rewards: np.ndarray, without: int | None = No
 
 @dataclass(frozen=True)
 class TextTruthJudge:
-    """A text judge that is shown the question, its reference answers and the answer."""
+    """A text judge that is shown the question, its reference answers and the answer.
+
+    Attributes:
+        truthfulqa: where TruthfulQA lies, with people's labels beside it or not.
+    """
 
     judge: TextJudge
-    config: EvaluationConfig
+    truthfulqa: str
 
     @property
     def name(self) -> str:
@@ -186,7 +200,7 @@ class TextTruthJudge:
 
     def card(self, questions: Sequence[Question], verdicts: Sequence[Verdict]) -> dict[str, Any]:
         """The judge's card with its agreement with people."""
-        agrees = human_agreement(self, questions, self.config)
+        agrees = human_agreement(self, questions, self.truthfulqa)
         return judge_card(self.judge, verdicts, rubrics=[TRUTH], agrees=agrees)
 
 
@@ -202,10 +216,10 @@ def _request(question: Question) -> str:
 
 # ------------------------------------------------------------------ agreement with people
 def human_agreement(
-    judge: TruthJudge, questions: Sequence[Question], config: EvaluationConfig
+    judge: TruthJudge, questions: Sequence[Question], truthfulqa: str
 ) -> dict[str, Any] | None:
     """Agreement with people's labels of models' answers to these questions; None where no labels lie beside the data."""
-    labelled = _human_labels(questions, config)
+    labelled = _human_labels(questions, truthfulqa)
     if not labelled:
         return None
     verdicts = judge.verdicts(
@@ -222,11 +236,9 @@ def human_agreement(
     return {**found, "labels": "people's, of models' answers to the questions asked"}
 
 
-def _human_labels(
-    questions: Sequence[Question], config: EvaluationConfig
-) -> list[tuple[Question, str, bool]]:
+def _human_labels(questions: Sequence[Question], truthfulqa: str) -> list[tuple[Question, str, bool]]:
     """At most `MAX_HUMAN_LABELS` answers with a label, distinct, from the file beside TruthfulQA.csv."""
-    given = find_user_path(config.shared.data.truthfulqa.path)
+    given = find_user_path(truthfulqa)
     if given is None:
         return []
     folder = given if given.is_dir() else given.parent
@@ -257,11 +269,12 @@ def run_truthfulqa_generation(config: EvaluationConfig, models: CandidateModels)
         return BenchmarkResult(reason=f"judge missing: {error}")
     if isinstance(judge, str):
         return BenchmarkResult(reason=judge)
-    found = asked_questions(config)
+    limit = config.benchmarks.truthfulqa.max_questions
+    found = asked_questions(config.shared.data, config.paths, limit)
     if isinstance(found, str):
         return BenchmarkResult(reason=found)
     questions, sha256 = found
-    responses = generate_answers(models, questions)
+    responses = generate_answers(models, questions, Sampling.of(config))
     answers = [answer_text(models.tokenizer, response) for response in responses]
     if judge.is_local_model:
         models.close()  # two models do not fit where one just does
@@ -271,12 +284,15 @@ def run_truthfulqa_generation(config: EvaluationConfig, models: CandidateModels)
         return BenchmarkResult(reason=f"judge missing: {error}")
 
 
-def generate_answers(models: CandidateModels, questions: Sequence[Question]) -> list[GeneratedResponse]:
+def generate_answers(
+    models: CandidateModels, questions: Sequence[Question], sampling: Sampling
+) -> list[GeneratedResponse]:
     """One greedy continuation per question, from the cache or new."""
     prompts = [tuple(models.tokenizer(question_context(q))["input_ids"]) for q in questions]
     responses = sample(
         models,
         prompts,
+        sampling,
         description="TruthfulQA answers",
         samples_per_prompt=1,
         max_new_tokens=MAX_NEW_TOKENS,

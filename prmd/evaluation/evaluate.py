@@ -9,16 +9,16 @@ weights and its KL is measured). What is finished with the same inputs is reused
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prmd.artifacts import io
-from prmd.artifacts.paths import stage_command
+from prmd.artifacts.paths import ArtifactPaths, stage_command
 from prmd.artifacts.runs import (
     RUN_FILE,
-    RunClock,
     finish_run,
     read_run,
     require_artifact,
@@ -30,6 +30,7 @@ from prmd.benchmarks.base import why_not_run
 from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
 from prmd.config.evaluation import EvaluationConfig
+from prmd.config.shared import ModelConfig, RewardModelConfig
 from prmd.errors import DataError, UserError
 from prmd.evaluation.comparison import compare_benchmarks, compare_methods
 from prmd.evaluation.held_out import Evaluation, evaluate_methods, is_finished, write_frontier
@@ -41,7 +42,7 @@ from prmd.pairs import PREPARE_COMMAND, read_pairs
 from prmd.report.evaluation_sections import benchmark_results, headline_section
 from prmd.report.page import build_report
 from prmd.report.tables import Table, format_estimate, format_number, to_markdown
-from prmd.rewards.reward_model import RewardModel, load_reward_models
+from prmd.rewards.reward_model import RewardModel, load_reward_model, load_reward_models
 from prmd.rewards.train import train_judge
 from prmd.statistics.resampling import Resampling
 
@@ -74,56 +75,60 @@ def compute_metrics(config: EvaluationConfig, *, force: bool = False, dry_run: b
     candidates = find_candidates(config, tokenizer)
     prompts = evaluation_prompts(config, tokenizer)
     judges = _judges(config, force)
-    evaluation = Evaluation(config, tokenizer, prompts, judges, candidates[0], _reward_models(config))
+    reward_models = _reward_models(config.shared)
+    evaluation = Evaluation.of(config, tokenizer, prompts, judges, candidates[0], reward_models)
     todo = [c for c in candidates if force or not is_finished(evaluation, c)]
     if todo:
         (config.paths.metrics / RUN_FILE).unlink(missing_ok=True)
         evaluate_methods(evaluation, todo)
     write_frontier(evaluation, candidates)
-    return _compare(evaluation, candidates, target, clock, reused=len(candidates) - len(todo))
+    comparison, table = _compare(evaluation, candidates, target)
+    inputs = {c.method: c.fingerprint for c in candidates}
+    key = evaluation.fingerprint
+    finish_run(target.parent, config=config, inputs=inputs, fingerprint=key, clock=clock)
+    summary = {"rows": comparison["rows"], "seconds": round(clock.seconds(), 1)}
+    summary["methods_reused"] = len(candidates) - len(todo)
+    write_step_result(config.paths, "compute_metrics", {"artifact": str(target), **summary})
+    _log_table(table)
+    build_report(config.paths)
+    return target
 
 
 def _judges(config: EvaluationConfig, force: bool) -> list[Judge]:
     """One judge per objective: the one the configuration gives, else one trained on the judge split."""
+    load = partial(load_reward_model, config=config.shared)
     judges: list[Judge] = []
     for objective in OBJECTIVES:
         if objective in config.judges.paths:
-            judges.append(given_judge(objective, config))
+            judges.append(given_judge(objective, config.judges.paths[objective], load))
         else:
-            judges.append(
-                trained_judge(objective, train_judge(config, objective=objective, force=force), config)
-            )
+            folder = train_judge(config, objective=objective, force=force)
+            judges.append(trained_judge(objective, load(folder)))
     return judges
 
 
-def _reward_models(config: EvaluationConfig) -> tuple[RewardModel, ...]:
+def _reward_models(shared: RewardModelConfig) -> tuple[RewardModel, ...]:
     """The ensembles that policies were trained on, or none: a plain DPO run has no need of them."""
     try:
-        return tuple(load_reward_models(config.shared))
+        return tuple(load_reward_models(shared))
     except DataError as error:
         logger.info("no proxies (violation rate, over-optimisation curve): %s", error)
         return ()
 
 
 def _compare(
-    evaluation: Evaluation, candidates: Sequence[Candidate], target: Path, clock: RunClock, reused: int
-) -> Path:
-    """Write the comparison, its table, figures, report and records."""
-    config, folder = evaluation.config, target.parent
+    evaluation: Evaluation, candidates: Sequence[Candidate], target: Path
+) -> tuple[dict[str, Any], Table]:
+    """Write the comparison and its tables; it, and the table of all methods."""
+    folder = target.parent
     metrics = [io.read_json(folder / f"{c.method}.json") for c in candidates]
     rewards = {m["method"]: _sample_rewards(folder / m["samples"], list(m["objectives"])) for m in metrics}
     comparison = compare_methods(metrics, rewards, evaluation.resampling)
     io.write_json(target, comparison)
-    section = headline_section(config.paths)
+    section = headline_section(evaluation.paths)
     table, tables = section["table"], [section["table"], *section["tables"].values()]
     io.write_text(folder / "comparison.md", "\n".join(to_markdown(t) for t in tables))
-    inputs = {c.method: c.fingerprint for c in candidates}
-    finish_run(folder, config=config, inputs=inputs, fingerprint=evaluation.fingerprint, clock=clock)
-    summary = {"rows": comparison["rows"], "seconds": round(clock.seconds(), 1), "methods_reused": reused}
-    write_step_result(config.paths, "compute_metrics", {"artifact": str(target), **summary})
-    _log_table(table)
-    build_report(config.paths)
-    return target
+    return comparison, table
 
 
 def _sample_rewards(path: Path, objectives: Sequence[str]) -> np.ndarray:
@@ -171,29 +176,28 @@ def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bo
         )
     ]
     inputs = {c.method: c.fingerprint for c in candidates}
-    for name in benchmark_names(config):
+    for name in benchmark_names(config.benchmarks.run):
         key = io.fingerprint([result["fingerprint"] for result in results if result["name"] == name])
         finish_run(config.paths.benchmark(name), config=config, inputs=inputs, fingerprint=key, clock=clock)
     _log_table(_benchmark_table(results))
     for name, reason in dict.fromkeys((r["benchmark"], r["reason"]) for r in results if r["reason"]):
         logger.info("%s: not run: %s", name, reason)
-    _compare_benchmarks(config)
+    _compare_benchmarks(config.paths, Resampling(config.bootstrap_resamples, config.shared.seed))
     summary = {"results": results, "seconds": round(clock.seconds(), 1)}
     write_step_result(config.paths, "benchmark_eval", {"artifact": str(target), **summary})
     build_report(config.paths)
     return target
 
 
-def _compare_benchmarks(config: EvaluationConfig) -> None:
+def _compare_benchmarks(paths: ArtifactPaths, resampling: Resampling) -> None:
     """Write the paired tests between methods on all benchmarks that the report shows, those of earlier runs included."""
     items: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for name, found in benchmark_results(config.paths).items():
+    for name, found in benchmark_results(paths).items():
         for method in (method for method, result in found.items() if result["status"] == "done"):
-            path = config.paths.benchmark(name) / f"{method}.items.jsonl"
+            path = paths.benchmark(name) / f"{method}.items.jsonl"
             if path.is_file():
                 items.setdefault(name, {})[method] = io.read_jsonl(path)
-    resampling = Resampling(config.bootstrap_resamples, config.shared.seed)
-    io.write_json(config.paths.benchmark_comparison, compare_benchmarks(items, resampling))
+    io.write_json(paths.benchmark_comparison, compare_benchmarks(items, resampling))
 
 
 def _benchmark_table(results: Sequence[dict[str, Any]]) -> Table:
@@ -213,7 +217,7 @@ def _benchmark_table(results: Sequence[dict[str, Any]]) -> Table:
 # ------------------------------------------------------------------ dry runs
 def _say_what_would_be_evaluated(config: EvaluationConfig, target: Path) -> None:
     generation = config.generation
-    _say_inputs(config)
+    _say_inputs(config.paths, config.shared.model)
     for objective in OBJECTIVES:
         folder = config.paths.judge(objective)
         if objective in config.judges.paths:
@@ -246,13 +250,13 @@ def _say_what_would_be_evaluated(config: EvaluationConfig, target: Path) -> None
 
 
 def _say_what_would_be_benchmarked(config: EvaluationConfig, target: Path) -> None:
-    _say_inputs(config)
+    _say_inputs(config.paths, config.shared.model)
     try:
-        questions, sha256 = read_questions(config)
+        questions, sha256 = read_questions(config.shared.data, config.paths)
         logger.info("TruthfulQA: %d questions, sha256 %s", len(questions), sha256[:16])
     except UserError as error:
         logger.warning("TruthfulQA: %s", error)
-    for name in benchmark_names(config):
+    for name in benchmark_names(config.benchmarks.run):
         if getattr(getattr(config.benchmarks, name, None), "path", "") is None:
             logger.warning("%s: would not run: %s", name, why_not_run(None, f"benchmarks.{name}.path"))
         else:
@@ -261,23 +265,20 @@ def _say_what_would_be_benchmarked(config: EvaluationConfig, target: Path) -> No
     logger.info("results below %s", target)
 
 
-def _say_inputs(config: EvaluationConfig) -> None:
+def _say_inputs(paths: ArtifactPaths, model: ModelConfig) -> None:
     """Held-out pairs, models and memory, or the command that makes what is missing."""
     for objective in OBJECTIVES:
         try:
-            logger.info(
-                "%s: %d held-out test pairs", objective, len(read_pairs(config.paths, objective, "test"))
-            )
+            logger.info("%s: %d held-out test pairs", objective, len(read_pairs(paths, objective, "test")))
         except UserError as error:
             logger.warning("%s", error)
-    folders = policy_folders(config.paths)
+    folders = policy_folders(paths)
     for folder in folders:
         size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
         logger.info("policy %s: %s, %.1f MB of weights", folder.name, folder, size / 1e6)
     if not folders:
         command = stage_command("baseline_dpo")
-        logger.warning("%s: no finished policy; make some with: %s", config.paths.policies, command)
-    model = config.shared.model
+        logger.warning("%s: no finished policy; make some with: %s", paths.policies, command)
     logger.info(
         "reference: %s in %s; one model is in memory at a time, two for the KL of a policy with full weights",
         *(model.name, model.dtype),

@@ -6,9 +6,9 @@ policy.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
-from prmd.config.evaluation import EvaluationConfig
+from prmd.artifacts.paths import ArtifactPaths
+from prmd.config.evaluation import EvaluationConfig, GenerationConfig
 from prmd.evaluation.metrics import SampledMethod, judge_sanity_checks, method_metrics
 from prmd.evaluation.over_optimisation import best_of_n_curves
 from prmd.evaluation.scores import MemberScores, ReferenceScores, proxy_metrics
@@ -42,27 +43,46 @@ class Evaluation:
     """What all methods of one evaluation share.
 
     Attributes:
+        generation: how many responses of which length are sampled.
+        seed: of samples and intervals.
+        resamples: of prompts, for every interval.
+        paths: of the approach.
+        load: the models of a candidate.
         reward_models: the ensembles that the approach's policies were trained on, for the proxies; none where they are not
             there, and then nothing is said of them.
     """
 
-    config: EvaluationConfig
-    tokenizer: PreTrainedTokenizerBase
+    generation: GenerationConfig
+    seed: int
+    resamples: int
+    paths: ArtifactPaths
+    load: Callable[[Candidate], CandidateModels]
     prompts: list[EvaluationPrompt]
     judges: list[Judge]
     reference: Candidate
     reward_models: tuple[RewardModel, ...] = ()
 
+    @classmethod
+    def of(
+        cls,
+        config: EvaluationConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[EvaluationPrompt],
+        judges: list[Judge],
+        reference: Candidate,
+        reward_models: tuple[RewardModel, ...] = (),
+    ) -> "Evaluation":
+        """What the configuration says of it, and what was found and loaded."""
+        shared = config.shared
+        load = partial(CandidateModels, config, reference=reference, tokenizer=tokenizer)
+        numbers = (config.generation, shared.seed, config.bootstrap_resamples, shared.paths)
+        return cls(*numbers, load, prompts, judges, reference, reward_models)
+
     @cached_property
     def compared_on(self) -> dict[str, str]:
         """Keys of prompts, decoding, reference and judges: only results that agree in all of them are compared."""
-        generation = self.config.generation
-        decoding = [
-            generation.samples_per_prompt,
-            generation.max_new_tokens,
-            TEMPERATURE,
-            self.config.shared.seed,
-        ]
+        generation = self.generation
+        decoding = [generation.samples_per_prompt, generation.max_new_tokens, TEMPERATURE, self.seed]
         decoding += [generation.engine] if generation.engine != "transformers" else []
         return {
             "prompts": io.fingerprint([list(prompt.token_ids) for prompt in self.prompts]),
@@ -74,23 +94,23 @@ class Evaluation:
     @cached_property
     def fingerprint(self) -> str:
         """Key of everything above and of how numbers are made of it."""
-        return io.fingerprint([self.compared_on, self.config.bootstrap_resamples, _FORMAT])
+        return io.fingerprint([self.compared_on, self.resamples, _FORMAT])
 
     @property
     def resampling(self) -> Resampling:
         """How every interval of this evaluation is made."""
-        return Resampling(self.config.bootstrap_resamples, self.config.shared.seed)
+        return Resampling(self.resamples, self.seed)
 
     def ensembles(self, candidate: Candidate) -> dict[str, str]:
         """Keys of the ensembles whose proxies are reported of a candidate: those its own approach trained on."""
-        if candidate.approach != self.config.paths.approach:
+        if candidate.approach != self.paths.approach:
             return {}
         objectives = (judge.objective for judge in self.judges)
         return {k: m.fingerprint for k, m in zip(objectives, self.reward_models, strict=False)}
 
     def describe(self, candidate: Candidate) -> dict[str, Any]:
         """The `evaluate` part of a method's file."""
-        generation = self.config.generation
+        generation = self.generation
         return {
             "fingerprint": self.fingerprint,
             "compared_on": self.compared_on,
@@ -129,7 +149,7 @@ class Verdicts:
 
 def is_finished(evaluation: Evaluation, candidate: Candidate) -> bool:
     """Whether the candidate's files are there, made of the same weights by the same evaluation."""
-    folder = evaluation.config.paths.metrics
+    folder = evaluation.paths.metrics
     path = folder / f"{candidate.method}.json"
     if not path.is_file() or not (folder / "samples" / f"{candidate.method}.jsonl").is_file():
         return False
@@ -159,11 +179,9 @@ def evaluate_methods(evaluation: Evaluation, todo: Sequence[Candidate]) -> None:
 def sample(evaluation: Evaluation, candidate: Candidate) -> Run:
     """The candidate's responses to every prompt (from the cache where they lie there) with their KL."""
     prompts = evaluation.prompts
-    with CandidateModels(
-        evaluation.config, candidate, reference=evaluation.reference, tokenizer=evaluation.tokenizer
-    ) as models:
+    with evaluation.load(candidate) as models:
         responses = models.samples(prompts)
-        shape = (len(prompts), evaluation.config.generation.samples_per_prompt)
+        shape = (len(prompts), evaluation.generation.samples_per_prompt)
         kls = (
             np.zeros((*shape, 3))
             if models.is_reference
@@ -254,7 +272,7 @@ def _proxies(
 
 
 def _write_method(evaluation: Evaluation, run: Run, metrics: dict[str, Any], rewards: np.ndarray) -> None:
-    folder, method = evaluation.config.paths.metrics, run.candidate.method
+    folder, method = evaluation.paths.metrics, run.candidate.method
     names = list(metrics["objectives"])
     samples = f"samples/{method}.jsonl"
     rows = (
@@ -299,12 +317,12 @@ FRONTIER_FILE = "frontier.json"
 
 def write_frontier(evaluation: Evaluation, candidates: Sequence[Candidate]) -> None:
     """Bring `frontier.json` up to date with the configuration: write it, keep it where it is current, or remove it."""
-    path = evaluation.config.paths.metrics / FRONTIER_FILE
-    wanted = evaluation.config.generation.checkpoints == "all"
+    path = evaluation.paths.metrics / FRONTIER_FILE
+    wanted = evaluation.generation.checkpoints == "all"
     key = io.fingerprint([evaluation.fingerprint, [c.fingerprint for c in candidates]])
     current = path.is_file() and io.read_json(path)["fingerprint"] == key
     if wanted and not current:
-        first = evaluation.prompts[: evaluation.config.generation.checkpoint_prompts]
+        first = evaluation.prompts[: evaluation.generation.checkpoint_prompts]
         io.write_json(path, {"fingerprint": key, **_frontier(replace(evaluation, prompts=first), candidates)})
     elif not current:
         path.unlink(missing_ok=True)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from prmd.artifacts import io
-from prmd.config.evaluation import EvaluationConfig, TextJudgeConfig
+from prmd.artifacts.paths import ArtifactPaths
+from prmd.config.evaluation import TextJudgeConfig
 from prmd.config.shared import ModelConfig
 from prmd.data.readers import json_rows
 from prmd.errors import ConfigError, DataError
@@ -64,11 +65,13 @@ class EndpointChat:
 
     Attributes:
         endpoint: who answers what is not cached.
-        config: of the evaluation; replies are cached below its artifact root.
+        settings: what a token costs.
+        paths: replies are cached below this artifact root.
     """
 
     endpoint: Endpoint
-    config: EvaluationConfig
+    settings: TextJudgeConfig
+    paths: ArtifactPaths
     _counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -85,7 +88,7 @@ class EndpointChat:
         Raises:
             EndpointError: the endpoint stopped answering; says how many replies are kept.
         """
-        table = JsonTable(self.config.paths.cache("judge", self.fingerprint))
+        table = JsonTable(self.paths.cache("judge", self.fingerprint))
         keys = [conversation_key(messages, max_new_tokens) for messages in prompts]
         asked = dict(zip(keys, prompts, strict=True))
         todo = {key: messages for key, messages in asked.items() if key not in table}
@@ -117,7 +120,7 @@ class EndpointChat:
 
     def usage(self) -> dict[str, Any]:
         """Replies, tokens and cost of all replies used, whether asked for now or earlier; cost is None without prices."""
-        settings = self.config.text_judge
+        settings = self.settings
         prices = (settings.price_per_million_prompt_tokens, settings.price_per_million_reply_tokens)
         tokens = (self._counts["prompt_tokens"], self._counts["reply_tokens"])
         cost = None if None in prices else sum(n * p / 1e6 for n, p in zip(tokens, prices, strict=True))
@@ -129,10 +132,16 @@ class EndpointChat:
 # ------------------------------------------------------------------ local model
 @dataclass
 class LocalChat:
-    """An instruct model of any size that fits beside nothing else; loaded for what the cache lacks, then let go."""
+    """An instruct model of any size that fits beside nothing else; loaded for what the cache lacks, then let go.
+
+    Attributes:
+        paths: replies are cached below this artifact root.
+        batch_size: conversations answered at a time.
+    """
 
     model: ModelConfig
-    config: EvaluationConfig
+    paths: ArtifactPaths
+    batch_size: int
     _counts: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -141,7 +150,7 @@ class LocalChat:
 
     @property
     def fingerprint(self) -> str:
-        return io.fingerprint(["local", base_model_key(self.model, self.config.paths), self.model.dtype])
+        return io.fingerprint(["local", base_model_key(self.model, self.paths), self.model.dtype])
 
     def complete(self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
         """One reply per conversation; none to a conversation that is longer than the model's context.
@@ -149,13 +158,12 @@ class LocalChat:
         Raises:
             ConfigError: the model cannot be loaded.
         """
-        paths = self.config.paths
         try:
-            tokenizer = load_tokenizer(self.model, paths)
+            tokenizer = load_tokenizer(self.model, self.paths)
             key = io.fingerprint([self.fingerprint, template_fingerprint(tokenizer), max_new_tokens])
-            table = JsonTable(paths.cache("judge", key))
+            table = JsonTable(self.paths.cache("judge", key))
             tokens = [tuple(render(tokenizer, prompt, add_generation_prompt=True)) for prompt in prompts]
-            model = None if table.holds(tokens) else load_causal_lm(self.model, paths).eval()
+            model = None if table.holds(tokens) else load_causal_lm(self.model, self.paths).eval()
         except ConfigError as error:
             raise ConfigError(str(error).replace("model.name", "text_judge.model")) from error
         room = None if model is None else getattr(model.config, "max_position_embeddings", None)
@@ -172,7 +180,7 @@ class LocalChat:
             samples_per_prompt=1,
             max_new_tokens=max_new_tokens,
             seed=0,
-            batch_size=self.config.generation.batch_size,
+            batch_size=self.batch_size,
             description=f"{self.name}: judging",
             temperature=0.0,
             table=table,
@@ -241,11 +249,3 @@ class ReplayChat:
     def usage(self) -> dict[str, Any]:
         """How many verdicts the file holds."""
         return {"rows": len(self.rows)}
-
-
-def local_chat(settings: TextJudgeConfig, config: EvaluationConfig) -> LocalChat:
-    """The instruct model of `text_judge.model`, in the number format of the policies."""
-    model = ModelConfig(
-        source="hub", name=settings.model or "", revision=None, dtype=config.shared.model.dtype
-    )
-    return LocalChat(model, config)

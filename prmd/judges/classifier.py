@@ -18,8 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prmd.artifacts import io
-from prmd.artifacts.paths import find_user_path, places_tried
-from prmd.config.evaluation import EvaluationConfig
+from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
 from prmd.errors import ConfigError
 from prmd.inference.cache import KEY_BYTES, ScoreTable
 from prmd.judges.chats import short_name
@@ -51,13 +50,13 @@ class LabelClassifier:
         source: folder or hub id.
         label: the label that counts; None finds it by its name.
         key: where it is configured, for messages.
-        config: of the evaluation; probabilities are cached below its artifact root.
+        paths: probabilities are cached below this artifact root.
     """
 
     source: str
     label: str | None
     key: str
-    config: EvaluationConfig
+    paths: ArtifactPaths
 
     @property
     def name(self) -> str:
@@ -90,7 +89,7 @@ class LabelClassifier:
         Raises:
             ConfigError: it cannot be loaded, or no label is known to count.
         """
-        table = ScoreTable(self.config.paths.cache("labels", self.fingerprint), 1)
+        table = ScoreTable(self.paths.cache("labels", self.fingerprint), 1)
         inputs = [(t,) for t in texts] if requests is None else list(zip(requests, texts, strict=True))
         keys = [_key(texts) for texts in inputs]
         todo = {key: texts for key, texts in zip(keys, inputs, strict=True) if key not in table}

@@ -6,7 +6,7 @@ split (`rewards.train.train_judge`), or it is any one-logit classifier by folder
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +16,10 @@ from huggingface_hub import snapshot_download
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import find_user_path, places_tried
-from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import ConfigError, DataError
 from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.pairs import Message, PreferencePair, hash_share, read_pairs
-from prmd.rewards.reward_model import RewardModel, load_reward_model, weights_keys
+from prmd.rewards.reward_model import RewardModel, weights_keys
 from prmd.statistics.intervals import accuracy_with_ties
 
 logger = logging.getLogger(__name__)
@@ -90,29 +89,38 @@ def _row(tokenizer: Any, conversation: Conversation) -> PrefixRow:
     return tokenize_row(tokenizer, conversation.prompt, conversation.responses, keep_suffix=True)
 
 
-def trained_judge(objective: str, directory: Path, config: EvaluationConfig) -> RewardModelJudge:
-    """The judge that `train_judge` left in `directory`, with its accuracy on the test split."""
-    metrics = io.read_json(directory / "metrics.json")
-    name = directory.relative_to(config.paths.root).as_posix()
-    return replace(_judge(objective, directory, name, config), accuracy=metrics["accuracy"])
+def trained_judge(objective: str, reward_model: RewardModel) -> RewardModelJudge:
+    """The judge that `train_judge` left in the reward model's folder, with its accuracy on the test split."""
+    directory = reward_model.directory
+    accuracy = io.read_json(directory / "metrics.json")["accuracy"]
+    name = directory.relative_to(reward_model.paths.root).as_posix()
+    key = _fingerprint(weights_keys(directory)[0], reward_model)
+    return RewardModelJudge(objective, name, reward_model, key, accuracy)
 
 
-def given_judge(objective: str, config: EvaluationConfig) -> RewardModelJudge:
-    """The judge `judges.paths` names for an objective, its accuracy measured on held-out pairs of the approach."""
-    name = config.judges.paths[objective]
+def given_judge(objective: str, name: str, load: Callable[[Path], RewardModel]) -> RewardModelJudge:
+    """The judge `judges.paths` names for an objective, its accuracy measured on held-out pairs of the approach.
+
+    Args:
+        name: what `judges.paths` gives, a folder or hub id.
+        load: opens a reward model's folder.
+    """
     directory = judge_folder(name, objective)
-    if directory == config.paths.reward_model(objective).resolve():
+    weights = weights_keys(directory)[0]  # first, so that a folder without a model says just that
+    reward_model = load(directory)
+    paths = reward_model.paths
+    if directory == paths.reward_model(objective).resolve():
         logger.warning(
             "judges.paths.%s: policies are trained on this reward model, its verdicts flatter them", objective
         )
-    judge = _judge(objective, directory, name, config)
-    pairs = sorted(read_pairs(config.paths, objective, "test"), key=lambda p: hash_share("judge card", p.id))
+    judge = RewardModelJudge(objective, name, reward_model, _fingerprint(weights, reward_model))
+    pairs = sorted(read_pairs(paths, objective, "test"), key=lambda p: hash_share("judge card", p.id))
     return replace(judge, accuracy=judge_accuracy(judge, pairs[:CARD_PAIRS]))
 
 
-def _judge(objective: str, directory: Path, name: str, config: EvaluationConfig) -> RewardModelJudge:
-    fingerprint = io.fingerprint([weights_keys(directory)[0], config.shared.model.dtype])
-    return RewardModelJudge(objective, name, load_reward_model(directory, config=config.shared), fingerprint)
+def _fingerprint(weights: str, reward_model: RewardModel) -> str:
+    """Key of weights and precision."""
+    return io.fingerprint([weights, reward_model.base_model.dtype])
 
 
 def judge_accuracy(judge: Judge, pairs: Sequence[PreferencePair]) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from prmd.artifacts import io
 from prmd.artifacts.paths import resolve_user_path
 from prmd.config.evaluation import EvaluationConfig
+from prmd.config.shared import ModelConfig
 from prmd.errors import ConfigError
-from prmd.judges.chats import Chat, EndpointChat, ReplayChat, local_chat
+from prmd.judges.chats import Chat, EndpointChat, LocalChat, ReplayChat
 from prmd.judges.classifier import LabelClassifier
 from prmd.judges.endpoint import make_endpoint
 from prmd.judges.rubrics import JAILBREAK, REFUSAL, JudgeItem, Rubric, Verdict, item_key, refuses
@@ -209,16 +210,20 @@ def make_text_judge(config: EvaluationConfig) -> TextJudge | None:
         ConfigError: its file or folder is missing.
         DataError: its file is malformed.
     """
-    settings = config.text_judge
+    settings, paths = config.text_judge, config.paths
     if settings.kind == "none":
         return None
     if settings.kind == "strings":
         return StringJudge()
     if settings.kind == "classifier":
-        return ClassifierJudge(LabelClassifier(settings.model or "", settings.label, "text_judge", config))
+        return ClassifierJudge(LabelClassifier(settings.model or "", settings.label, "text_judge", paths))
     if settings.kind == "replay":
         file = resolve_user_path(settings.file or "", "text_judge.file", "a file of verdicts", "file")
         return ReplayJudge("replay", ReplayChat(file))
     if settings.kind == "endpoint":
-        return ChatJudge("endpoint", EndpointChat(make_endpoint(settings), config), settings.conversation)
-    return ChatJudge("local_model", local_chat(settings, config), settings.conversation)
+        chat: Chat = EndpointChat(make_endpoint(settings), settings, paths)
+    else:  # an instruct model, in the number format of the policies
+        dtype = config.shared.model.dtype
+        model = ModelConfig(source="hub", name=settings.model or "", revision=None, dtype=dtype)
+        chat = LocalChat(model, paths, config.generation.batch_size)
+    return ChatJudge(settings.kind, chat, settings.conversation)

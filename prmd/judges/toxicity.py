@@ -23,7 +23,8 @@ from scipy.special import expit
 from scipy.stats import rankdata
 
 from prmd.artifacts import io
-from prmd.config.evaluation import EvaluationConfig
+from prmd.artifacts.paths import ArtifactPaths
+from prmd.config.evaluation import RealToxicityPromptsConfig
 from prmd.errors import DataError
 from prmd.judges.classifier import LabelClassifier
 from prmd.pairs import hash_share
@@ -211,19 +212,21 @@ class ClassifierScorer:
         return self.classifier.probabilities(texts)
 
 
-def make_scorer(config: EvaluationConfig, texts: Sequence[ScoredText]) -> ToxicityScorer:
+def make_scorer(
+    settings: RealToxicityPromptsConfig, texts: Sequence[ScoredText], paths: ArtifactPaths
+) -> ToxicityScorer:
     """The scorer of `benchmarks.realtoxicityprompts.scorer`.
 
     Args:
         texts: all texts of the benchmark that have a Perspective score.
+        paths: where a classifier keeps its probabilities.
 
     Raises:
         DataError: the substitute has too few texts to be fitted and validated.
     """
-    settings = config.benchmarks.realtoxicityprompts
     if settings.scorer != SUBSTITUTE:
         key = "benchmarks.realtoxicityprompts.scorer"
-        return ClassifierScorer(LabelClassifier(settings.scorer, settings.scorer_label, key, config))
+        return ClassifierScorer(LabelClassifier(settings.scorer, settings.scorer_label, key, paths))
     fitted = _in_hash_order([row for row in texts if not _is_held_out(row)])[:MAX_FITTED_TEXTS]
     held_out = validation_texts(texts)
     if len(fitted) < LEAST_TEXTS or not _has_both_classes(held_out):

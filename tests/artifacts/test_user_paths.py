@@ -86,7 +86,7 @@ def replayed_verdicts(text: str) -> str:
 def human_labels(text: str) -> str:
     shared = {"data": {"truthfulqa": {"path": f"{text}/pairs.jsonl"}}}
     questions = [Question("Why?", "So.", ("So.",), ("No.",))]
-    found = _human_labels(questions, evaluation(reward_model_config=shared))
+    found = _human_labels(questions, evaluation(reward_model_config=shared).shared.data.truthfulqa.path)
     return found[0][1] if found else NAME
 
 
@@ -120,7 +120,7 @@ REFUSED_WHERE_MISSING: dict[str, Callable[[str], str]] = {
 READ_ELSEWHERE: dict[str, Callable[[str], str]] = {
     "model.name": base_model,
     "text_judge.model": lambda text: Path(
-        LabelClassifier(text, None, "text_judge.model", EvaluationConfig()).location
+        LabelClassifier(text, None, "text_judge.model", EvaluationConfig().paths).location
     ).as_posix(),
     "data.truthfulqa.path, for people's labels": human_labels,
 }

@@ -13,7 +13,7 @@ from tiny_workspace import candidate, evaluation_config
 
 from prmd.artifacts import io
 from prmd.benchmarks import jailbreakbench
-from prmd.benchmarks.base import BenchmarkResult
+from prmd.benchmarks.base import BenchmarkResult, Sampling
 from prmd.benchmarks.jailbreakbench import run_jailbreakbench
 from prmd.benchmarks.jailbreakbench_data import read_behaviors
 from prmd.benchmarks.run import run_benchmarks
@@ -100,7 +100,9 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     monkeypatch.setattr(endpoint_module, "LONGEST_PAUSE_SECONDS", 0.001)
     calls: list[dict[str, Any]] = []
 
-    def sample(models: CandidateModels, prompts: Sequence[tuple[int, ...]], **decoding: Any) -> list:
+    def sample(
+        models: CandidateModels, prompts: Sequence[tuple[int, ...]], _: Sampling, **decoding: Any
+    ) -> list:
         calls.append(decoding)
         texts = [models.tokenizer.decode(p) for p in prompts]
         users = [t.removeprefix("<|im_start|>user\n").partition("<|im_end|>")[0] for t in texts]

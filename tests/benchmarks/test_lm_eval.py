@@ -18,12 +18,12 @@ import pytest
 import torch
 import yaml
 from tiny_models import tiny_causal_lm
-from tiny_workspace import evaluation_config
+from tiny_workspace import evaluation_config, questions_of
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.artifacts import io
-from prmd.benchmarks.truthfulqa import Question, question_row, read_questions, score_question, strided
+from prmd.benchmarks.truthfulqa import Question, question_row, score_question, strided
 from prmd.inference.cache import ScoreTable
 from prmd.inference.scoring import score_logps_behind_primer
 
@@ -144,7 +144,7 @@ def test_mc1_and_mc2_are_those_of_lm_eval(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
     folder = tiny_causal_lm(tmp_path / "model") if model == "tiny" else Path(model)
-    everything = read_questions(evaluation_config(tmp_path, truthfulqa=SHARED))[0]
+    everything = questions_of(evaluation_config(tmp_path, truthfulqa=SHARED))[0]
     questions = strided(everything, asked)
     ours = our_scores(folder, questions, tmp_path)
     theirs = scores_of_lm_eval(folder, questions, tmp_path)

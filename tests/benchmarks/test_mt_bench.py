@@ -178,9 +178,10 @@ def test_the_stage_keeps_samples_judgements_and_metrics_apart(
     monkeypatch.setattr("prmd.benchmarks.mt_bench.make_text_judge", lambda _: ScriptedJudge())
     config = settings(root)
     benchmarks = config.benchmarks.model_copy(update={"run": ("mt_bench",)})
-    models = candidate(config.model_copy(update={"benchmarks": benchmarks}), "reference")
+    config = config.model_copy(update={"benchmarks": benchmarks})
+    models = candidate(config, "reference")
     (record,) = run_benchmarks(
-        models.config, models.candidate, reference=models.reference, tokenizer=models.tokenizer, force=True
+        config, models.candidate, reference=models.reference, tokenizer=models.tokenizer, force=True
     )
     assert (record["benchmark"], record["name"], record["status"]) == (
         "mt_bench[judge=scripted]", "mt_bench", "done",

@@ -24,8 +24,10 @@ from prmd.benchmarks.realtoxicityprompts import (
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, RealToxicityPromptsConfig
 from prmd.errors import DataError
 from prmd.judges.cards import CONSTANT_ANSWER
+from prmd.statistics.resampling import Resampling
 
 SAMPLES = 6
+RESAMPLING = Resampling(200, seed=0)
 
 
 def row(i: int, **changes: Any) -> dict[str, Any]:
@@ -128,27 +130,27 @@ def test_the_prompt_is_raw_text_or_a_request(root: Path) -> None:
 
 
 # ------------------------------------------------------------------ figures
-def test_more_than_25_samples_give_the_published_figure_without_bias(tmp_path: Path) -> None:
+def test_more_than_25_samples_give_the_published_figure_without_bias() -> None:
     rng = np.random.default_rng(0)
     scores = rng.uniform(size=(3, 27))
     prompts = [ToxicityPrompt(str(i), str(i), "x", None) for i in range(3)]
-    metrics = toxicity_metrics(evaluation_config(tmp_path), "rtp", "s", prompts, scores, 0.1)
+    metrics = toxicity_metrics("rtp", "s", prompts, scores, 0.1, RESAMPLING)
     left_out = [np.delete(scores, pair, axis=1).max(axis=1) for pair in itertools.combinations(range(27), 2)]
     assert metrics["rtp_emt25[s]"]["value"] == pytest.approx(np.mean(left_out))
     assert {n for n in metrics if n.startswith("rtp_tp")} == {f"rtp_tp{k}[s]" for k in (25, 10, 5)}
     assert metrics["rtp_emt25[s] of a constant answer"]["value"] == 0.1  # no split: no prompt has a score
 
 
-def test_sentences_of_one_document_are_one_cluster(tmp_path: Path) -> None:
+def test_sentences_of_one_document_are_one_cluster() -> None:
     prompts = [ToxicityPrompt(str(i), "same" if i < 4 else str(i), "x", 0.9) for i in range(6)]
     scores = np.full((6, 2), 0.9)
     scores[5] = 0.0
-    metrics = toxicity_metrics(evaluation_config(tmp_path), "rtp", "s", prompts, scores, 0.1)
+    metrics = toxicity_metrics("rtp", "s", prompts, scores, 0.1, RESAMPLING)
     assert metrics["rtp_tp2[s]"]["n"] == 3 and "bootstrap" in metrics["rtp_tp2[s]"]["method"]
     assert metrics["rtp_tp2[s]"]["value"] == pytest.approx(5 / 6)
 
 
-def test_one_half_is_not_toxic_and_silence_is_not_scored(tmp_path: Path) -> None:
+def test_one_half_is_not_toxic_and_silence_is_not_scored() -> None:
     class Half:
         name = fingerprint = "half"
 
@@ -159,7 +161,7 @@ def test_one_half_is_not_toxic_and_silence_is_not_scored(tmp_path: Path) -> None
     scores = score_texts(Half(), [["", "a"], ["", ""]])
     assert scores.tolist() == [[0.0, 0.5], [0.0, 0.0]]
     prompts = [ToxicityPrompt(str(i), str(i), "x", None) for i in range(2)]
-    metrics = toxicity_metrics(evaluation_config(tmp_path), "rtp", "half", prompts, scores, 0.5)
+    metrics = toxicity_metrics("rtp", "half", prompts, scores, 0.5, RESAMPLING)
     assert metrics["rtp_tp2[half]"]["value"] == 0.0 and metrics["rtp_emt2[half]"]["value"] == 0.25
 
 
@@ -229,7 +231,11 @@ def test_the_choice_of_prompts_does_not_depend_on_their_order() -> None:
 
 def test_the_hub_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prmd.data.readers._load", lambda *_: {"train": [row(i) for i in range(5)]})
-    hub = read_data(configured(tmp_path, path="allenai/real-toxicity-prompts", revision="abc"))
+    hub = read_data(
+        configured(
+            tmp_path, path="allenai/real-toxicity-prompts", revision="abc"
+        ).benchmarks.realtoxicityprompts
+    )
     file = write(tmp_path / "prompts.jsonl", [row(i) for i in range(5)])
-    local = read_data(configured(tmp_path, path=str(file)))
+    local = read_data(configured(tmp_path, path=str(file)).benchmarks.realtoxicityprompts)
     assert (hub.prompts, hub.texts) == (local.prompts, local.texts) and hub.sha256 != local.sha256

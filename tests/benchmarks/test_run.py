@@ -49,7 +49,7 @@ def test_implicit_rewards_are_differences_of_logratios(workspace: EvaluationConf
     tokenizer = AutoTokenizer.from_pretrained(workspace.shared.model.name)
     reference = AutoModelForCausalLM.from_pretrained(workspace.shared.model.name)
     policy = load_policy(workspace.paths.policy("hard_min"), workspace.shared.model, workspace.paths)
-    pairs = {p.id: p for p in held_out_pairs(workspace, OBJECTIVES, "")}
+    pairs = {p.id: p for p in held_out_pairs(workspace.paths, OBJECTIVES, "", None)}
     right = []
     for item in result.items:
         pair = pairs[item["id"]]
@@ -95,16 +95,19 @@ def test_hh_holdout_is_named_for_hh_rows_alone(workspace: EvaluationConfig, tmp_
 
 
 def test_fewer_pairs_are_shared_evenly(workspace: EvaluationConfig) -> None:
-    benchmarks = BenchmarksConfig(hh_holdout=HhHoldoutConfig(max_pairs=6))
-    pairs = held_out_pairs(workspace.model_copy(update={"benchmarks": benchmarks}), OBJECTIVES, "")
+    pairs = held_out_pairs(workspace.paths, OBJECTIVES, "", 6)
     assert [sum(p.objective == k for p in pairs) for k in OBJECTIVES] == [2, 2, 2]
+    benchmarks = BenchmarksConfig(hh_holdout=HhHoldoutConfig(max_pairs=6))
+    config = workspace.model_copy(update={"benchmarks": benchmarks})
+    items = run_heldout_pairs(config, candidate(config, "reference")).items
+    assert [item["id"] for item in items] == [pair.id for pair in pairs]
 
 
 # ------------------------------------------------------------------ the stage
 def test_every_configured_benchmark_is_known_and_held_out_pairs_go_with_hh() -> None:
     config = EvaluationConfig()
     assert set(config.benchmarks.run) <= set(BENCHMARKS)
-    assert benchmark_names(config) == (
+    assert benchmark_names(config.benchmarks.run) == (
         "hh_holdout", "heldout_pairs", "truthfulqa", "truthfulqa_generation", "realtoxicityprompts", "jailbreakbench",
         "mt_bench",
     )  # fmt: skip
@@ -116,7 +119,7 @@ def test_the_stage_writes_every_result_reuses_it_and_says_what_did_not_run(
     monkeypatch.setattr("prmd.evaluation.evaluate.build_report", lambda paths: paths.report)
     with caplog.at_level(logging.INFO):
         assert benchmark_eval(workspace) == workspace.paths.outputs / "benchmarks"
-    for name in benchmark_names(workspace):
+    for name in benchmark_names(workspace.benchmarks.run):
         folder = workspace.paths.benchmark(name)
         assert (folder / "run.json").is_file()
         for method in ("reference", "baseline_dpo", "hard_min"):
@@ -130,7 +133,7 @@ def test_the_stage_writes_every_result_reuses_it_and_says_what_did_not_run(
                 assert result["reason"] and not result["metrics"]
     statuses = {
         n: io.read_json(workspace.paths.benchmark(n) / "reference.json")["status"]
-        for n in benchmark_names(workspace)
+        for n in benchmark_names(workspace.benchmarks.run)
     }
     assert [n for n, s in statuses.items() if s == "done"] == ["heldout_pairs", "truthfulqa"]
     assert caplog.text.count("mt_bench: not run: data missing at benchmarks.mt_bench.path") == 1
@@ -169,7 +172,8 @@ def test_a_key_sees_files_in_folders_and_below_them(tmp_path: Path, monkeypatch:
 
 def test_a_result_depends_on_its_own_settings_alone(workspace: EvaluationConfig) -> None:
     def key(name: str, **update: Any) -> str:
-        return _fingerprint(name, candidate(workspace.model_copy(update=update), "reference"))
+        config = workspace.model_copy(update=update)
+        return _fingerprint(name, config, candidate(config, "reference"))
 
     fewer = BenchmarksConfig(hh_holdout=HhHoldoutConfig(max_pairs=6))
     judge = TextJudgeConfig(kind="local_model", model="some/judge")
@@ -184,7 +188,7 @@ def test_a_judge_trained_anew_asks_for_new_verdicts(workspace: EvaluationConfig)
     run, found = workspace.paths.judge("honest") / "run.json", []
     for day in (1, 2):
         io.write_json(run, {"fingerprint": "judge", "started": f"2026-01-0{day}"})
-        found.append([_fingerprint(n, candidate(workspace, "reference")) for n in BENCHMARKS])
+        found.append([_fingerprint(n, workspace, candidate(workspace, "reference")) for n in BENCHMARKS])
     run.unlink()
     changed = [name for name, one, two in zip(BENCHMARKS, *found, strict=True) if one != two]
     assert changed == ["truthfulqa_generation"]
@@ -198,5 +202,5 @@ def test_a_dry_run_names_everything_and_writes_nothing(
         benchmark_eval(config, dry_run=True)
     assert not list(tmp_path.iterdir())
     assert "split_objectives.py" in caplog.text and "3_policy_training" in caplog.text
-    assert all(name in caplog.text for name in benchmark_names(config))
+    assert all(name in caplog.text for name in benchmark_names(config.benchmarks.run))
     assert "mt_bench: would not run: data missing at benchmarks.mt_bench.path: null" in caplog.text

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_models import plain_logp, tiny_tokenizer
-from tiny_workspace import candidate, evaluation_config, write_truthfulqa_csv, write_workspace
+from tiny_workspace import candidate, evaluation_config, questions_of, write_truthfulqa_csv, write_workspace
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.artifacts import io
@@ -16,7 +16,6 @@ from prmd.benchmarks.truthfulqa import (
     Question,
     chance_levels,
     question_row,
-    read_questions,
     run_truthfulqa,
     score_question,
     strided,
@@ -42,7 +41,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
 # ------------------------------------------------------------------ TruthfulQA: data
 @pytest.mark.skipif(not (SHARED / "truthfulqa").is_dir(), reason="needs TruthfulQA.csv as published")
 def test_the_published_questions_have_the_known_counts_and_chance_levels(tmp_path: Path) -> None:
-    questions, sha256 = read_questions(evaluation_config(tmp_path, truthfulqa=SHARED / "truthfulqa"))
+    questions, sha256 = questions_of(evaluation_config(tmp_path, truthfulqa=SHARED / "truthfulqa"))
     assert len(questions) == 817 and sha256.startswith("99d6ae7755e3b435")
     assert all(q.best in q.true for q in questions)
     assert np.mean([len(q.true) for q in questions]) == pytest.approx(3.169, abs=5e-4)
@@ -64,16 +63,16 @@ def test_chance_levels_are_those_of_a_random_order() -> None:
 def test_without_data_the_key_is_named(tmp_path: Path) -> None:
     config = evaluation_config(tmp_path)
     with pytest.raises(ConfigError, match=r"data\.truthfulqa\.path"):
-        read_questions(config)
+        questions_of(config)
     with pytest.raises(ConfigError, match=r"data\.truthfulqa\.path"):
-        read_questions(evaluation_config(tmp_path, truthfulqa=tmp_path / "nowhere"))
+        questions_of(evaluation_config(tmp_path, truthfulqa=tmp_path / "nowhere"))
 
 
 def test_a_question_without_wrong_answers_is_refused(tmp_path: Path) -> None:
     path = write_truthfulqa_csv(tmp_path / "csv") / "TruthfulQA.csv"
     path.write_text(path.read_text(encoding="utf-8").replace("dog 0", ";", 1), encoding="utf-8")
     with pytest.raises(DataError, match=r"What is 0\?"):
-        read_questions(evaluation_config(tmp_path, truthfulqa=tmp_path / "csv"))
+        questions_of(evaluation_config(tmp_path, truthfulqa=tmp_path / "csv"))
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_families import FAMILIES, causal_model, rows_of, separate_logps
 from tiny_models import plain_logp, tiny_causal_lm
-from tiny_workspace import evaluation_config
+from tiny_workspace import evaluation_config, questions_of
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prmd.benchmarks.truthfulqa import PRIMER, question_row, read_questions, strided
+from prmd.benchmarks.truthfulqa import PRIMER, question_row, strided
 from prmd.inference.cache import ScoreTable
 from prmd.inference.scoring import PrimedLogps, score_logps, score_logps_behind_primer, shared_beginning
 from prmd.models.tokenization import PrefixRow
@@ -122,7 +122,7 @@ def test_an_eighth_of_the_tokens_for_the_same_scores_on_real_questions(folder: P
     """Against every distinct choice alone behind primer and question, which is what lm-eval computes."""
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    questions = strided(read_questions(evaluation_config(tmp_path, truthfulqa=SHARED))[0], 20)
+    questions = strided(questions_of(evaluation_config(tmp_path, truthfulqa=SHARED))[0], 20)
     count = TokenCount(model)
     rows = [question_row(tokenizer, question) for question in questions]
     found = score_logps_behind_primer(model, rows, table=ScoreTable(tmp_path / "t", 1), **OPTIONS)

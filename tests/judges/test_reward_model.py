@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from prmd.errors import ConfigError, DataError
 from prmd.judges.reward_model import (
     Conversation,
     Judge,
+    RewardModelJudge,
     check_scores,
     given_judge,
     judge_accuracy,
@@ -24,6 +26,7 @@ from prmd.judges.reward_model import (
     trained_judge,
 )
 from prmd.pairs import make_pair, read_pairs
+from prmd.rewards.reward_model import load_reward_model
 
 PROMPT = ({"role": "user", "content": "Why is the sky blue?"},)
 CONVERSATIONS = [
@@ -58,6 +61,12 @@ def plain_reward(folder: Path, prompt: tuple[dict[str, str], ...], response: str
         return float(model(**ids).logits[0, 0])
 
 
+def judge_of(config: EvaluationConfig) -> RewardModelJudge:
+    """The judge of helpfulness that the configuration gives."""
+    load = partial(load_reward_model, config=config.shared)
+    return given_judge("helpful", config.judges.paths["helpful"], load)
+
+
 class LengthJudge:
     """Scores a response by its length: what a verdict is can be told without a model."""
 
@@ -71,7 +80,7 @@ class LengthJudge:
 
 
 def test_scores_are_those_of_a_plain_user(config: EvaluationConfig, folder: Path) -> None:
-    scores = given_judge("helpful", config).scores(CONVERSATIONS)
+    scores = judge_of(config).scores(CONVERSATIONS)
     assert [s.shape for s in scores] == [(3,), (3,)]
     for conversation, found in zip(CONVERSATIONS, scores, strict=True):
         wanted = [plain_reward(folder, conversation.prompt, r) for r in conversation.responses]
@@ -82,7 +91,7 @@ def test_scores_are_those_of_a_plain_user(config: EvaluationConfig, folder: Path
 def test_the_card_of_a_given_judge_is_measured_on_held_out_pairs(
     config: EvaluationConfig, folder: Path
 ) -> None:
-    card = given_judge("helpful", config).card()
+    card = judge_of(config).card()
     pairs = read_pairs(config.paths, "helpful", "test")
     right = [
         plain_reward(folder, p.prompt, p.chosen) > plain_reward(folder, p.prompt, p.rejected) for p in pairs
@@ -110,10 +119,10 @@ def test_a_trained_judge_brings_its_own_accuracy(config: EvaluationConfig, folde
     shutil.copytree(folder, directory)
     accuracy = {"value": 0.7, "low": 0.5, "high": 0.8, "n": 30, "ties": 0}
     io.write_json(directory / "metrics.json", {"accuracy": accuracy})
-    judge = trained_judge("honest", directory, config)
+    judge = trained_judge("honest", load_reward_model(directory, config=config.shared))
     assert judge.card() == {
         "path": "models/judges/embedded/honest",
-        "fingerprint": given_judge("helpful", config).fingerprint,  # the same weights
+        "fingerprint": judge_of(config).fingerprint,  # the same weights
         "accuracy": accuracy,
     }
 
@@ -121,7 +130,7 @@ def test_a_trained_judge_brings_its_own_accuracy(config: EvaluationConfig, folde
 def test_other_weights_have_another_fingerprint(config: EvaluationConfig, tmp_path: Path) -> None:
     other = tiny_classifier(tmp_path / "other", seed=4)
     changed = config.model_copy(update={"judges": JudgeConfig(paths={"helpful": str(other)})})
-    assert given_judge("helpful", changed).fingerprint != given_judge("helpful", config).fingerprint
+    assert judge_of(changed).fingerprint != judge_of(config).fingerprint
 
 
 def test_judging_by_the_training_reward_model_is_said(
@@ -130,9 +139,7 @@ def test_judging_by_the_training_reward_model_is_said(
     directory = config.paths.reward_model("helpful")
     shutil.copytree(folder, directory)
     with caplog.at_level(logging.WARNING):
-        given_judge(
-            "helpful", config.model_copy(update={"judges": JudgeConfig(paths={"helpful": str(directory)})})
-        )
+        judge_of(config.model_copy(update={"judges": JudgeConfig(paths={"helpful": str(directory)})}))
     assert "its verdicts flatter them" in caplog.text
 
 
@@ -160,9 +167,7 @@ def test_a_hub_id_is_fetched_once_to_a_folder(monkeypatch: pytest.MonkeyPatch, f
 def test_a_base_model_is_no_judge(config: EvaluationConfig, tmp_path: Path) -> None:
     base = tiny_causal_lm(tmp_path / "base-model")
     with pytest.raises(DataError, match="no trained one-logit 'score' head"):
-        given_judge(
-            "helpful", config.model_copy(update={"judges": JudgeConfig(paths={"helpful": str(base)})})
-        )
+        judge_of(config.model_copy(update={"judges": JudgeConfig(paths={"helpful": str(base)})}))
 
 
 @pytest.mark.parametrize(
@@ -182,5 +187,5 @@ def test_verdicts_that_differ_anywhere_pass() -> None:
 
 
 def test_the_reward_model_judge_is_a_judge(config: EvaluationConfig) -> None:
-    judge: Judge = given_judge("helpful", config)
+    judge: Judge = judge_of(config)
     assert judge.objective == "helpful" and judge.card()["accuracy"]["n"] == PAIRS

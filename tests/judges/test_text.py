@@ -195,7 +195,7 @@ def test_independent_labels_and_a_single_logit_are_sigmoids(tmp_path: Path) -> N
     config = evaluation_config(tmp_path)
     texts = ["A fox.", "I do not know why the sky is blue."]
     for folder, label, index in ((several, None, 0), (several, "threat", 2), (single, None, 0)):
-        found = LabelClassifier(str(folder), label, "text_judge", config).probabilities(texts)
+        found = LabelClassifier(str(folder), label, "text_judge", config.paths).probabilities(texts)
         wanted = [float(direct_logits(folder, text).sigmoid()[index]) for text in texts]
         assert found == pytest.approx(wanted, abs=1e-5)
 
@@ -207,12 +207,12 @@ def test_a_classifier_without_a_known_label_or_folder_is_refused(
     folder = labelled(tmp_path / "mood", {0: "sad", 1: "glad"})
     config = evaluation_config(tmp_path)
     with pytest.raises(ConfigError, match=r"labels \['glad', 'sad'\], none of which"):
-        LabelClassifier(str(folder), None, "text_judge", config).probabilities(["a"])
+        LabelClassifier(str(folder), None, "text_judge", config.paths).probabilities(["a"])
     with pytest.raises(ConfigError, match="has no label 'toxic'"):
-        LabelClassifier(str(folder), "toxic", "text_judge", config).probabilities(["a"])
+        LabelClassifier(str(folder), "toxic", "text_judge", config.paths).probabilities(["a"])
     for absent in (tmp_path / "nowhere", tiny_causal_lm(tmp_path / "no-head")):
         with pytest.raises(ConfigError, match="cannot be loaded as a text classifier"):
-            LabelClassifier(str(absent), None, "text_judge", config).probabilities(["a"])
+            LabelClassifier(str(absent), None, "text_judge", config.paths).probabilities(["a"])
 
 
 # ------------------------------------------------------------------ replay and kinds

@@ -13,7 +13,7 @@ from tiny_models import direct_logits, labelled
 from tiny_workspace import evaluation_config
 
 from prmd.benchmarks.realtoxicityprompts import read_data
-from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, RealToxicityPromptsConfig
+from prmd.config.evaluation import EvaluationConfig, RealToxicityPromptsConfig
 from prmd.errors import DataError
 from prmd.judges.toxicity import (
     RIDGE,
@@ -93,7 +93,7 @@ def scored(n: int = 1200) -> list[ScoredText]:
 
 def test_the_substitute_is_validated_on_documents_it_was_not_fitted_to(tmp_path: Path) -> None:
     texts = scored()
-    scorer = make_scorer(evaluation_config(tmp_path), texts)
+    scorer = make_scorer(RealToxicityPromptsConfig(), texts, evaluation_config(tmp_path).paths)
     held_out = validation_texts(texts)
     assert not {t.document for t in held_out} & {t.document for t in scorer.texts}
     assert all(t.continuation for t in held_out) and 100 < len(held_out) < 250
@@ -107,14 +107,13 @@ def test_the_substitute_is_validated_on_documents_it_was_not_fitted_to(tmp_path:
 
 def test_too_few_scored_texts_are_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"name a classifier in benchmarks\.realtoxicityprompts\.scorer"):
-        make_scorer(evaluation_config(tmp_path), scored(100))
+        make_scorer(RealToxicityPromptsConfig(), scored(100), evaluation_config(tmp_path).paths)
 
 
 def test_a_classifier_is_validated_on_the_same_texts(tmp_path: Path) -> None:
     folder = labelled(tmp_path / "toxic-tiny", {0: "neutral", 1: "toxic"})
     settings = RealToxicityPromptsConfig(scorer=str(folder))
-    config = evaluation_config(tmp_path, benchmarks=BenchmarksConfig(realtoxicityprompts=settings))
-    scorer, texts = make_scorer(config, []), scored(600)
+    scorer, texts = make_scorer(settings, [], evaluation_config(tmp_path).paths), scored(600)
     assert scorer.name == "toxic-tiny"
     assert scorer.scores(["a fox"])[0] == pytest.approx(
         float(direct_logits(folder, "a fox").softmax(-1)[1]), abs=1e-5
@@ -126,16 +125,16 @@ def test_a_classifier_is_validated_on_the_same_texts(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs prompts with Perspective scores")
 def test_the_substitute_ranks_real_continuations_like_perspective() -> None:
-    benchmarks = BenchmarksConfig(realtoxicityprompts=RealToxicityPromptsConfig(path=str(SHARED)))
-    config = EvaluationConfig(benchmarks=benchmarks)
-    data = read_data(config)
+    settings = RealToxicityPromptsConfig(path=str(SHARED))
+    data = read_data(settings)
     lines = [
         json.loads(line)
         for name in ("toxic", "nontoxic")
         for line in (SHARED / f"decodingtrust_{name}.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert len(data.prompts) == len({json.dumps(row, sort_keys=True) for row in lines}) == 2392
-    card = scorer_card(make_scorer(config, data.texts), data.texts, n_resamples=1000, seed=0)["validation"]
+    scorer = make_scorer(settings, data.texts, EvaluationConfig().paths)
+    card = scorer_card(scorer, data.texts, n_resamples=1000, seed=0)["validation"]
     assert card["auc"]["n"] > 500
     assert 0.87 < card["auc"]["low"] < card["auc"]["value"] < 0.96
     assert 0.72 < card["rank_correlation"]["low"] < card["rank_correlation"]["value"] < 0.88
