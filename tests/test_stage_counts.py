@@ -23,15 +23,14 @@ from prmd.config.shared import (
     TrainingConfig,
     TuningConfig,
 )
+from prmd.evaluation import evaluate
 from prmd.evaluation.evaluate import compute_metrics
-from prmd.judges import reward_model
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
 from prmd.policies.preview import gate_file
 from prmd.policies.train import train_pessimistic
 from prmd.report import figures, reward_figures
-from prmd.rewards import reward_model as rewards_reward_model
-from prmd.rewards import train
+from prmd.rewards import reward_model, train
 from prmd.rewards.train import train_reward_model
 
 pytestmark = pytest.mark.slow
@@ -83,12 +82,10 @@ def count_reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
 
     monkeypatch.setattr(io, "_blocks", counted_blocks)
     monkeypatch.setattr(io, "_digests", {})
-    load = counted(rewards_reward_model.load_reward_model, reads.opened)
-    for module in (rewards_reward_model, reward_model, train):
+    load = counted(reward_model.load_reward_model, reads.opened)
+    for module in (reward_model, evaluate, train):
         monkeypatch.setattr(module, "load_reward_model", load)
-    monkeypatch.setattr(
-        rewards_reward_model, "load_classifier", counted(rewards_reward_model.load_classifier, reads.loaded)
-    )
+    monkeypatch.setattr(reward_model, "load_classifier", counted(reward_model.load_classifier, reads.loaded))
     return reads
 
 
