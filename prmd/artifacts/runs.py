@@ -89,7 +89,7 @@ def finish_run(
         "device": str(runtime.device),
         "processes": runtime.world_size,
         "hardware": hardware(),
-        "seed": config.shared.seed,  # type: ignore[attr-defined]  # every configuration file has it
+        "seed": config.seed,  # type: ignore[attr-defined]  # every configuration file has it
         "started": clock.started,
         "seconds": round(clock.seconds(), 3),
         "peak_memory_bytes": peak_memory_bytes(),

@@ -68,7 +68,7 @@ def _fingerprint(name: str, config: EvaluationConfig, models: CandidateModels) -
             [name, _ITEMS_VERSION, models.candidate.fingerprint, models.reference.fingerprint],
             [(read_run(config.paths.processed) or {}).get("fingerprint"), judge.get("started")],
             [[s.model_dump(mode="json"), content_key(s)] for s in sections],
-            [shared.training.max_length, config.bootstrap_resamples, shared.seed],
+            [config.reward_model_config.training.max_length, config.bootstrap_resamples, shared.seed],
         ]
     )
 

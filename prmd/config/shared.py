@@ -4,9 +4,17 @@ Every default lives in a field and nowhere else; a field is here only if some co
 """
 
 from collections.abc import Iterable
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from prmd.artifacts.paths import ArtifactPaths, resolve_artifact_root
 from prmd.objectives import OBJECTIVES
@@ -146,21 +154,31 @@ class CalibrationConfig(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
 
 
-# ------------------------------------------------------------------ reward models
-class RewardModelConfig(Section):
-    """`reward_model_config.yaml`: what all stages share, and how reward models are trained."""
+# ------------------------------------------------------------------ what all stages share
+class SharedConfig(Section):
+    """What every stage follows: where artifacts lie, the seed, the data, the base model, how it is scored and sampled."""
 
     artifact_root: str = "."
     seed: Annotated[int, Field(ge=0)] = 42
     report_to: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    scoring_tokens: PositiveInt = 8192
+    calibration: CalibrationConfig = CalibrationConfig()
+
+    @property
+    def paths(self) -> ArtifactPaths:
+        return ArtifactPaths(resolve_artifact_root(self.artifact_root), self.data.approach)
+
+
+# ------------------------------------------------------------------ reward models
+class RewardModelConfig(SharedConfig):
+    """`reward_model_config.yaml`: what all stages share, and how reward models are trained."""
+
     tuning: TuningConfig = TuningConfig()
     training: TrainingConfig = TrainingConfig()
     centering_coefficient: float = Field(default=0.01, ge=0.0)
-    scoring_tokens: PositiveInt = 8192
     ensemble: EnsembleConfig = EnsembleConfig()
-    calibration: CalibrationConfig = CalibrationConfig()
 
     @model_validator(mode="after")
     def adapters_need_lora(self) -> "RewardModelConfig":
@@ -172,13 +190,14 @@ class RewardModelConfig(Section):
             )
         return self
 
-    @property
-    def paths(self) -> ArtifactPaths:
-        return ArtifactPaths(resolve_artifact_root(self.artifact_root), self.data.approach)
-
-    @property
-    def shared(self) -> "RewardModelConfig":
-        return self
+    @model_serializer(mode="wrap")
+    def in_the_order_of_the_file(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The values as pydantic dumps them, what is shared no longer in front of what is not."""
+        values = dump(self)
+        behind = {
+            key: values.pop(key) for key in ("scoring_tokens", "ensemble", "calibration") if key in values
+        }
+        return values | behind
 
 
 class RefersToRewardModelConfig(Section):
@@ -187,8 +206,12 @@ class RefersToRewardModelConfig(Section):
     reward_model_config: RewardModelConfig = RewardModelConfig()
 
     @property
-    def shared(self) -> RewardModelConfig:
+    def shared(self) -> SharedConfig:
         return self.reward_model_config
+
+    @property
+    def seed(self) -> int:
+        return self.reward_model_config.seed
 
     @property
     def paths(self) -> ArtifactPaths:

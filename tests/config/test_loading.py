@@ -139,7 +139,7 @@ def test_later_override_wins_and_null_and_text_are_read_as_yaml(folder: Path) ->
 
 def test_pipeline_gives_each_override_to_every_file_that_has_its_key(folder: Path) -> None:
     configs = load_pipeline(folder, ["data.approach=pku_safe", "policy.beta=0.2", "generation.prompts=3"])
-    assert {config.shared.data.approach for config in configs.values()} == {"pku_safe"}
+    assert {config.paths.approach for config in configs.values()} == {"pku_safe"}
     assert configs[PolicyConfig].policy.beta == 0.2 and configs[EvaluationConfig].generation.prompts == 3
 
 
