@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prmd.artifacts import io, runs
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import DataConfig, RewardModelConfig
 from prmd.data.collection import PairCollection, merge
 from prmd.data.embedded import embedded_pairs
@@ -50,10 +51,10 @@ def download_dataset(config: RewardModelConfig, *, force: bool = False, dry_run:
     raw = config.paths.raw(names[0]).parent
     if dry_run:
         for name in names:
-            _say_what_would_be_fetched(name, config)
+            _say_what_would_be_fetched(name, config.data, config.paths)
         return raw
     clock = runs.start_run()
-    manifests = {name: fetch_source(name, config, force=force) for name in names}
+    manifests = {name: fetch_source(name, config.data, config.paths, force=force) for name in names}
     runs.write_step_result(
         config.paths,
         "download_dataset",
@@ -82,7 +83,7 @@ def split_objectives(config: RewardModelConfig, *, force: bool = False, dry_run:
     """
     target = config.paths.processed
     if dry_run:
-        _say_what_would_be_split(config)
+        _say_what_would_be_split(config.data, config.paths)
         return target
     clock = runs.start_run()
     names = required_sources(config.data)
@@ -108,13 +109,13 @@ def _build(
     force: bool,
 ) -> None:
     """Splits, statistics and figures, published when everything is there."""
-    collection = _collect(config)
+    collection = _collect(config.data, config.paths)
     result = _split(collection, config.data)
     stats = _stats(collection, result, config.data.approach)
     target = config.paths.processed
     partial = runs.partial_directory(target, fingerprint, force)
     _write(partial, result.pairs, collection, stats)
-    written = write_summary(config, result.pairs)
+    written = write_summary(result.pairs, model=config.model, paths=config.paths, seed=config.seed)
     extra = {"sizes": stats["sizes"]}
     runs.finish_run(partial, config=config, inputs=inputs, fingerprint=fingerprint, clock=clock, extra=extra)
     io.publish_directory(partial, target)
@@ -131,9 +132,8 @@ def _input_hashes(manifests: dict[str, dict[str, Any]]) -> dict[str, str]:
     }
 
 
-def _collect(config: RewardModelConfig) -> PairCollection:
+def _collect(data: DataConfig, paths: ArtifactPaths) -> PairCollection:
     """The pairs of every source of the approach."""
-    data, paths = config.data, config.paths
     builders = {
         "hh_rlhf": lambda files: hh_rlhf_pairs(files, data.hh_rlhf),
         "truthfulqa": lambda files: truthfulqa_pairs(files, data.truthfulqa),
@@ -210,9 +210,9 @@ def _write(directory: Path, pairs: SplitPairs, collection: PairCollection, stats
 
 
 # ------------------------------------------------------------------ dry runs
-def _say_what_would_be_fetched(name: str, config: RewardModelConfig) -> None:
+def _say_what_would_be_fetched(name: str, data: DataConfig, paths: ArtifactPaths) -> None:
     try:
-        plan = plan_source(name, config.data)
+        plan = plan_source(name, data)
     except UserError as error:
         logger.warning("%s: %s", name, error)
         return
@@ -221,16 +221,16 @@ def _say_what_would_be_fetched(name: str, config: RewardModelConfig) -> None:
             "%s: %s from %s to %s, about %.1f MB at most",
             name,
             file.label,
-            getattr(getattr(config.data, name, None), "path", "the project"),
-            config.paths.raw(name) / (MANIFEST if name == "embedded" else file.name),
+            getattr(getattr(data, name, None), "path", "the project"),
+            paths.raw(name) / (MANIFEST if name == "embedded" else file.name),
             file.size / 1e6,
         )
 
 
-def _say_what_would_be_split(config: RewardModelConfig) -> None:
-    for name in required_sources(config.data):
+def _say_what_would_be_split(data: DataConfig, paths: ArtifactPaths) -> None:
+    for name in required_sources(data):
         try:
-            files = read_manifest(name, config.data, config.paths)["files"]
+            files = read_manifest(name, data, paths)["files"]
         except UserError as error:
             logger.warning("%s: %s", name, error)
             continue
@@ -240,7 +240,7 @@ def _say_what_would_be_split(config: RewardModelConfig) -> None:
         "would write {%s}/{%s}.jsonl, stats.json and quarantine.jsonl to %s, and sizes, lengths and examples to %s",
         ",".join(OBJECTIVES),
         ",".join(SPLITS),
-        config.paths.processed,
-        config.paths.visualizations,
+        paths.processed,
+        paths.visualizations,
     )
     logger.info("no model is loaded; memory is about four times the size of the raw files")

@@ -12,7 +12,7 @@ from typing import Any
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import EMBEDDED_DIR, ArtifactPaths, stage_command
-from prmd.config.shared import DataConfig, RewardModelConfig
+from prmd.config.shared import DataConfig
 from prmd.data import sources
 from prmd.data.collection import RawFile
 from prmd.data.readers import SourceFile
@@ -25,12 +25,12 @@ DOWNLOAD_COMMAND = stage_command("download_dataset")
 MANIFEST = "manifest.json"
 
 
-def fetch_source(source: str, config: RewardModelConfig, *, force: bool) -> dict[str, Any]:
+def fetch_source(source: str, data: DataConfig, paths: ArtifactPaths, *, force: bool) -> dict[str, Any]:
     """Bring one source to `data/raw/<source>/`.
 
     Args:
         source: a name of `sources.required_sources`.
-        config: its `data` section says from where.
+        data: says from where.
         force: fetch every file again.
 
     Returns:
@@ -40,9 +40,9 @@ def fetch_source(source: str, config: RewardModelConfig, *, force: bool) -> dict
         ConfigError: the source cannot be reached or the disk is too small; names the YAML key.
         DataError: a file is not what it should be.
     """
-    directory = config.paths.raw(source)
-    identity = _identity(source, config.data)
-    plan = sources.plan_source(source, config.data)
+    directory = paths.raw(source)
+    identity = _identity(source, data)
+    plan = sources.plan_source(source, data)
     former = {} if force else _former_files(directory, identity)
     missing = [f for f in plan if not _is_kept(source, directory, f, former.get(f.name))]
     if missing and source != "embedded":

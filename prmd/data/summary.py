@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from prmd.artifacts import io
-from prmd.config.shared import RewardModelConfig
+from prmd.artifacts.paths import ArtifactPaths
+from prmd.config.shared import ModelConfig
 from prmd.data.splits import SplitPairs
 from prmd.errors import UserError
 from prmd.pairs import Message, PreferencePair
@@ -30,18 +31,22 @@ def sizes_of(pairs: SplitPairs) -> dict[str, dict[str, int]]:
     }
 
 
-def write_summary(config: RewardModelConfig, pairs: SplitPairs) -> list[Path]:
+def write_summary(pairs: SplitPairs, *, model: ModelConfig, paths: ArtifactPaths, seed: int) -> list[Path]:
     """Write sizes, lengths and ten examples per objective, and draw the first two.
+
+    Args:
+        model: by whose tokenizer texts are measured.
+        seed: which examples are shown.
 
     Returns:
         The files written.
     """
-    directory = config.paths.visualizations
-    chosen = {objective: _sample(splits, config.seed) for objective, splits in pairs.items()}
+    directory = paths.visualizations
+    chosen = {objective: _sample(splits, seed) for objective, splits in pairs.items()}
     sizes = io.write_json(
-        directory / "sizes.json", {"approach": config.data.approach, "objectives": sizes_of(pairs)}
+        directory / "sizes.json", {"approach": paths.approach, "objectives": sizes_of(pairs)}
     )
-    lengths = io.write_json(directory / "lengths.json", _lengths(config, chosen))
+    lengths = io.write_json(directory / "lengths.json", _lengths(model, paths, chosen))
     written = [sizes, lengths, figures.plot_split_sizes(sizes), *figures.plot_length_distributions(lengths)]
     for objective, sample in chosen.items():
         examples = sample[:EXAMPLES]
@@ -57,14 +62,16 @@ def _sample(splits: dict[str, list[PreferencePair]], seed: int) -> list[Preferen
     return random.Random(seed).sample(everything, min(LENGTH_SAMPLE, len(everything)))
 
 
-def _lengths(config: RewardModelConfig, samples: dict[str, list[PreferencePair]]) -> dict[str, Any]:
+def _lengths(
+    model: ModelConfig, paths: ArtifactPaths, samples: dict[str, list[PreferencePair]]
+) -> dict[str, Any]:
     units: dict[str, Callable[[str], int]] = {"words": lambda text: len(text.split())}
-    if count_tokens := _token_counter(config):
+    if count_tokens := _token_counter(model, paths):
         units["tokens"] = count_tokens
     return {
-        "approach": config.data.approach,
+        "approach": paths.approach,
         "sample": f"at most {LENGTH_SAMPLE} random pairs per objective; texts without the chat template",
-        "tokenizer": config.model.name if "tokens" in units else None,
+        "tokenizer": model.name if "tokens" in units else None,
         "objectives": {
             objective: {unit: _measure(sample, count) for unit, count in units.items()}
             for objective, sample in samples.items()
@@ -80,14 +87,14 @@ def _measure(sample: Sequence[PreferencePair], count: Callable[[str], int]) -> d
     }
 
 
-def _token_counter(config: RewardModelConfig) -> Callable[[str], int] | None:
+def _token_counter(model: ModelConfig, paths: ArtifactPaths) -> Callable[[str], int] | None:
     """How many tokens a text has for the configured model, or None where its tokenizer is not at hand."""
     from prmd.models.loading import (
         load_tokenizer,  # brings transformers and peft, which nothing else here needs
     )
 
     try:
-        tokenizer = load_tokenizer(config.model, config.paths)
+        tokenizer = load_tokenizer(model, paths)
     except UserError as error:
         logger.info("lengths are in words only: %s", error)
         return None

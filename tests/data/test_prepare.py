@@ -114,7 +114,7 @@ def test_an_interruption_leaves_the_former_data_whole(tmp_path, monkeypatch):
     download_dataset(config)
     split_objectives(config)
     before = run_record(config)
-    monkeypatch.setattr(prepare, "write_summary", lambda *_: 1 / 0)
+    monkeypatch.setattr(prepare, "write_summary", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         split_objectives(config, force=True)
     assert run_record(config) == before

@@ -38,7 +38,7 @@ def read(config, source="hh_rlhf"):
 
 
 def test_manifest_says_where_from_how_many_and_which_bytes(config):
-    manifest = fetch_source("hh_rlhf", config, force=False)
+    manifest = fetch_source("hh_rlhf", config.data, config.paths, force=False)
     directory = config.paths.raw("hh_rlhf")
     assert manifest == json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["complete"] and manifest["path"] == config.data.hh_rlhf.path
@@ -68,20 +68,20 @@ def test_interrupted_fetch_is_resumed(config, monkeypatch, caplog):
 
     monkeypatch.setattr(data_raw, "_write_file", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        fetch_source("hh_rlhf", config, force=False)
+        fetch_source("hh_rlhf", config.data, config.paths, force=False)
     with pytest.raises(DataError, match="interrupted"):
         read_manifest("hh_rlhf", config.data, config.paths)
     written.clear()
     monkeypatch.setattr(data_raw, "_write_file", lambda s, d, f: written.append(f.label) or real(s, d, f))
     with caplog.at_level(logging.INFO, "prmd"):
-        fetch_source("hh_rlhf", config, force=False)
+        fetch_source("hh_rlhf", config.data, config.paths, force=False)
     assert written == ["harmless-base/train", "harmless-base/test"]
     assert "kept helpful-base-train.jsonl (3 rows" in caplog.text
     assert len(read(config)) == 4
 
 
 def test_damaged_and_changed_files_are_fetched_again_and_force_fetches_all(config, tmp_path, monkeypatch):
-    fetch_source("hh_rlhf", config, force=False)
+    fetch_source("hh_rlhf", config.data, config.paths, force=False)
     real, written = data_raw._write_file, []
     monkeypatch.setattr(data_raw, "_write_file", lambda s, d, f: written.append(f.label) or real(s, d, f))
     raw = config.paths.raw("hh_rlhf")
@@ -89,16 +89,16 @@ def test_damaged_and_changed_files_are_fetched_again_and_force_fetches_all(confi
     with pytest.raises(DataError, match=r"helpful-base-test\.jsonl: missing or changed.*download_dataset"):
         read(config)
     write(tmp_path / "hh" / "harmless-base" / "train.jsonl", [ROW] * 5)
-    fetch_source("hh_rlhf", config, force=False)
+    fetch_source("hh_rlhf", config.data, config.paths, force=False)
     assert written == ["helpful-base/test", "harmless-base/train"]
     assert [len(f.rows) for f in read(config)] == [3, 1, 5, 1]
     written.clear()
-    fetch_source("hh_rlhf", config, force=True)
+    fetch_source("hh_rlhf", config.data, config.paths, force=True)
     assert len(written) == 4
 
 
 def test_other_subsets_need_another_fetch_which_removes_leftovers(config):
-    fetch_source("hh_rlhf", config, force=False)
+    fetch_source("hh_rlhf", config.data, config.paths, force=False)
     fewer = config.model_copy(
         update={
             "data": config.data.model_copy(
@@ -110,7 +110,7 @@ def test_other_subsets_need_another_fetch_which_removes_leftovers(config):
     )
     with pytest.raises(DataError, match=r"downloaded with .*harmless-base.*download_dataset"):
         read(fewer)
-    fetch_source("hh_rlhf", fewer, force=False)
+    fetch_source("hh_rlhf", fewer.data, fewer.paths, force=False)
     left = {p.name for p in config.paths.raw("hh_rlhf").iterdir()}
     assert left == {"helpful-base-train.jsonl", "helpful-base-test.jsonl", "manifest.json"}
 
@@ -126,7 +126,7 @@ def test_full_disk_is_refused_before_anything_is_written(config, monkeypatch):
 
     monkeypatch.setattr(data_raw, "require_disk", full)
     with pytest.raises(ConfigError, match="do not fit"):
-        fetch_source("hh_rlhf", config, force=False)
+        fetch_source("hh_rlhf", config.data, config.paths, force=False)
     assert not config.paths.raw("hh_rlhf").exists()
 
 
@@ -136,7 +136,7 @@ def test_embedded_pairs_are_manifested_and_not_copied(config, tmp_path, monkeypa
         write(folder / f"{objective}.jsonl", [{"id": objective}] * 2)
     monkeypatch.setattr(embedded, "EMBEDDED_DIR", folder)
     monkeypatch.setattr(data_raw, "EMBEDDED_DIR", folder)
-    manifest = fetch_source("embedded", config, force=False)
+    manifest = fetch_source("embedded", config.data, config.paths, force=False)
     assert [entry["rows"] for entry in manifest["files"].values()] == [2, 2, 2]
     assert [p.name for p in config.paths.raw("embedded").iterdir()] == ["manifest.json"]
     assert read(config, "embedded")[2].rows == [{"id": "honest"}] * 2

