@@ -80,7 +80,7 @@ def unseen_pairs(folder: Path, root: Path | None = None) -> UnseenPairs:
         for pair in read_pairs(config.paths, objective, split)
         if pair.id not in seen
     ]
-    reward_model = load_reward_model(folder, config=config)
+    reward_model = load_reward_model(folder, shared=config)
     tokenized = tokenize_reward_pairs(task, pairs, reward_model.tokenizer)
     values = torch.stack(reward_model.features(tokenized.rows, description=f"{objective}: unseen pairs"))
     return UnseenPairs(

@@ -178,7 +178,7 @@ def evaluate_rewardbench(
         The result in RewardBench's format (`result_row`), and what it has no place for: sections, intervals, ties, pairs
         left out.
     """
-    reward_model = load_reward_model(directory, config=config)
+    reward_model = load_reward_model(directory, shared=config)
     tokenized = tokenize_pairs(
         [p.pair for p in pairs],
         reward_model.tokenizer,

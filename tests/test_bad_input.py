@@ -172,11 +172,11 @@ def test_ensembles_of_different_size(copied: Pipeline, refused: Refused) -> None
     from prmd.pessimism.calibration import Calibration
     from prmd.rewards.reward_model import load_reward_model, write_calibration
 
-    model = load_reward_model(folder, config=copied.reward_models())
+    model = load_reward_model(folder, shared=copied.reward_models())
     values = Calibration.from_json(
         {"scale": [1.0, 1.0], "offset": [0.0, 0.0], "n_prompts": 2, "n_responses": 4}
     )
-    write_calibration(model, values, config=copied.reward_models())
+    write_calibration(model, values, source=copied.reward_models().calibration.source)
     said = refused(DISTILLED[1])
     assert "different size" in said and "'honest': 2" in said and "ensemble.members" in said
 

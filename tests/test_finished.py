@@ -187,7 +187,7 @@ def test_another_policy_finds_rewards_samples_and_reference_logps_in_the_cache(
 
 def test_a_reward_model_finds_its_features_in_the_cache(finished: Finished, no_forward: None) -> None:
     before, config = finished.cache(), finished.load(RewardModelConfig)
-    model = load_reward_model(config.paths.reward_model("helpful"), config=config)
+    model = load_reward_model(config.paths.reward_model("helpful"), shared=config)
     pairs = read_pairs(config.paths, "helpful", "test")
     tokenized = tokenize_pairs(
         pairs, model.tokenizer, max_length=128, over_length="truncate_prompt", keep_suffix=True

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 def reward_model(pipeline: Pipeline, objective: str) -> RewardModel:
     config = pipeline.reward_models()
-    return load_reward_model(config.paths.reward_model(objective), config=config)
+    return load_reward_model(config.paths.reward_model(objective), shared=config)
 
 
 # ------------------------------------------------------------------ files of a whole run

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from tiny_models import tiny_causal_lm, tiny_classifier, tiny_config, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
@@ -22,7 +22,13 @@ from prmd.config.shared import (
     TrainingConfig,
     TruthfulQaConfig,
 )
-from prmd.inference.candidates import CandidateModels, find_candidates
+from prmd.inference.candidates import (
+    Candidate,
+    CandidateModels,
+    EvaluationPrompt,
+    evaluation_prompts,
+    find_candidates,
+)
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES, SPLITS
 from prmd.pairs import BENCHMARK_QUESTIONS_FILE, make_pair
@@ -140,10 +146,10 @@ def write_reward_models(config: EvaluationConfig, members: int = 3) -> None:
         weights = initial_heads(tiny_config().hidden_size, members, seed)
         width = torch.ones(tiny_config().hidden_size)
         Ensemble({**weights, "mean": 0 * width, "std": width}).save(folder / ENSEMBLE_FILE)
-        model = load_reward_model(folder, config=config.shared)
+        model = load_reward_model(folder, shared=config.shared)
         scale = torch.linspace(0.5, 1.5, members, dtype=torch.float64)
         calibration = Calibration(scale, torch.zeros(members, dtype=torch.float64), 4, 8)
-        write_calibration(model, calibration, config=config.shared)
+        write_calibration(model, calibration, source=config.shared.calibration.source)
         io.write_json(folder / "run.json", {"fingerprint": objective, "seconds": 1.0})
 
 
@@ -168,8 +174,24 @@ def questions_of(config: EvaluationConfig) -> tuple[list[Question], str]:
     return read_questions(config.shared.data, config.paths)
 
 
+def candidates_of(config: EvaluationConfig) -> list[Candidate]:
+    """The candidates as an evaluation finds them."""
+    tokenizer = load_tokenizer(config.shared.model, config.paths)
+    others = config.generation.other_approaches
+    return find_candidates(config.shared.model, config.paths, tokenizer, other_approaches=others)
+
+
+def prompts_of(
+    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> list[EvaluationPrompt]:
+    """The prompts of an evaluation, as its own model's tokenizer or the given one reads them."""
+    tokenizer = tokenizer or load_tokenizer(config.shared.model, config.paths)
+    max_length = config.reward_model_config.training.max_length
+    return evaluation_prompts(config.generation, config.paths, tokenizer, max_length=max_length)
+
+
 def candidate(config: EvaluationConfig, method: str) -> CandidateModels:
     """A candidate ready to be scored."""
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    found = {c.method: c for c in find_candidates(config, tokenizer)}
+    found = {c.method: c for c in candidates_of(config)}
     return CandidateModels(config, found[method], reference=found["reference"], tokenizer=tokenizer)

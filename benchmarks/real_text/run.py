@@ -56,7 +56,7 @@ def run_seeds(study: Study) -> tuple[list[Row], list[Row]]:
     model = _converted_model(base)
     config = study.evaluation(model=model)
     folders = {k: train_judge(config, objective=k) for k in OBJECTIVES}
-    judges = [trained_judge(k, load_reward_model(f, config=config.shared)) for k, f in folders.items()]
+    judges = [trained_judge(k, load_reward_model(f, shared=config.shared)) for k, f in folders.items()]
     return [run_seed(study, seed, judges, model) for seed in study.sizes.seeds], _judge_rows(config)
 
 
@@ -95,7 +95,9 @@ def _evaluate(
 ) -> dict[str, list[Row]]:
     """By method, its checkpoints in the order of training, the first of them pi_ref; kept in a file of the seed."""
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    candidates = find_candidates(config, tokenizer)
+    candidates = find_candidates(
+        config.shared.model, config.paths, tokenizer, other_approaches=config.generation.other_approaches
+    )
     stages = {c.method: checkpoint_candidates(c) for c in _wanted(study, seed, candidates)}
     here = [_below(judge, config.paths) for judge in judges]
     prompts = seed_prompts(config, tokenizer, seed, study.sizes.prompts)
@@ -138,7 +140,9 @@ def seed_prompts(
     Raises:
         DataError: the test splits hold too few.
     """
-    prompts = evaluation_prompts(config, tokenizer)[seed * count : (seed + 1) * count]
+    max_length = config.reward_model_config.training.max_length
+    prompts = evaluation_prompts(config.generation, config.paths, tokenizer, max_length=max_length)
+    prompts = prompts[seed * count : (seed + 1) * count]
     if len(prompts) < count:
         raise DataError(
             f"seed {seed}: {len(prompts)} test prompts of its own, wanted {count}; give more data"

@@ -33,13 +33,13 @@ def run_hh_holdout(config: EvaluationConfig, models: CandidateModels) -> Benchma
         )
     objectives, limit = ("helpful", "harmless"), config.benchmarks.hh_holdout.max_pairs
     pairs = held_out_pairs(config.paths, objectives, HH_SOURCE, limit)
-    return _compare(models, pairs, objectives, HH_SOURCE, config.shared.training.max_length)
+    return _compare(models, pairs, objectives, HH_SOURCE, config.reward_model_config.training.max_length)
 
 
 def run_heldout_pairs(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Implicit-reward accuracy on the approach's own test pairs, all objectives."""
     pairs = held_out_pairs(config.paths, OBJECTIVES, "", config.benchmarks.hh_holdout.max_pairs)
-    return _compare(models, pairs, OBJECTIVES, "", config.shared.training.max_length)
+    return _compare(models, pairs, OBJECTIVES, "", config.reward_model_config.training.max_length)
 
 
 def _compare(

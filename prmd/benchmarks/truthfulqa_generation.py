@@ -99,7 +99,7 @@ def _honest_judge(shared: RewardModelConfig) -> RewardModel | str:
             f"the judge at {folder} is older than the prepared data and may have seen their questions: train it "
             f"again with `{command} --force`"
         )
-    return load_reward_model(folder, config=shared)
+    return load_reward_model(folder, shared=shared)
 
 
 @dataclass(frozen=True)

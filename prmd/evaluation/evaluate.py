@@ -72,8 +72,12 @@ def compute_metrics(config: EvaluationConfig, *, force: bool = False, dry_run: b
     require_artifact(config.paths.processed, what="the prepared data", command=PREPARE_COMMAND)
     clock = start_run()
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    candidates = find_candidates(config, tokenizer)
-    prompts = evaluation_prompts(config, tokenizer)
+    candidates = find_candidates(
+        config.shared.model, config.paths, tokenizer, other_approaches=config.generation.other_approaches
+    )
+    prompts = evaluation_prompts(
+        config.generation, config.paths, tokenizer, max_length=config.reward_model_config.training.max_length
+    )
     judges = _judges(config, force)
     reward_models = _reward_models(config.shared)
     evaluation = Evaluation.of(config, tokenizer, prompts, judges, candidates[0], reward_models)
@@ -96,7 +100,7 @@ def compute_metrics(config: EvaluationConfig, *, force: bool = False, dry_run: b
 
 def _judges(config: EvaluationConfig, force: bool) -> list[Judge]:
     """One judge per objective: the one the configuration gives, else one trained on the judge split."""
-    load = partial(load_reward_model, config=config.shared)
+    load = partial(load_reward_model, shared=config.shared)
     judges: list[Judge] = []
     for objective in OBJECTIVES:
         if objective in config.judges.paths:
@@ -167,7 +171,9 @@ def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bo
     require_artifact(config.paths.processed, what="the prepared data", command=PREPARE_COMMAND)
     clock = start_run()
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    candidates = find_candidates(config, tokenizer)
+    candidates = find_candidates(
+        config.shared.model, config.paths, tokenizer, other_approaches=config.generation.other_approaches
+    )
     results = [
         result
         for candidate in candidates

@@ -19,7 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.artifacts.runs import read_run
-from prmd.config.evaluation import EvaluationConfig
+from prmd.config.evaluation import EvaluationConfig, GenerationConfig
+from prmd.config.shared import ModelConfig
 from prmd.errors import DataError
 from prmd.inference.cache import JsonTable, ScoreTable
 from prmd.inference.generation import Engine, GeneratedResponse, generate, sample_rows
@@ -77,16 +78,22 @@ def policy_folders(paths: ArtifactPaths) -> list[Path]:
     return finished
 
 
-def find_candidates(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> list[Candidate]:
-    """The reference first, then every finished policy, then those of `generation.other_approaches`."""
-    own, key = config.paths.approach, reference_key(config.shared, tokenizer)
+def find_candidates(
+    model: ModelConfig,
+    paths: ArtifactPaths,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    other_approaches: Sequence[str],
+) -> list[Candidate]:
+    """The reference first, then every finished policy of the approach of `paths`, then those of `other_approaches`."""
+    own, key = paths.approach, reference_key(model, paths, tokenizer)
     found = [Candidate(REFERENCE, None, key, own)]
-    for approach in (own, *(a for a in config.generation.other_approaches if a != own)):
-        paths = replace(config.paths, approach=approach)
-        folders = policy_folders(paths)
+    for approach in (own, *(a for a in other_approaches if a != own)):
+        trained = replace(paths, approach=approach)
+        folders = policy_folders(trained)
         if not folders:
             alone = "; the reference is evaluated alone" if approach == own else ""
-            logger.warning("%s: no finished policy%s", paths.policies, alone)
+            logger.warning("%s: no finished policy%s", trained.policies, alone)
         for folder in folders:
             name = folder.name if approach == own else f"{approach}@{folder.name}"
             found.append(
@@ -96,20 +103,27 @@ def find_candidates(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
 
 
 def evaluation_prompts(
-    config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase
+    generation: GenerationConfig,
+    paths: ArtifactPaths,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
 ) -> list[EvaluationPrompt]:
     """`generation.prompts` distinct prompts of the test splits, the objectives taking turns, in the order of a hash.
 
     No two share their first human turn, so prompts are independent units for every interval.
 
+    Args:
+        max_length: `training.max_length`, which the prompts of policies are cut to.
+
     Raises:
         ConfigError: `generation.engine` cannot answer them here.
         DataError: the data is not prepared, a test split is empty, or a prompt cannot be cut to `training.max_length`.
     """
-    if config.generation.engine == "vllm":
+    if generation.engine == "vllm":
         require_vllm("generation.engine")
-    wanted, max_length = config.generation.prompts, config.shared.training.max_length
-    tests = [read_pairs(config.paths, objective, "test") for objective in OBJECTIVES]
+    wanted = generation.prompts
+    tests = [read_pairs(paths, objective, "test") for objective in OBJECTIVES]
     queues = [iter(sorted(pairs, key=lambda p: hash_share("evaluation prompts", p.id))) for pairs in tests]
     chosen: dict[str, PreferencePair] = {}
     while queues and len(chosen) < wanted:
@@ -218,8 +232,8 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
         shared, settings = self.config.shared, self.config.generation
         if not needed or settings.engine == "transformers":
             return nullcontext(self.policy if needed else None)
-        length = shared.training.max_length + settings.max_new_tokens
-        return vllm_engine(self.candidate.directory, shared, max_length=length)
+        length = self.config.reward_model_config.training.max_length + settings.max_new_tokens
+        return vllm_engine(self.candidate.directory, shared.model, shared.paths, max_length=length)
 
     def logps(self, rows: Sequence[PrefixRow]) -> list[Tensor]:
         """log pi(y|x) of every response: one [n_responses] float32 tensor per row, nats."""

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from prmd.artifacts import io
-from prmd.config.shared import RewardModelConfig
+from prmd.artifacts.paths import ArtifactPaths
+from prmd.config.shared import ModelConfig
 from prmd.errors import ConfigError
 from prmd.inference.generation import Decoding
 from prmd.models.loading import model_source
@@ -51,16 +52,19 @@ class VllmEngine:
 
     Args:
         policy: a policy's folder, with an adapter or with full weights; None for the base itself.
-        shared: which base model, in which precision.
+        model: which base model, in which precision.
+        paths: below which `model_source` finds it.
         max_length: tokens of prompt and response together.
     """
 
-    def __init__(self, policy: Path | None, shared: RewardModelConfig, *, max_length: int) -> None:
+    def __init__(
+        self, policy: Path | None, model: ModelConfig, paths: ArtifactPaths, *, max_length: int
+    ) -> None:
         import vllm  # absent on most machines, and slow to import
 
         free_memory()  # vLLM asks for most of the card at once
-        self._vllm, self._request, model = vllm, None, shared.model
-        folder, adapter = model_source(model, shared.paths), {}
+        self._vllm, self._request = vllm, None
+        folder, adapter = model_source(model, paths), {}
         if policy is not None and (policy / ADAPTER_CONFIG).is_file():
             from vllm.lora.request import LoRARequest
 
@@ -122,9 +126,11 @@ def _tokens(answer: Any, stop: int) -> list[int]:
 
 
 @contextmanager
-def vllm_engine(policy: Path | None, shared: RewardModelConfig, *, max_length: int) -> Iterator[VllmEngine]:
+def vllm_engine(
+    policy: Path | None, model: ModelConfig, paths: ArtifactPaths, *, max_length: int
+) -> Iterator[VllmEngine]:
     """An engine for the time of a `with` block; arguments as of `VllmEngine`."""
-    engine = VllmEngine(policy, shared, max_length=max_length)
+    engine = VllmEngine(policy, model, paths, max_length=max_length)
     try:
         yield engine
     finally:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prmd.config.policy import PairsConfig, PolicySection
-from prmd.config.shared import RewardModelConfig
+from prmd.config.shared import SharedConfig
 from prmd.inference.reference import reference_logps
 from prmd.models.tokenization import PrefixRow
 from prmd.policies.methods import BASELINE, POLICY_METHODS, reference_sample_count, uses_gamma
@@ -114,7 +114,7 @@ def prepare(
     splits: Mapping[str, Split],
     mixture: Mixture,
     source: str,
-    shared: RewardModelConfig,
+    shared: SharedConfig,
     policy: PolicySection,
     sample_pairs: PairsConfig,
 ) -> Prepared:
@@ -151,7 +151,7 @@ def _scored(
     models: Sequence[RewardModel],
     tokens: PairTokens,
     *,
-    shared: RewardModelConfig,
+    shared: SharedConfig,
     sample_count: int,
     trained_on: bool,
 ) -> Prepared:

@@ -15,7 +15,7 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command, stage_command
 from prmd.artifacts.runs import read_run
 from prmd.config.policy import PairsConfig, PolicySection
-from prmd.config.shared import RewardModelConfig, TrainingConfig, TuningConfig
+from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import UserError
 from prmd.inference.cache import ScoreTable
 from prmd.inference.reference import samples_table
@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 def describe_policies(
     methods: Sequence[str],
     *,
-    shared: RewardModelConfig,
+    shared: SharedConfig,
     policy: PolicySection,
     sample_pairs: PairsConfig,
     tuning: TuningConfig,
@@ -127,9 +127,18 @@ def gate_file(paths: ArtifactPaths) -> Path:
 
 
 def preview_gate(
-    shared: RewardModelConfig, policy: PolicySection, sample_pairs: PairsConfig, training: TrainingConfig
+    *,
+    shared: SharedConfig,
+    policy: PolicySection,
+    sample_pairs: PairsConfig,
+    training: TrainingConfig,
+    reward_model_length: int,
 ) -> None:
-    """The gate before anything is trained, of the reward models that are finished."""
+    """The gate before anything is trained, of the reward models that are finished.
+
+    Args:
+        reward_model_length: tokens to which stage 2 cut the prompts that it sampled.
+    """
     try:
         models = load_reward_models(shared)  # first: without them the base model need not be there
         tokenizer = load_tokenizer(shared.model, shared.paths)
@@ -139,7 +148,8 @@ def preview_gate(
     except UserError as error:
         logger.info("gate        not computed: %s", error)
         return
-    describe_gate(models, tokens, splits, shared=shared, policy=policy, sample_pairs=sample_pairs)
+    how = {"shared": shared, "policy": policy, "sample_pairs": sample_pairs}
+    describe_gate(models, tokens, splits, **how, reward_model_length=reward_model_length)
 
 
 def describe_gate(
@@ -147,14 +157,16 @@ def describe_gate(
     tokens: PairTokens,
     splits: Mapping[str, Split],
     *,
-    shared: RewardModelConfig,
+    shared: SharedConfig,
     policy: PolicySection,
     sample_pairs: PairsConfig,
+    reward_model_length: int,
 ) -> None:
     """Compute, log and write the gate, or say in one line what is missing."""
     count = reference_sample_count(sample_pairs, shared.calibration)
+    where = {"shared": shared, "sample_count": count, "reward_model_length": reward_model_length}
     try:
-        scored = cached_responses(models, tokens, splits, shared=shared, sample_count=count)
+        scored = cached_responses(models, tokens, splits, **where)
     except UserError as error:
         logger.info("gate        not computed: %s", error)
         return
@@ -173,8 +185,9 @@ def cached_responses(
     tokens: PairTokens,
     splits: Mapping[str, Split],
     *,
-    shared: RewardModelConfig,
+    shared: SharedConfig,
     sample_count: int,
+    reward_model_length: int,
 ) -> ScaleResponses | str:
     """Scored reference samples from the cache alone; or what is missing, with the command.
 
@@ -184,6 +197,7 @@ def cached_responses(
     Args:
         splits: from `pairs.read_splits`; not read where no samples are drawn.
         sample_count: stage 3's own number.
+        reward_model_length: tokens to which stage 2 cut the prompts that it sampled.
     """
     if not sample_count:
         return (
@@ -191,7 +205,7 @@ def cached_responses(
             "validation_responses); set pairs.reference_samples=16 or calibration.source=reference_samples"
         )
     by_prompt = centers_by_prompt(shared.calibration)
-    lengths = sorted({shared.training.max_length, tokens.max_length})
+    lengths = sorted({reward_model_length, tokens.max_length})
     named = {"held-out prompts": "val", "training prompts": "train"}
     prompts = {source: distinct_prompts(splits[split], tokens, lengths) for source, split in named.items()}
     for sampling in (with_sample_count(shared, sample_count), shared):
@@ -210,7 +224,7 @@ def distinct_prompts(split: Split, tokens: PairTokens, lengths: Iterable[int]) -
 
 
 def _scored_prompts(
-    sampling: RewardModelConfig, models: Sequence[RewardModel], tokens: PairTokens, prompts: Sequence[Tokens]
+    sampling: SharedConfig, models: Sequence[RewardModel], tokens: PairTokens, prompts: Sequence[Tokens]
 ) -> SampledPrompts | None:
     """The prompts whose samples are cached with the rewards of every model; None where there are none."""
     table = samples_table(sampling, tokens.tokenizer)  # sampling would load a model for what is missing

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts.paths import reward_model_command
-from prmd.config.shared import CalibrationConfig, RewardModelConfig
+from prmd.config.shared import CalibrationConfig, SharedConfig
 from prmd.errors import DataError
 from prmd.inference.generation import GeneratedResponse, sample_rows
 from prmd.inference.reference import reference_logps, reference_samples
@@ -38,7 +38,7 @@ class SampledPrompts:
 
 
 def sample_prompts(
-    shared: RewardModelConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Tokens]
+    shared: SharedConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Tokens]
 ) -> SampledPrompts:
     """Sample pi_ref, or read what was sampled before.
 
@@ -48,7 +48,7 @@ def sample_prompts(
     return SampledPrompts(prompts, reference_samples(shared, tokenizer, prompts))
 
 
-def with_sample_count(shared: RewardModelConfig, count: int) -> RewardModelConfig:
+def with_sample_count(shared: SharedConfig, count: int) -> SharedConfig:
     """The shared settings with the number of samples that stage 3 draws for each prompt."""
     calibration = shared.calibration.model_copy(update={"samples_per_prompt": count})
     return shared.model_copy(update={"calibration": calibration})
@@ -60,7 +60,7 @@ def centers_by_prompt(calibration: CalibrationConfig) -> bool:
 
 
 def score_pairs(
-    shared: RewardModelConfig,
+    shared: SharedConfig,
     models: Sequence[RewardModel],
     tokens: PairTokens,
     parts: Sequence[TokenizedPairs],
@@ -143,7 +143,7 @@ def score_samples(
 
 
 def score_as_policy(
-    shared: RewardModelConfig, tokenizer: PreTrainedTokenizerBase, sampled: SampledPrompts
+    shared: SharedConfig, tokenizer: PreTrainedTokenizerBase, sampled: SampledPrompts
 ) -> ReferenceSamples:
     """Reference samples as the policy is trained on them."""
     rows = sampled.rows(tokenizer, keep_suffix=False)

@@ -31,7 +31,7 @@ from prmd.artifacts.runs import (
 )
 from prmd.config.loading import as_dict
 from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
-from prmd.config.shared import RewardModelConfig, TrainingConfig, TuningConfig
+from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import DataError
 from prmd.inference.reference import check_engine, reference_key
 from prmd.models.loading import add_lora, load_causal_lm, load_tokenizer
@@ -75,7 +75,13 @@ def train_pessimistic(config: PolicyConfig, *, force: bool = False, dry_run: boo
         return config.paths.policies
     path = _train_methods(config, config.policy.methods, force, dry_run)
     if dry_run:
-        preview_gate(config.shared, config.policy, config.pairs, config.training)
+        preview_gate(
+            shared=config.shared,
+            policy=config.policy,
+            sample_pairs=config.pairs,
+            training=config.training,
+            reward_model_length=config.reward_model_config.training.max_length,
+        )
     return path
 
 
@@ -103,16 +109,23 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
     models = load_reward_models(shared) if rewarded else []
     todo = _not_finished(folders, trained, partial(key, models=models))
     if todo:
-        check_engine(shared)
+        check_engine(shared.calibration)
         directory = folders.of(next(iter(todo)))
         sampled = gamma_lengths(policy, list(todo), shared.calibration.max_new_tokens)
-        check_training(shared, tuning, training, task="policy", directory=directory, sampled=sampled)
+        check_training(
+            shared.model, shared.paths, tuning, training, task="policy", directory=directory, sampled=sampled
+        )
         tokens = PairTokens(tokenizer, max_length=training.max_length, over_length=training.over_length)
     for objective in dict.fromkeys(POLICY_METHODS[method].objective for method in todo):
         alike = {
             m: fingerprint for m, fingerprint in todo.items() if POLICY_METHODS[m].objective == objective
         }
-        prepared = _prepare(list(alike), objective, models, tokens, splits, training=training, **settings)
+        prepared = _prepare(
+            *(list(alike), objective, models, tokens, splits),
+            training=training,
+            reward_model_length=config.reward_model_config.training.max_length,
+            **settings,
+        )
         _train_alike(alike, prepared, folders, tokenizer, **settings, **how)
     if SOUP in methods:
         _make_soup(folders, key, policy.weights)
@@ -195,7 +208,7 @@ def _fingerprint(
     method: str,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    shared: RewardModelConfig,
+    shared: SharedConfig,
     policy: PolicySection,
     sample_pairs: PairsConfig,
     tuning: TuningConfig,
@@ -213,7 +226,9 @@ def _fingerprint(
     read = settings_read(policy, sample_pairs, method)
     parts = [method, read, as_dict(tuning), as_dict(training), shared.seed]
     calibration = as_dict(shared.calibration) if rewarded else None
-    return io.fingerprint([*parts, calibration, reference_key(shared, tokenizer), data, keys])
+    return io.fingerprint(
+        [*parts, calibration, reference_key(shared.model, shared.paths, tokenizer), data, keys]
+    )
 
 
 # ------------------------------------------------------------------ training
@@ -224,16 +239,18 @@ def _prepare(
     tokens: PairTokens,
     splits: Mapping[str, Split],
     *,
-    shared: RewardModelConfig,
+    shared: SharedConfig,
     policy: PolicySection,
     sample_pairs: PairsConfig,
     training: TrainingConfig,
+    reward_model_length: int,
 ) -> Prepared:
     """What methods on the same pairs share, and the closed-form table where they read rewards of reference samples.
 
     Args:
         objective: whose pairs these are; None: those of all.
         models: the reward models of all objectives; none where no method of the stage reads rewards.
+        reward_model_length: tokens to which stage 2 cut the prompts that it sampled.
     """
     mixture = training_mixture(
         splits["train"],
@@ -248,7 +265,7 @@ def _prepare(
     prepared = prepare(methods, models, tokens, splits=splits, mixture=mixture, source=source, **settings)
     rewarded = any(POLICY_METHODS[method].reads_rewards for method in methods)
     if rewarded and reference_sample_count(sample_pairs, shared.calibration):
-        describe_gate(models, tokens, splits, **settings)
+        describe_gate(models, tokens, splits, **settings, reward_model_length=reward_model_length)
     return prepared
 
 
@@ -258,7 +275,7 @@ def _train_alike(
     folders: PolicyFolders,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    shared: RewardModelConfig,
+    shared: SharedConfig,
     policy: PolicySection,
     sample_pairs: PairsConfig,
     tuning: TuningConfig,
@@ -294,7 +311,7 @@ def _train_baseline(
     folder: Path,
     log_directory: Path,
     *,
-    shared: RewardModelConfig,
+    shared: SharedConfig,
     policy: PolicySection,
     tuning: TuningConfig,
     training: TrainingConfig,
@@ -319,7 +336,7 @@ def _distil(
     folder: Path,
     log_directory: Path,
     *,
-    shared: RewardModelConfig,
+    shared: SharedConfig,
     policy: PolicySection,
     tuning: TuningConfig,
     training: TrainingConfig,

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig, DPOTrainer
 
-from prmd.config.shared import RewardModelConfig, TrainingConfig, TuningConfig
+from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
 from prmd.models.loading import load_causal_lm, lora_config
 from prmd.pairs import PreferencePair
 from prmd.policies.pairs import PolicyPairs
@@ -74,7 +74,7 @@ def train_trl_dpo(
     pairs: PolicyPairs,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    shared: RewardModelConfig,
+    shared: SharedConfig,
     beta: float,
     tuning: TuningConfig,
     training: TrainingConfig,
@@ -87,7 +87,7 @@ def train_trl_dpo(
         TRL's log rows.
     """
     rows = baseline_rows(pairs.tokenized.pairs, _batch_plan(pairs, training, shared.seed))
-    precision = choose_precision(shared, tuning, training, "policy")
+    precision = choose_precision(shared.model, shared.paths, tuning, training, "policy")
     set_seed(shared.seed)
     lora = tuning.method == "lora"
     trainer = DPOTrainer(

@@ -35,7 +35,7 @@ from torch.func import functional_call
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.config.shared import ModelConfig, RewardModelConfig
+from prmd.config.shared import ModelConfig
 from prmd.models.loading import (
     load_adapted,
     load_base_classifier,
@@ -61,8 +61,8 @@ class SharedBase:
         directories: folders of the reward models, as `models.loading.save_merged` leaves them.
     """
 
-    def __init__(self, config: RewardModelConfig, directories: Sequence[Path]) -> None:
-        self._config = config
+    def __init__(self, model: ModelConfig, paths: ArtifactPaths, directories: Sequence[Path]) -> None:
+        self._base, self._paths = model, paths
         self._names = {directory: f"adapter{i}" for i, directory in enumerate(directories)}
 
     @cached_property
@@ -73,17 +73,16 @@ class SharedBase:
             if not _is_checkpoint(model, directory):
                 logger.warning(
                     "%s: its adapter on %s is not its checkpoint; checkpoints are loaded one by one",
-                    *(directory, self._config.model.name),
+                    *(directory, self._base.name),
                 )
                 return None
         logger.info("%d reward models are adapters of one base, which is loaded once", len(self._names))
         return model
 
     def _load(self) -> PeftModel:
-        config = self._config
-        tokenizer = load_tokenizer(config.model, config.paths)
+        tokenizer = load_tokenizer(self._base, self._paths)
         folders = {name: directory for directory, name in self._names.items()}
-        model = load_adapters(config.model, config.paths, folders, pad_token_id=tokenizer.pad_token_id)
+        model = load_adapters(self._base, self._paths, folders, pad_token_id=tokenizer.pad_token_id)
         for layer in (module for module in model.modules() if isinstance(module, LoraLayer)):
             layer.forward = functools.partial(_merged_linear, layer)
         return model
@@ -114,7 +113,7 @@ def load_adapters(
     return adapted.eval()
 
 
-def shared_base(config: RewardModelConfig, directories: Sequence[Path]) -> SharedBase | None:
+def shared_base(model: ModelConfig, paths: ArtifactPaths, directories: Sequence[Path]) -> SharedBase | None:
     """What scores the reward models in `directories` on one base, or None where they are no adapters of one.
 
     A base that is stored in another number format than `model.dtype` would be rounded before an adapter is added to it,
@@ -125,10 +124,10 @@ def shared_base(config: RewardModelConfig, directories: Sequence[Path]) -> Share
     ):
         return None
     formats = {
-        load_model_config(config.model, config.paths).dtype,
+        load_model_config(model, paths).dtype,
         *(load_folder_config(d).dtype for d in directories),
     }
-    return SharedBase(config, directories) if formats == {getattr(torch, config.model.dtype)} else None
+    return SharedBase(model, paths, directories) if formats == {getattr(torch, model.dtype)} else None
 
 
 def _merged_weight(layer: LoraLayer) -> Tensor:

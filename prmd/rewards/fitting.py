@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from prmd.artifacts import io
-from prmd.config.shared import RewardModelConfig
 from prmd.inference.generation import sample_rows
 from prmd.inference.reference import reference_samples
 from prmd.models.loading import load_tokenizer
@@ -99,15 +98,14 @@ def measure(
     return metrics
 
 
-def calibrate_reward_model(
-    config: RewardModelConfig, reward_model: RewardModel
-) -> tuple[RewardModel, float | None]:
+def calibrate_reward_model(task: RewardTask, reward_model: RewardModel) -> tuple[RewardModel, float | None]:
     """Fit s and the global b on validation prompts of all objectives and store them with the model.
 
     Returns:
         The calibrated model; mean correlation of its members' rewards within prompts on reference samples, None without
         those.
     """
+    config = task.config
     calibration, paths = config.calibration, config.paths
     per_objective = -(-calibration.prompts // len(OBJECTIVES))
     pairs = [
@@ -135,7 +133,7 @@ def calibrate_reward_model(
     index = torch.tensor([i for i, values in enumerate(found) for _ in values])
     fitted = fit_calibration(rewards, index)
     if is_main_process():
-        write_calibration(reward_model, fitted, config=config)
+        write_calibration(reward_model, fitted, source=calibration.source)
     correlation = None
     if calibration.source == "reference_samples" and rewards.shape[1] > 1:
         centred = rewards - prompt_means(rewards, index, len(found))[index]

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command
 from prmd.artifacts.runs import require_artifact
-from prmd.config.shared import ModelConfig, RewardModelConfig
+from prmd.config.shared import ModelConfig, SharedConfig
 from prmd.errors import DataError
 from prmd.inference.cache import ScoreTable
 from prmd.inference.scoring import lookup, score_rows
@@ -147,20 +147,20 @@ class RewardModel:
         )
 
 
-def load_reward_model(directory: Path, *, config: RewardModelConfig) -> RewardModel:
+def load_reward_model(directory: Path, *, shared: SharedConfig) -> RewardModel:
     """Load a reward model's folder.
 
     Raises:
         DataError: no weights, or a calibration that belongs to other ones; a missing head when it first scores.
     """
-    tokenizer = load_tokenizer_from(directory)
+    tokenizer, base, paths = load_tokenizer_from(directory), shared.model, shared.paths
     ensemble_file = directory / ENSEMBLE_FILE
     ensemble = Ensemble.load(ensemble_file) if ensemble_file.is_file() else None
     adapters = find_members(directory)
-    rest = [template_fingerprint(tokenizer), config.model.dtype]
+    rest = [template_fingerprint(tokenizer), base.dtype]
     keys = [io.fingerprint([key, *rest]) for key in weights_keys(directory)]
     if adapters:
-        keys[0] = io.fingerprint([keys[0], base_model_key(config.model, config.paths)])
+        keys[0] = io.fingerprint([keys[0], base_model_key(base, paths)])
     return RewardModel(
         directory=directory,
         tokenizer=tokenizer,
@@ -169,13 +169,13 @@ def load_reward_model(directory: Path, *, config: RewardModelConfig) -> RewardMo
         calibration=read_calibration(directory, keys[0]),
         fingerprint=keys[0],
         backbone_fingerprint=keys[1],
-        paths=config.paths,
-        base_model=config.model,
-        scoring_tokens=config.scoring_tokens,
+        paths=paths,
+        base_model=base,
+        scoring_tokens=shared.scoring_tokens,
     )
 
 
-def load_reward_models(config: RewardModelConfig) -> list[RewardModel]:
+def load_reward_models(shared: SharedConfig) -> list[RewardModel]:
     """The finished, calibrated reward models of all objectives, in their order; weights are not loaded yet.
 
     Raises:
@@ -184,13 +184,13 @@ def load_reward_models(config: RewardModelConfig) -> list[RewardModel]:
     """
     found = []
     for objective in OBJECTIVES:
-        directory = config.paths.reward_model(objective)
+        directory = shared.paths.reward_model(objective)
         command = reward_model_command(objective)
         require_artifact(directory, what=f"the {objective} reward model", command=command)
-        model = load_reward_model(directory, config=config)
+        model = load_reward_model(directory, shared=shared)
         if model.calibration is None:
             raise DataError(f"{directory}: no calibration.json; make it with `{command} --force`")
-        check_calibration(model, config)
+        check_calibration(model, shared.calibration.source)
         if len(model.calibration.scale) != model.members:
             raise DataError(
                 f"{directory}/calibration.json: {len(model.calibration.scale)} members, the ensemble has {model.members}; "
@@ -202,7 +202,7 @@ def load_reward_models(config: RewardModelConfig) -> list[RewardModel]:
         raise DataError(
             f"reward models have ensembles of different size {sizes}; train them with one ensemble.members"
         )
-    base = shared_base(config, [model.directory for model in found])
+    base = shared_base(shared.model, shared.paths, [model.directory for model in found])
     return [replace(model, shared_base=base) for model in found]
 
 
@@ -240,41 +240,42 @@ def read_calibration(directory: Path, fingerprint: str) -> Calibration | None:
     return Calibration.from_json(record["calibration"])
 
 
-def check_calibration(reward_model: RewardModel, config: RewardModelConfig) -> None:
+def check_calibration(reward_model: RewardModel, source: str) -> None:
     """Refuse a calibration that is not that of this configuration.
 
+    Args:
+        source: `calibration.source` of the configuration.
+
     Raises:
-        DataError: it was fitted on other responses than `calibration.source`, or on pairs that have been prepared anew.
+        DataError: it was fitted on responses from elsewhere, or on pairs that have been prepared anew.
     """
     path = reward_model.directory / CALIBRATION_FILE
-    record, source = io.read_json(path), config.calibration.source
+    record, paths = io.read_json(path), reward_model.paths
     again = "run its training script again with --force"
     if record["source"] != source:
         raise DataError(
             f"{path}: fitted on {record['source']}, calibration.source is {source}; set that, or {again}"
         )
-    if record["data"] != _validation_key(config):
+    if record["data"] != _validation_key(paths):
         raise DataError(
-            f"{path}: fitted on other validation pairs than those below {config.paths.processed}, which were prepared "
+            f"{path}: fitted on other validation pairs than those below {paths.processed}, which were prepared "
             f"anew; {again}"
         )
 
 
-def write_calibration(
-    reward_model: RewardModel, calibration: Calibration, *, config: RewardModelConfig
-) -> None:
+def write_calibration(reward_model: RewardModel, calibration: Calibration, *, source: str) -> None:
     """Store a calibration with the keys of what it belongs to: model, template, source and validation pairs."""
     record = {
         "reward_model": reward_model.fingerprint,
         "template": template_fingerprint(reward_model.tokenizer),
-        "data": _validation_key(config),
-        "source": config.calibration.source,
+        "data": _validation_key(reward_model.paths),
+        "source": source,
         "calibration": calibration.to_json(),
     }
     io.write_json(reward_model.directory / CALIBRATION_FILE, record)
 
 
-def _validation_key(config: RewardModelConfig) -> str:
+def _validation_key(paths: ArtifactPaths) -> str:
     """A key of the validation pairs of all objectives, whose prompts a calibration is fitted on."""
-    files = [config.paths.split(objective, "val") for objective in OBJECTIVES]
+    files = [paths.split(objective, "val") for objective in OBJECTIVES]
     return io.fingerprint([io.file_sha256(file) if file.is_file() else None for file in files])

@@ -58,7 +58,7 @@ class RewardTask:
         parts = list(dict.fromkeys(own + calibrating))
         keys = io.files_sha256([paths.split(*part) for part in parts])
         data = {"/".join(part): key for part, key in zip(parts, keys, strict=True)}
-        base = reference_key(self.config, tokenizer)
+        base = reference_key(self.config.model, paths, tokenizer)
         return io.fingerprint([self.objective, base, {key: values[key] for key in kept}, data])
 
 

@@ -63,7 +63,7 @@ def train_judge(
     Args:
         force: replace a judge of other settings or data; a current one is reused.
     """
-    shared, judges = config.shared, config.judges
+    shared, judges = config.reward_model_config, config.judges
     changes = {
         "model": judges.model or shared.model,
         "tuning": judges.tuning,
@@ -94,8 +94,12 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
         refuse_replacing(task.directory, what=task.name)
     config = task.config
     if task.split == "train":
-        check_engine(config)
-    check_training(config, config.tuning, config.training, task="reward_model", directory=task.directory)
+        check_engine(config.calibration)
+    check_training(
+        *(config.model, config.paths, config.tuning, config.training),
+        task="reward_model",
+        directory=task.directory,
+    )
     _build(task, data, tokenizer, fingerprint, force)
     return task.directory
 
@@ -129,13 +133,13 @@ def _build(
     facts = train_backbone(task, data, tokenizer, partial)
     if task.has_adapters:
         train_members(task, data, tokenizer, partial)
-    reward_model = load_reward_model(partial, config=task.config)
+    reward_model = load_reward_model(partial, shared=task.config)
     if task.has_heads:
         fit_heads(task, data.fit, reward_model)
         wait_for_everyone()
-        reward_model = load_reward_model(partial, config=task.config)
+        reward_model = load_reward_model(partial, shared=task.config)
     if task.split == "train":  # judges are calibrated by the evaluation, on its own samples
-        reward_model, correlation = calibrate_reward_model(task.config, reward_model)
+        reward_model, correlation = calibrate_reward_model(task, reward_model)
         facts["member_correlation_reference_samples"] = correlation
     metrics = measure(task, data, reward_model, facts)
     reward_model.release()  # its weights are read from the folder that is about to be moved

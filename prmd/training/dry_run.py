@@ -17,7 +17,8 @@ import torch
 from huggingface_hub import try_to_load_from_cache
 
 from prmd.artifacts import io
-from prmd.config.shared import ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
+from prmd.artifacts.paths import ArtifactPaths
+from prmd.config.shared import CalibrationConfig, ModelConfig, SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import UserError
 from prmd.models.loading import load_model_config, load_tokenizer, model_source
 from prmd.models.tokenization import PrefixRow, tokenize_pairs
@@ -53,7 +54,8 @@ UNSAMPLED = Sampled()
 
 
 def longest_row(
-    config: RewardModelConfig,
+    model: ModelConfig,
+    paths: ArtifactPaths,
     files: Sequence[Path],
     training: TrainingConfig,
     task: Task,
@@ -72,7 +74,7 @@ def longest_row(
         None where no data is prepared, no tokenizer is on this machine, or no pair fits.
     """
     files = [path for path in files if path.is_file()]
-    if not files or not _tokenizer_is_here(config):
+    if not files or not _tokenizer_is_here(model, paths):
         return None
 
     try:
@@ -83,7 +85,7 @@ def longest_row(
         ]
         tokenized = tokenize_pairs(
             _longest_pairs(pairs, training.max_length, sample_tokens),
-            load_tokenizer(config.model, config.paths),
+            load_tokenizer(model, paths),
             max_length=training.max_length,
             over_length=training.over_length,
             keep_suffix=task == "reward_model",
@@ -119,16 +121,15 @@ def _longest_pairs(
     return [pair for key in keys for pair in heapq.nlargest(_LONGEST_PAIRS, pairs, key=key)]
 
 
-def _tokenizer_is_here(config: RewardModelConfig) -> bool:
-    model = config.model
-    if Path(model_source(model, config.paths)).is_dir():
+def _tokenizer_is_here(model: ModelConfig, paths: ArtifactPaths) -> bool:
+    if Path(model_source(model, paths)).is_dir():
         return True
     cached = try_to_load_from_cache(model.name, "tokenizer_config.json", revision=model.revision)
     return isinstance(cached, str)
 
 
 def memory_lines(
-    config: RewardModelConfig,
+    shared: SharedConfig,
     tuning: TuningConfig,
     training: TrainingConfig,
     task: Task,
@@ -137,14 +138,14 @@ def memory_lines(
     sampled: Sampled = UNSAMPLED,
 ) -> list[str]:
     """The memory plan for this machine as lines, or why there is none; without a card also that for one of 32 GiB."""
-    model = config.model
-    if model.source == "pypi_wheel" and not config.paths.base_model(model.name).is_dir():
+    model, paths = shared.model, shared.paths
+    if model.source == "pypi_wheel" and not paths.base_model(model.name).is_dir():
         return [f"memory      not known before {model.name} is fetched once"]
     try:
-        model_config = load_model_config(model, config.paths)
+        model_config = load_model_config(model, paths)
     except UserError as error:
         return [f"memory      not known: {error}"]
-    longest = longest_row(config, trained_on, training, task, sample_tokens=sampled.paired)
+    longest = longest_row(model, paths, trained_on, training, task, sample_tokens=sampled.paired)
     plan = partial(
         plan_memory,
         model_config=model_config,
@@ -158,8 +159,9 @@ def memory_lines(
     lines = [_row_line(longest, training) + _gamma_clause(sampled)]
     for device_bytes in (card,) if card else (None, PLANNED_CARD):
         lines += _plan_lines(plan, model, tuning, training, device_bytes=device_bytes, longest=longest)
-    if config.calibration.source == "reference_samples" or sampled != UNSAMPLED:
-        lines.append(_sampling_line(config, model_config, training, card or PLANNED_CARD))
+    if shared.calibration.source == "reference_samples" or sampled != UNSAMPLED:
+        dtype, device_bytes = getattr(torch, model.dtype), card or PLANNED_CARD
+        lines.append(_sampling_line(shared.calibration, model_config, dtype, training, device_bytes))
     return [f"memory      {line}" for line in lines]
 
 
@@ -213,18 +215,22 @@ def _plan_lines(
 
 
 def _sampling_line(
-    config: RewardModelConfig, model_config: Any, training: TrainingConfig, device_bytes: int
+    calibration: CalibrationConfig,
+    model_config: Any,
+    dtype: torch.dtype,
+    training: TrainingConfig,
+    device_bytes: int,
 ) -> str:
-    tokens = training.max_length + config.calibration.max_new_tokens
+    tokens = training.max_length + calibration.max_new_tokens
     plan = plan_generation_memory(
         model_config=model_config,
-        dtype=getattr(torch, config.model.dtype),
-        sequences=config.calibration.batch_size,
+        dtype=dtype,
+        sequences=calibration.batch_size,
         tokens=tokens,
         device_bytes=device_bytes,
     )
     return (
-        f"of sampling {config.calibration.batch_size} responses at once, {tokens} tokens with their prompts: weights "
+        f"of sampling {calibration.batch_size} responses at once, {tokens} tokens with their prompts: weights "
         f"{plan.weights / GIB:.2f} GiB, cache {plan.cache / GIB:.2f} GiB, logits {plan.logits / GIB:.2f} GiB"
     )
 
@@ -247,7 +253,7 @@ def describe_inputs(files: Sequence[Path], command: str) -> int:
 
 
 def describe_training(
-    config: RewardModelConfig,
+    shared: SharedConfig,
     *,
     name: str,
     trained_on: Sequence[Path],
@@ -272,8 +278,8 @@ def describe_training(
     logger.info(
         "would train %s on about %d pairs x %g epochs = %d optimiser steps of %d pairs (%s, %s)",
         *(name, rows, training.epochs, math.ceil(rows * training.epochs / step_pairs), step_pairs),
-        *(config.model.name, tuning.method),
+        *(shared.model.name, tuning.method),
     )
-    for line in memory_lines(config, tuning, training, task, trained_on=trained_on, sampled=sampled):
+    for line in memory_lines(shared, tuning, training, task, trained_on=trained_on, sampled=sampled):
         logger.info("%s", line)
     logger.info("would write %s (%.1f GiB free on this disk)", output, free_disk_bytes(output) / GIB)

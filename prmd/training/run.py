@@ -12,8 +12,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.artifacts.runs import partial_path
-from prmd.config.shared import RewardModelConfig, TrainingConfig, TuningConfig
+from prmd.config.shared import ModelConfig, SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
 from prmd.models.attention import attention_implementation
 from prmd.models.loading import load_model_config
@@ -51,7 +52,7 @@ class TrainingRun:
 
     name: str
     directory: Path
-    shared: RewardModelConfig
+    shared: SharedConfig
     tuning: TuningConfig
     training: TrainingConfig
     data: PairData
@@ -65,14 +66,15 @@ class TrainingRun:
 
 
 def choose_precision(
-    shared: RewardModelConfig,
+    model: ModelConfig,
+    paths: ArtifactPaths,
     tuning: TuningConfig,
     training: TrainingConfig,
     task: str,
     sampled: Sequence[int] = (),
 ) -> Precision:
     """The optimiser and number formats of a training: what the YAML says, or for `auto` what fits the card."""
-    model_config = load_model_config(shared.model, shared.paths)
+    model_config = load_model_config(model, paths)
 
     def fits(precision: Precision) -> bool:
         plan = plan_memory(
@@ -87,11 +89,12 @@ def choose_precision(
         )
         return plan.fits is not False
 
-    return resolve_precision(tuning, learning_rate=training.learning_rate, model=shared.model, plan_fits=fits)
+    return resolve_precision(tuning, learning_rate=training.learning_rate, model=model, plan_fits=fits)
 
 
 def check_training(
-    shared: RewardModelConfig,
+    model: ModelConfig,
+    paths: ArtifactPaths,
     tuning: TuningConfig,
     training: TrainingConfig,
     *,
@@ -109,24 +112,24 @@ def check_training(
     Raises:
         ConfigError: as `attention_implementation`, `choose_precision`, `refuse_if_stuck` and `require_disk`.
     """
-    model_config = load_model_config(shared.model, shared.paths)
-    attention_implementation(shared.model.attention, model_config)
-    precision = choose_precision(shared, tuning, training, task, sampled)
+    model_config = load_model_config(model, paths)
+    attention_implementation(model.attention, model_config)
+    precision = choose_precision(model, paths, tuning, training, task, sampled)
     refuse_if_stuck(precision)
-    model = meta_model(
+    skeleton = meta_model(
         model_config,
         task=task,
         dtype=precision.weights_dtype,
         lora=tuning.lora if tuning.method == "lora" else None,
     )
-    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in skeleton.parameters()]
     held = sum(size for size, _ in sizes)
     resumable = sum(size for size, requires_grad in sizes if requires_grad)
-    resumable += sum(state_bytes(p, precision.optimizer) for p in model.parameters() if p.requires_grad)
+    resumable += sum(state_bytes(p, precision.optimizer) for p in skeleton.parameters() if p.requires_grad)
     if (
         requested_sharding()
     ):  # FSDP and ZeRO-3 resume from a copy of their own: frozen weights too, tied ones twice
-        resumable += sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+        resumable += sum(tensor.numel() * tensor.element_size() for tensor in skeleton.state_dict().values())
     wanted = resumable * (len(training.checkpoints) + 2) + held  # and the finished folder
     require_disk(directory, wanted - _written(partial_path(directory)))
 
@@ -148,14 +151,15 @@ def run_training(
         ConfigError: as `refuse_if_stuck`, here on the model's own weights.
     """
     training, runtime = run.training, get_runtime()
-    precision = choose_precision(run.shared, run.tuning, training, run.task, run.sampled)
+    shared = run.shared
+    precision = choose_precision(shared.model, shared.paths, run.tuning, training, run.task, run.sampled)
     step_batches = training.gradient_accumulation_steps * runtime.world_size
     plan = plan_batches(
         [row.shared_length for row in run.data.rows],
         run.stream,
         rows_per_batch=training.pairs_per_device,
         batches_per_step=step_batches,
-        seed=run.shared.seed,
+        seed=shared.seed,
         world_size=runtime.world_size,
     )
     steps_total = total_steps(plan, step_batches)

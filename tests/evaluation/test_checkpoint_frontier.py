@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_workspace import write_lora_policy, write_reward_models, write_workspace
+from tiny_workspace import candidates_of, write_lora_policy, write_reward_models, write_workspace
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.evaluation import EvaluationConfig
 from prmd.evaluation.evaluate import compute_metrics
 from prmd.evaluation.held_out import Evaluation, checkpoint_candidates
-from prmd.inference.candidates import Candidate, find_candidates
+from prmd.inference.candidates import Candidate
 from prmd.judges.cards import CONSTANT_ANSWER
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
@@ -143,7 +143,7 @@ def test_an_approach_without_policies_is_said(
 ) -> None:
     config = with_generation(finished, other_approaches=("hh_truthfulqa", "embedded"))
     with caplog.at_level(logging.WARNING):
-        found = find_candidates(config, load_tokenizer(config.shared.model, config.paths))
+        found = candidates_of(config)
     assert [c.method for c in found] == ["reference", "baseline_dpo", "hard_min"]
     assert "hh_truthfulqa: no finished policy" in caplog.text
 
@@ -198,7 +198,7 @@ def test_judges_are_held_against_a_constant_answer_and_length(finished: Evaluati
 
 def test_what_is_compared_is_named_part_by_part(finished: EvaluationConfig) -> None:
     tokenizer = load_tokenizer(finished.shared.model, finished.paths)
-    reference = find_candidates(finished, tokenizer)[0]
+    reference = candidates_of(finished)[0]
 
     def keys(config: EvaluationConfig) -> dict[str, str]:
         return Evaluation.of(config, tokenizer, [], [], reference).compared_on

@@ -8,14 +8,21 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_models import direct_kl
-from tiny_workspace import evaluation_config, write_lora_policy, write_prepared, write_workspace
+from tiny_workspace import (
+    candidates_of,
+    evaluation_config,
+    prompts_of,
+    write_lora_policy,
+    write_prepared,
+    write_workspace,
+)
 from transformers import AutoModelForCausalLM
 
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import DataError
 from prmd.evaluation.evaluate import compute_metrics
-from prmd.inference.candidates import CandidateModels, evaluation_prompts, find_candidates
+from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
 from prmd.models.loading import load_policy, load_tokenizer
 from prmd.objectives import OBJECTIVES
@@ -119,11 +126,11 @@ def test_the_reference_row_says_what_holds_by_definition(evaluated: EvaluationCo
 def test_kl_is_the_full_softmax_sum_along_the_samples(evaluated: EvaluationConfig, method: str) -> None:
     shared = evaluated.shared
     tokenizer = load_tokenizer(shared.model, shared.paths)
-    candidates = {c.method: c for c in find_candidates(evaluated, tokenizer)}
+    candidates = {c.method: c for c in candidates_of(evaluated)}
     models = CandidateModels(
         evaluated, candidates[method], reference=candidates["reference"], tokenizer=tokenizer
     )
-    prompts = evaluation_prompts(evaluated, tokenizer)
+    prompts = prompts_of(evaluated)
     policy = load_policy(candidates[method].directory, shared.model, shared.paths)
     reference = AutoModelForCausalLM.from_pretrained(shared.model.name)
     exact, k1, k3, tokens = [], [], 0.0, 0
@@ -216,9 +223,8 @@ def test_another_judge_is_another_evaluation_but_samples_are_kept(
 def test_unfinished_policies_are_left_out_and_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = write_workspace(tmp_path, policies=False)
     config.paths.policy("mean").mkdir(parents=True)
-    tokenizer = load_tokenizer(config.shared.model, config.paths)
     with caplog.at_level(logging.WARNING):
-        found = find_candidates(config, tokenizer)
+        found = candidates_of(config)
     assert [c.method for c in found] == ["reference"]
     assert "not finished" in caplog.text
 

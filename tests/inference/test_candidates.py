@@ -5,11 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_workspace import evaluation_config, write_lora_policy, write_prepared, write_workspace
+from tiny_workspace import (
+    candidates_of,
+    evaluation_config,
+    prompts_of,
+    write_lora_policy,
+    write_prepared,
+    write_workspace,
+)
 
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig, GenerationConfig
-from prmd.inference.candidates import CandidateModels, evaluation_prompts, find_candidates
+from prmd.inference.candidates import CandidateModels
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
@@ -25,7 +32,7 @@ def test_prompts_are_shared_evenly_distinct_and_independent_of_file_order(
     workspace: EvaluationConfig, tmp_path: Path
 ) -> None:
     tokenizer = load_tokenizer(workspace.shared.model, workspace.paths)
-    prompts = evaluation_prompts(workspace, tokenizer)
+    prompts = prompts_of(workspace, tokenizer)
     counts = [sum(p.objective == k for p in prompts) for k in OBJECTIVES]
     assert counts == [3, 2, 2] and len({p.id for p in prompts}) == 7
     other = evaluation_config(tmp_path)
@@ -33,7 +40,7 @@ def test_prompts_are_shared_evenly_distinct_and_independent_of_file_order(
     for objective in OBJECTIVES:
         path = other.paths.split(objective, "test")
         io.write_jsonl(path, list(reversed(io.read_jsonl(path))))
-    assert evaluation_prompts(other, tokenizer) == prompts
+    assert prompts_of(other, tokenizer) == prompts
 
 
 def test_prompts_with_one_first_turn_count_once_across_objectives(
@@ -49,7 +56,7 @@ def test_prompts_with_one_first_turn_count_once_across_objectives(
         io.write_jsonl(config.paths.split(objective, "test"), rows[:2])
     tokenizer = load_tokenizer(workspace.shared.model, workspace.paths)
     with caplog.at_level(logging.WARNING):
-        prompts = evaluation_prompts(config, tokenizer)
+        prompts = prompts_of(config, tokenizer)
     assert len(prompts) == 1 and len(read_pairs(config.paths, "honest", "test")) == 2
     assert "wanted 50, the test splits hold 1" in caplog.text
 
@@ -59,8 +66,8 @@ def test_an_untrained_adapter_has_no_kl(tmp_path: Path) -> None:
     config = write_workspace(tmp_path, policies=False)
     write_lora_policy(config.paths.policy("cvar"), tmp_path / "base", scale=0.0)
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    reference, policy = find_candidates(config, tokenizer)
-    prompts = evaluation_prompts(config, tokenizer)
+    reference, policy = candidates_of(config)
+    prompts = prompts_of(config)
     with CandidateModels(config, policy, reference=reference, tokenizer=tokenizer) as models:
         values = torch.stack(models.kls(prompts, models.samples(prompts)))
     assert torch.equal(values, torch.zeros(7, 3, 3))
@@ -70,8 +77,8 @@ def test_equal_weights_do_not_give_equal_samples(tmp_path: Path) -> None:
     config = write_workspace(tmp_path, policies=False)
     write_lora_policy(config.paths.policy("cvar"), tmp_path / "base", scale=0.0)
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    candidates = find_candidates(config, tokenizer)
-    prompts = evaluation_prompts(config, tokenizer)
+    candidates = candidates_of(config)
+    prompts = prompts_of(config)
     samples = [
         CandidateModels(config, c, reference=candidates[0], tokenizer=tokenizer).samples(prompts)
         for c in candidates

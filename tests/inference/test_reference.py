@@ -71,16 +71,20 @@ def test_logps_are_computed_once_and_whatever_is_trained(
 
 def test_key_is_of_weights_template_and_precision(config: RewardModelConfig, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(config.model, config.paths)
-    keys = [reference_key(config, tokenizer)]
-    keys.append(reference_key(changed(config, "model", dtype="bfloat16"), tokenizer))
+    keys = [reference_key(config.model, config.paths, tokenizer)]
+    keys.append(reference_key(config.model.model_copy(update={"dtype": "bfloat16"}), config.paths, tokenizer))
     other = str(tiny_causal_lm(tmp_path / "other", seed=1))
-    keys.append(reference_key(changed(config, "model", name=other), tokenizer))
+    keys.append(reference_key(config.model.model_copy(update={"name": other}), config.paths, tokenizer))
     tokenizer.chat_template += "\n"
-    keys.append(reference_key(config, tokenizer))
+    keys.append(reference_key(config.model, config.paths, tokenizer))
     assert len(set(keys)) == 4
     same = str(tiny_causal_lm(tmp_path / "elsewhere"))  # equal weights in another folder
     assert (
-        reference_key(changed(config, "model", name=same), load_tokenizer(config.model, config.paths))
+        reference_key(
+            config.model.model_copy(update={"name": same}),
+            config.paths,
+            load_tokenizer(config.model, config.paths),
+        )
         == keys[0]
     )
 

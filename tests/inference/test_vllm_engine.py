@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 from tiny_pipeline import no_model_loads
-from tiny_workspace import candidate, evaluation_config, policy_config, write_workspace
+from tiny_workspace import candidate, evaluation_config, policy_config, prompts_of, write_workspace
 
 from prmd.config.evaluation import EvaluationConfig, GenerationConfig
 from prmd.config.shared import CalibrationConfig
 from prmd.errors import ConfigError
 from prmd.evaluation.evaluate import compute_metrics
-from prmd.inference.candidates import EvaluationPrompt, evaluation_prompts
 from prmd.inference.generation import stop_token
 from prmd.inference.reference import reference_samples
 from prmd.inference.vllm_engine import require_vllm
@@ -100,10 +99,6 @@ def config(tmp_path: Path) -> EvaluationConfig:
     """A reference, a policy with full weights (`baseline_dpo`) and one with an adapter of rank 4 (`hard_min`)."""
     write_workspace(tmp_path)
     return config_at(tmp_path)
-
-
-def prompts_of(config: EvaluationConfig) -> list[EvaluationPrompt]:
-    return evaluation_prompts(config, load_tokenizer(config.shared.model, config.paths))
 
 
 def test_every_prompt_is_asked_for_by_its_tokens_with_the_evaluations_decoding(

@@ -63,7 +63,7 @@ def plain_reward(folder: Path, prompt: tuple[dict[str, str], ...], response: str
 
 def judge_of(config: EvaluationConfig) -> RewardModelJudge:
     """The judge of helpfulness that the configuration gives."""
-    load = partial(load_reward_model, config=config.shared)
+    load = partial(load_reward_model, shared=config.shared)
     return given_judge("helpful", config.judges.paths["helpful"], load)
 
 
@@ -119,7 +119,7 @@ def test_a_trained_judge_brings_its_own_accuracy(config: EvaluationConfig, folde
     shutil.copytree(folder, directory)
     accuracy = {"value": 0.7, "low": 0.5, "high": 0.8, "n": 30, "ties": 0}
     io.write_json(directory / "metrics.json", {"accuracy": accuracy})
-    judge = trained_judge("honest", load_reward_model(directory, config=config.shared))
+    judge = trained_judge("honest", load_reward_model(directory, shared=config.shared))
     assert judge.card() == {
         "path": "models/judges/embedded/honest",
         "fingerprint": judge_of(config).fingerprint,  # the same weights

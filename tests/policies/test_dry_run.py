@@ -197,7 +197,7 @@ def test_the_longest_prepared_pair_is_planned_for(config: RewardModelConfig) -> 
             keep_suffix=task == "reward_model",
         ).rows
         expected[task] = max(row.shared_length for row in rows)
-        assert longest_row(config, [file], TRAINING, task).shared_length == expected[task]
+        assert longest_row(config.model, config.paths, [file], TRAINING, task).shared_length == expected[task]
     assert expected["reward_model"] > expected["policy"]
     planned = memory_lines(config, TuningConfig(), TRAINING, "policy", trained_on=[file])
     assert "longest pair: " in planned[0]
@@ -217,7 +217,7 @@ def test_pairs_of_samples_may_be_the_longest(config: RewardModelConfig) -> None:
     labelled = max(row.shared_length for row in rows)
     for tokens in (1, 60, 1000):
         pairs = [len(row.prompt_ids) + 2 * min(tokens, 128 - len(row.prompt_ids)) for row in rows]
-        found = longest_row(config, [file], TRAINING, "policy", sample_tokens=tokens)
+        found = longest_row(config.model, config.paths, [file], TRAINING, "policy", sample_tokens=tokens)
         assert found.shared_length == max(labelled, *pairs)
         assert (found.shared_length > labelled) == (tokens > 1)
 
@@ -247,8 +247,8 @@ def test_without_data_tokenizer_or_a_pair_that_fits_the_longest_row_is_not_known
 ) -> None:
     write_prepared(config.paths, pairs=2)
     file = config.paths.split("honest", "train")
-    assert longest_row(config, [tmp_path / "none.jsonl"], TRAINING, "policy") is None
+    assert longest_row(config.model, config.paths, [tmp_path / "none.jsonl"], TRAINING, "policy") is None
     far = config.model_copy(update={"model": ModelConfig(name="nobody/nothing-at-all", revision=None)})
-    assert longest_row(far, [file], TRAINING, "policy") is None
+    assert longest_row(far.model, config.paths, [file], TRAINING, "policy") is None
     short = TRAINING.model_copy(update={"max_length": 16, "over_length": "drop"})
-    assert longest_row(config, [file], short, "policy") is None
+    assert longest_row(config.model, config.paths, [file], short, "policy") is None

@@ -159,7 +159,7 @@ def test_the_folder_holds_a_plain_classifier_and_adapters_without_checkpoints(fi
 
 def test_members_score_as_their_adapters_alone_on_the_base(finished: Any, tmp_path: Path) -> None:
     config, folder, _, _ = finished
-    model = load_reward_model(folder, config=config.model_copy(update={"artifact_root": str(tmp_path)}))
+    model = load_reward_model(folder, shared=config.model_copy(update={"artifact_root": str(tmp_path)}))
     rows = rows_of(model)
     found = torch.cat(model.rewards(rows, description="t"))
     assert model.members == MEMBERS and found.shape == (4, MEMBERS) and found.dtype == torch.float64
@@ -176,7 +176,7 @@ def test_members_score_as_their_adapters_alone_on_the_base(finished: Any, tmp_pa
     assert (found - plain[:, None]).abs().amax(dim=0).min() > 1e-2
     no_load = pytest.MonkeyPatch()
     no_model_loads(no_load)
-    again = load_reward_model(folder, config=config.model_copy(update={"artifact_root": str(tmp_path)}))
+    again = load_reward_model(folder, shared=config.model_copy(update={"artifact_root": str(tmp_path)}))
     assert torch.equal(torch.cat(again.rewards(rows, description="t")), found)  # from the cache
     no_load.undo()
 
@@ -187,7 +187,7 @@ def test_other_adapters_are_another_reward_model(finished: Any, tmp_path: Path, 
     config, folder, _, _ = finished
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    before = load_reward_model(copy, config=config)
+    before = load_reward_model(copy, shared=config)
     assert before.calibration is not None
     adapter = copy / "members" / "1" / "adapter"
     if change == "weights":
@@ -199,9 +199,9 @@ def test_other_adapters_are_another_reward_model(finished: Any, tmp_path: Path, 
     else:
         shutil.rmtree(copy / "members" / "1")
     with pytest.raises(DataError, match=r"calibration\.json: belongs to reward model .*--force"):
-        load_reward_model(copy, config=config)
+        load_reward_model(copy, shared=config)
     (copy / "calibration.json").unlink()
-    after = load_reward_model(copy, config=config)
+    after = load_reward_model(copy, shared=config)
     assert (
         after.fingerprint != before.fingerprint and after.backbone_fingerprint == before.backbone_fingerprint
     )
@@ -211,13 +211,13 @@ def test_the_kind_is_part_of_the_fingerprint_and_the_base_of_the_members(
     finished: Any, tmp_path: Path
 ) -> None:
     config, folder, _, _ = finished
-    tokenizer = load_reward_model(folder, config=config).tokenizer
+    tokenizer = load_reward_model(folder, shared=config).tokenizer
     heads = config.model_copy(update={"ensemble": EnsembleConfig(members=MEMBERS)})
     keys = [RewardTask(c, "helpful", "train", folder, ()).fingerprint(tokenizer) for c in (config, heads)]
     assert keys[0] != keys[1]
     other = config.model.model_copy(update={"name": str(tiny_causal_lm(tmp_path / "other", seed=5))})
     with pytest.raises(DataError, match="belongs to reward model"):
-        load_reward_model(folder, config=config.model_copy(update={"model": other}))
+        load_reward_model(folder, shared=config.model_copy(update={"model": other}))
 
 
 def test_member_seeds_are_far_from_those_of_other_runs() -> None:

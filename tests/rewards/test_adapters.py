@@ -69,8 +69,8 @@ def write_reward_models(config: RewardModelConfig) -> list[Path]:
         save_merged(model, tokenizer, folders[-1], dtype=config.model.dtype)
         io.write_json(folders[-1] / "run.json", {"fingerprint": objective})
         calibration = Calibration(torch.full((1,), 1.5 + seed).double(), torch.full((1,), 0.2).double(), 2, 4)
-        reward_model = load_reward_model(folders[-1], config=config)
-        write_calibration(reward_model, calibration, config=config)
+        reward_model = load_reward_model(folders[-1], shared=config)
+        write_calibration(reward_model, calibration, source=config.calibration.source)
     return folders
 
 
@@ -147,7 +147,7 @@ def test_in_bfloat16_they_are_the_rewards_of_the_rounded_checkpoint(tmp_path: Pa
     for model in load_reward_models(config):
         on_base = rewards(model)
         assert isinstance(model.model, PeftModel)
-        alone = load_reward_model(model.directory, config=config_at(tmp_path / "other", "bfloat16"))
+        alone = load_reward_model(model.directory, shared=config_at(tmp_path / "other", "bfloat16"))
         assert model.fingerprint == alone.fingerprint and alone.shared_base is None
         torch.testing.assert_close(on_base, rewards(alone), rtol=0, atol=1e-6)
 
@@ -186,15 +186,15 @@ def test_adapters_of_another_base_are_loaded_merged(
 def test_an_adapter_of_another_training_is_noticed(config: RewardModelConfig) -> None:
     folders = [config.paths.reward_model(objective) for objective in OBJECTIVES]
     _copy(folders[0] / "adapter", folders[1] / "adapter")
-    base = shared_base(config, folders)
+    base = shared_base(config.model, config.paths, folders)
     assert base is not None and base.switch_to(folders[0]) is None
 
 
 def test_only_adapters_in_the_format_of_their_base_share_it(config: RewardModelConfig) -> None:
     folders = [config.paths.reward_model(objective) for objective in OBJECTIVES]
-    assert shared_base(config, folders) is not None
-    assert shared_base(config, folders[:1]) is None
-    assert shared_base(config_at(Path(config.artifact_root), "bfloat16"), folders) is None
+    assert shared_base(config.model, config.paths, folders) is not None
+    assert shared_base(config.model, config.paths, folders[:1]) is None
+    assert shared_base(config_at(Path(config.artifact_root), "bfloat16").model, config.paths, folders) is None
     (folders[2] / "adapter" / "adapter_config.json").unlink()
-    assert shared_base(config, folders) is None
+    assert shared_base(config.model, config.paths, folders) is None
     assert all(model.shared_base is None for model in load_reward_models(config))

@@ -62,7 +62,7 @@ def quick_fit(monkeypatch):
 
 
 def test_a_plain_classifier_is_a_reward_model_of_one_member(tmp_path, folder):
-    model = load_reward_model(folder, config=config_at(tmp_path))
+    model = load_reward_model(folder, shared=config_at(tmp_path))
     rows = rows_for(model)
     found = model.rewards(rows, description="test")
     plain = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -74,8 +74,8 @@ def test_a_plain_classifier_is_a_reward_model_of_one_member(tmp_path, folder):
 
 
 def test_the_default_bfloat16_scores(tmp_path, folder):
-    model = load_reward_model(folder, config=config_at(tmp_path, "bfloat16"))
-    exact = load_reward_model(folder, config=config_at(tmp_path))
+    model = load_reward_model(folder, shared=config_at(tmp_path, "bfloat16"))
+    exact = load_reward_model(folder, shared=config_at(tmp_path))
     assert model.fingerprint != exact.fingerprint
     found, expected = (torch.cat(m.rewards(rows_for(m), description="test")) for m in (model, exact))
     torch.testing.assert_close(found, expected, rtol=0.1, atol=0.1)
@@ -84,9 +84,9 @@ def test_the_default_bfloat16_scores(tmp_path, folder):
 
 @pytest.mark.usefixtures("quick_fit")
 def test_members_add_their_heads_to_the_base_reward(tmp_path, folder):
-    plain = load_reward_model(folder, config=config_at(tmp_path))
+    plain = load_reward_model(folder, shared=config_at(tmp_path))
     add_ensemble(plain)
-    model = load_reward_model(folder, config=config_at(tmp_path))
+    model = load_reward_model(folder, shared=config_at(tmp_path))
     rows = rows_for(model)
     features = torch.cat(model.features(rows, description="test"))
     expected = model.ensemble.rewards(features[:, 1:], features[:, 0])
@@ -100,50 +100,50 @@ def test_members_add_their_heads_to_the_base_reward(tmp_path, folder):
 
 @pytest.mark.usefixtures("quick_fit")
 def test_other_heads_share_the_features_and_not_the_rewards(tmp_path, folder):
-    add_ensemble(load_reward_model(folder, config=config_at(tmp_path)))
-    first = load_reward_model(folder, config=config_at(tmp_path))
+    add_ensemble(load_reward_model(folder, shared=config_at(tmp_path)))
+    first = load_reward_model(folder, shared=config_at(tmp_path))
     before = torch.cat(first.rewards(rows_for(first), description="test"))
     add_ensemble(first, seed=1)
-    second = load_reward_model(folder, config=config_at(tmp_path))
+    second = load_reward_model(folder, shared=config_at(tmp_path))
     assert not torch.allclose(torch.cat(second.rewards(rows_for(second), description="test")), before)
     assert len(list(config_at(tmp_path).paths.cache("features", "x").parent.glob("features-*"))) == 1
 
 
 def test_what_is_cached_needs_no_model(tmp_path, folder, monkeypatch):
-    model = load_reward_model(folder, config=config_at(tmp_path))
+    model = load_reward_model(folder, shared=config_at(tmp_path))
     expected = torch.cat(model.rewards(rows_for(model), description="test"))
     monkeypatch.setattr(rewards_reward_model, "load_classifier", None)
-    again = load_reward_model(folder, config=config_at(tmp_path))
+    again = load_reward_model(folder, shared=config_at(tmp_path))
     assert torch.equal(torch.cat(again.rewards(rows_for(again), description="test")), expected)
 
 
 def test_a_calibration_of_other_weights_is_refused(tmp_path, folder):
-    model = load_reward_model(folder, config=config_at(tmp_path))
+    model = load_reward_model(folder, shared=config_at(tmp_path))
     assert model.calibration is None
     generator = torch.Generator().manual_seed(0)
     fitted = fit_calibration(
         torch.randn(8, 1, dtype=torch.float64, generator=generator), torch.arange(8) // 2
     )
-    write_calibration(model, fitted, config=config_at(tmp_path))
-    assert load_reward_model(folder, config=config_at(tmp_path)).calibration is not None
+    write_calibration(model, fitted, source="reference_samples")
+    assert load_reward_model(folder, shared=config_at(tmp_path)).calibration is not None
     tensors = io.read_tensors(folder / "model.safetensors")
     io.write_tensors(
         folder / "model.safetensors", {k: v + 0.01 for k, v in tensors.items()}, {"format": "pt"}
     )
     with pytest.raises(DataError, match=r"calibration\.json: belongs to reward model .*--force"):
-        load_reward_model(folder, config=config_at(tmp_path))
+        load_reward_model(folder, shared=config_at(tmp_path))
 
 
 def test_a_folder_without_weights_is_refused(tmp_path, folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"no \.safetensors weights"):
-        load_reward_model(folder, config=config_at(tmp_path))
+        load_reward_model(folder, shared=config_at(tmp_path))
 
 
 def test_the_checkpoint_is_loaded_with_the_configured_attention_and_freed(tmp_path, folder, monkeypatch):
     config = config_at(tmp_path)
     config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})
-    model, asked, real = load_reward_model(folder, config=config), [], rewards_reward_model.load_classifier
+    model, asked, real = load_reward_model(folder, shared=config), [], rewards_reward_model.load_classifier
 
     def load(directory, dtype, *, attention):
         asked.append((directory, dtype, attention))

@@ -70,14 +70,14 @@ def plain_rewards(folder: Path) -> np.ndarray:
 
 
 def test_features_hold_the_reward_a_plain_user_reads(folder: Path, config: RewardModelConfig) -> None:
-    model = load_reward_model(folder, config=config)
+    model = load_reward_model(folder, shared=config)
     found = torch.stack(model.features(rows_of(model), description="t"))
     assert found.shape == (2, 2, 1 + WIDTH)
     assert found[..., 0].numpy() == pytest.approx(plain_rewards(folder), abs=1e-5)
 
 
 def test_members_add_their_heads_to_that_reward(folder: Path, config: RewardModelConfig) -> None:
-    model = load_reward_model(folder, config=config)
+    model = load_reward_model(folder, shared=config)
     rewards = torch.stack(model.rewards(rows_of(model), description="t"))
     assert rewards.shape == (2, 2, MEMBERS) and rewards.dtype == torch.float64 and model.members == MEMBERS
     found = torch.stack(model.features(rows_of(model), description="t")).double().numpy()
@@ -92,7 +92,7 @@ def test_members_add_their_heads_to_that_reward(folder: Path, config: RewardMode
 
 def test_a_folder_without_heads_is_the_reward_model_alone(folder: Path, config: RewardModelConfig) -> None:
     (folder / ENSEMBLE_FILE).unlink()
-    model = load_reward_model(folder, config=config)
+    model = load_reward_model(folder, shared=config)
     assert model.members == 1 and model.calibration is None
     rewards = torch.stack(model.rewards(rows_of(model), description="t"))
     assert rewards[..., 0].numpy() == pytest.approx(plain_rewards(folder), abs=1e-5)
@@ -101,26 +101,26 @@ def test_a_folder_without_heads_is_the_reward_model_alone(folder: Path, config: 
 def test_scores_are_computed_once(
     folder: Path, config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load_reward_model(folder, config=config)
+    model = load_reward_model(folder, shared=config)
     loads = count_loads(monkeypatch)
     first = model.rewards(rows_of(model)[:1], description="t")
     both = model.rewards(rows_of(model), description="t")
     assert len(loads) == 1 and torch.equal(both[0], first[0])
     no_model_loads(monkeypatch)
     before = shards(config.paths.root)
-    again = load_reward_model(folder, config=config).rewards(rows_of(model), description="t")
+    again = load_reward_model(folder, shared=config).rewards(rows_of(model), description="t")
     assert all(map(torch.equal, again, both)) and shards(config.paths.root) == before
 
 
 def test_other_weights_heads_or_precision_are_other_tables(folder: Path, config: RewardModelConfig) -> None:
-    first = load_reward_model(folder, config=config)
+    first = load_reward_model(folder, shared=config)
     half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
-    in_bfloat16 = load_reward_model(folder, config=half)
+    in_bfloat16 = load_reward_model(folder, shared=half)
     heads = io.read_tensors(folder / ENSEMBLE_FILE)
     Ensemble({**heads, "bias3": heads["bias3"] + 1}).save(folder / ENSEMBLE_FILE)
-    other_heads = load_reward_model(folder, config=config)
+    other_heads = load_reward_model(folder, shared=config)
     tiny_classifier(folder, seed=4)
-    other_weights = load_reward_model(folder, config=config)
+    other_weights = load_reward_model(folder, shared=config)
     models = (first, in_bfloat16, other_heads, other_weights)
     assert len({m.fingerprint for m in models}) == 4
     assert other_heads.backbone_fingerprint == first.backbone_fingerprint  # its features are still good
@@ -128,12 +128,12 @@ def test_other_weights_heads_or_precision_are_other_tables(folder: Path, config:
 
 
 def test_calibration_is_read_back_and_belongs_to_its_weights(folder: Path, config: RewardModelConfig) -> None:
-    model = load_reward_model(folder, config=config)
+    model = load_reward_model(folder, shared=config)
     calibration = Calibration(
         torch.tensor([1.0, 2.0, 3.0]).double(), torch.tensor([0.1, 0.2, 0.3]).double(), 5, 10
     )
-    write_calibration(model, calibration, config=config)
-    read = load_reward_model(folder, config=config).calibration
+    write_calibration(model, calibration, source=config.calibration.source)
+    read = load_reward_model(folder, shared=config).calibration
     assert torch.equal(read.scale, calibration.scale) and torch.equal(read.offset, calibration.offset)
     assert (read.n_prompts, read.n_responses) == (5, 10)
     record = io.read_json(folder / CALIBRATION_FILE)
@@ -141,41 +141,41 @@ def test_calibration_is_read_back_and_belongs_to_its_weights(folder: Path, confi
     heads = io.read_tensors(folder / ENSEMBLE_FILE)
     Ensemble({**heads, "bias3": heads["bias3"] + 1}).save(folder / ENSEMBLE_FILE)
     with pytest.raises(DataError, match=r"belongs to reward model .* --force"):
-        load_reward_model(folder, config=config)
+        load_reward_model(folder, shared=config)
 
 
 def test_calibration_of_another_precision_or_template_is_refused(
     folder: Path, config: RewardModelConfig
 ) -> None:
-    model = load_reward_model(folder, config=config)
+    model = load_reward_model(folder, shared=config)
     ones = torch.ones(MEMBERS, dtype=torch.float64)
-    write_calibration(model, Calibration(ones, ones, 2, 4), config=config)
+    write_calibration(model, Calibration(ones, ones, 2, 4), source=config.calibration.source)
     half = config.model_copy(update={"model": config.model.model_copy(update={"dtype": "bfloat16"})})
     with pytest.raises(DataError, match=r"model\.dtype"):
-        load_reward_model(folder, config=half)
+        load_reward_model(folder, shared=half)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant: ")
     tokenizer.save_pretrained(folder)
     with pytest.raises(DataError, match="template"):
-        load_reward_model(folder, config=config)
+        load_reward_model(folder, shared=config)
 
 
 def test_a_folder_without_weights_or_without_a_trained_head_is_refused(
     tmp_path: Path, config: RewardModelConfig
 ) -> None:
     base = tiny_causal_lm(tmp_path / "base")
-    model = load_reward_model(base, config=config)
+    model = load_reward_model(base, shared=config)
     with pytest.raises(DataError, match="no trained one-logit 'score' head"):
         model.rewards(rows_of(model), description="t")
     (base / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"no \.safetensors weights"):
-        load_reward_model(base, config=config)
+        load_reward_model(base, shared=config)
 
 
 def test_a_score_that_is_not_finite_is_not_cached(folder: Path, config: RewardModelConfig) -> None:
     heads = io.read_tensors(folder / ENSEMBLE_FILE)
     Ensemble({**heads, "bias3": heads["bias3"] * 0 + float("nan")}).save(folder / ENSEMBLE_FILE)
-    model = load_reward_model(folder, config=config)
+    model = load_reward_model(folder, shared=config)
     with pytest.raises(DataError, match="not finite; nothing was cached"):
         model.rewards(rows_of(model), description="t")
     assert not shards(config.paths.root)

@@ -106,7 +106,7 @@ def test_checkpoints_curve_and_schedule(
     shared: RewardModelConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="prmd")
-    check_training(shared, LORA, TRAINING, task="policy", directory=tmp_path)
+    check_training(shared.model, shared.paths, LORA, TRAINING, task="policy", directory=tmp_path)
     history, steps = train(a_run(shared, tmp_path / "run"))
     assert caplog.text.count("of float32's progress") == 1, "the probe before the model is loaded is silent"
     assert steps == {0: "start", 1: "34", 2: "66", 3: "end"}  # 12 pairs in steps of 2 x 2
@@ -284,25 +284,37 @@ def test_disk_is_asked_for_what_the_training_writes(
     # (2 checkpoints + 2) x (weights, two moments and a count of steps each) + the finished folder
     free = all_weights * 13 + 4 * 4 * tensors - 1
     with pytest.raises(ConfigError, match=r"free disk.*make room, or set artifact_root"):
-        check_training(shared, TuningConfig(), full, task="policy", directory=tmp_path / "new")
+        check_training(
+            shared.model, shared.paths, TuningConfig(), full, task="policy", directory=tmp_path / "new"
+        )
     free += 1
-    check_training(shared, TuningConfig(), full, task="policy", directory=tmp_path / "new")
+    check_training(
+        shared.model, shared.paths, TuningConfig(), full, task="policy", directory=tmp_path / "new"
+    )
     assert not (tmp_path / "new").exists()
     io.write_text(partial_path(tmp_path / "new") / "checkpoint-1" / "model", "x" * 1000)
     free -= 1000  # what an interrupted training has written is not asked for again
-    check_training(shared, TuningConfig(), full, task="policy", directory=tmp_path / "new")
+    check_training(
+        shared.model, shared.paths, TuningConfig(), full, task="policy", directory=tmp_path / "new"
+    )
     free -= 1
     with pytest.raises(ConfigError, match="free disk"):
-        check_training(shared, TuningConfig(), full, task="policy", directory=tmp_path / "new")
+        check_training(
+            shared.model, shared.paths, TuningConfig(), full, task="policy", directory=tmp_path / "new"
+        )
     free += 1001
     (partial_path(tmp_path / "new") / "checkpoint-1" / "model").unlink()
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     copy = sum(t.numel() for t in LlamaForCausalLM(tiny_config()).state_dict().values()) * 4
     free += 4 * copy - 1  # one of all weights in each of the four
     with pytest.raises(ConfigError, match="free disk"):
-        check_training(shared, TuningConfig(), full, task="policy", directory=tmp_path / "new")
+        check_training(
+            shared.model, shared.paths, TuningConfig(), full, task="policy", directory=tmp_path / "new"
+        )
     free += 1
-    check_training(shared, TuningConfig(), full, task="policy", directory=tmp_path / "new")
+    check_training(
+        shared.model, shared.paths, TuningConfig(), full, task="policy", directory=tmp_path / "new"
+    )
 
 
 def test_adapters_need_less_disk_than_all_weights(
@@ -312,7 +324,7 @@ def test_adapters_need_less_disk_than_all_weights(
     monkeypatch.setattr("prmd.training.run.require_disk", lambda path, size: asked.append(size))
     for tuning in (LORA, TuningConfig()):
         for task in ("policy", "reward_model"):
-            check_training(shared, tuning, TRAINING, task=task, directory=tmp_path)
+            check_training(shared.model, shared.paths, tuning, TRAINING, task=task, directory=tmp_path)
     lora_policy, lora_reward, full_policy, full_reward = asked
     assert lora_policy < full_policy / 2 and lora_reward < full_reward / 2
     assert math.isfinite(sum(asked)) and min(asked) > 0
@@ -320,5 +332,7 @@ def test_adapters_need_less_disk_than_all_weights(
 
 def test_rate_that_bfloat16_cannot_follow_gets_master_weights(shared: RewardModelConfig) -> None:
     half = shared.model_copy(update={"model": shared.model.model_copy(update={"dtype": "bfloat16"})})
-    precision = choose_precision(half, TuningConfig(), TrainingConfig(learning_rate=5e-7), "policy")
+    precision = choose_precision(
+        half.model, half.paths, TuningConfig(), TrainingConfig(learning_rate=5e-7), "policy"
+    )
     assert precision.master_weights and precision.autocast and precision.optimizer == "adamw_float32"
