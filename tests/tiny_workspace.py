@@ -194,4 +194,9 @@ def candidate(config: EvaluationConfig, method: str) -> CandidateModels:
     """A candidate ready to be scored."""
     tokenizer = load_tokenizer(config.shared.model, config.paths)
     found = {c.method: c for c in candidates_of(config)}
-    return CandidateModels(config, found[method], reference=found["reference"], tokenizer=tokenizer)
+    return CandidateModels(
+        *(config.shared, config.generation, found[method]),
+        reference=found["reference"],
+        tokenizer=tokenizer,
+        max_length=config.reward_model_config.training.max_length,
+    )

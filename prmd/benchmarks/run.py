@@ -43,7 +43,12 @@ def run_benchmarks(
         The contents of the files `outputs/benchmarks/<name>/<approach>/<method>.json`.
     """
     results = []
-    with CandidateModels(config, candidate, reference=reference, tokenizer=tokenizer) as models:
+    with CandidateModels(
+        *(config.shared, config.generation, candidate),
+        reference=reference,
+        tokenizer=tokenizer,
+        max_length=config.reward_model_config.training.max_length,
+    ) as models:
         for name in benchmark_names(config.benchmarks.run):
             path = config.paths.benchmark(name) / f"{candidate.method}.json"
             key = _fingerprint(name, config, models)

@@ -23,7 +23,7 @@ from prmd.artifacts.runs import read_run
 from prmd.benchmarks.base import BenchmarkResult, Sampling, sample
 from prmd.benchmarks.truthfulqa import Question, asked_questions, question_context
 from prmd.config.evaluation import EvaluationConfig
-from prmd.config.shared import RewardModelConfig
+from prmd.config.shared import SharedConfig
 from prmd.data.readers import json_rows
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.inference.candidates import CandidateModels
@@ -87,7 +87,7 @@ def make_truth_judge(config: EvaluationConfig) -> TruthJudge | str:
     return TextTruthJudge(judge, truthfulqa)
 
 
-def _honest_judge(shared: RewardModelConfig) -> RewardModel | str:
+def _honest_judge(shared: SharedConfig) -> RewardModel | str:
     """The reward model of the honest judge, or why there is none to be used."""
     folder = shared.paths.judge("honest")
     run, prepared = read_run(folder), read_run(shared.paths.processed)

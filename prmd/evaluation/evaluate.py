@@ -30,7 +30,7 @@ from prmd.benchmarks.base import why_not_run
 from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
 from prmd.config.evaluation import EvaluationConfig
-from prmd.config.shared import ModelConfig, RewardModelConfig
+from prmd.config.shared import ModelConfig, SharedConfig
 from prmd.errors import DataError, UserError
 from prmd.evaluation.comparison import compare_benchmarks, compare_methods
 from prmd.evaluation.held_out import Evaluation, evaluate_methods, is_finished, write_frontier
@@ -111,7 +111,7 @@ def _judges(config: EvaluationConfig, force: bool) -> list[Judge]:
     return judges
 
 
-def _reward_models(shared: RewardModelConfig) -> tuple[RewardModel, ...]:
+def _reward_models(shared: SharedConfig) -> tuple[RewardModel, ...]:
     """The ensembles that policies were trained on, or none: a plain DPO run has no need of them."""
     try:
         return tuple(load_reward_models(shared))

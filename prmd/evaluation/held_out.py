@@ -74,7 +74,13 @@ class Evaluation:
     ) -> "Evaluation":
         """What the configuration says of it, and what was found and loaded."""
         shared = config.shared
-        load = partial(CandidateModels, config, reference=reference, tokenizer=tokenizer)
+        length = config.reward_model_config.training.max_length
+        load = partial(
+            *(CandidateModels, shared, config.generation),
+            reference=reference,
+            tokenizer=tokenizer,
+            max_length=length,
+        )
         numbers = (config.generation, shared.seed, config.bootstrap_resamples, shared.paths)
         return cls(*numbers, load, prompts, judges, reference, reward_models)
 

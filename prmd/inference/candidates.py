@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.artifacts.runs import read_run
-from prmd.config.evaluation import EvaluationConfig, GenerationConfig
-from prmd.config.shared import ModelConfig
+from prmd.config.evaluation import GenerationConfig
+from prmd.config.shared import ModelConfig, SharedConfig
 from prmd.errors import DataError
 from prmd.inference.cache import JsonTable, ScoreTable
 from prmd.inference.generation import Engine, GeneratedResponse, generate, sample_rows
@@ -157,17 +157,21 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
     Args:
         candidate: whose samples and scores are wanted.
         reference: the reference itself, whose key is part of what is cached.
+        max_length: tokens of the longest prompt, as of `evaluation_prompts`.
     """
 
     def __init__(
         self,
-        config: EvaluationConfig,
+        shared: SharedConfig,
+        generation: GenerationConfig,
         candidate: Candidate,
         *,
         reference: Candidate,
         tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
     ) -> None:
-        self.config, self.candidate, self.reference, self.tokenizer = config, candidate, reference, tokenizer
+        self.shared, self.generation, self.max_length = shared, generation, max_length
+        self.candidate, self.reference, self.tokenizer = candidate, reference, tokenizer
 
     def __exit__(self, *error: object) -> None:
         self.close()
@@ -179,14 +183,14 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
     @cached_property
     def policy(self) -> nn.Module:
         """The policy in evaluation mode, loaded on first use."""
-        shared = self.config.shared
+        shared = self.shared
         if self.candidate.directory is None:
             return load_causal_lm(shared.model, shared.paths).eval()
         return load_policy(self.candidate.directory, shared.model, shared.paths)
 
     @cached_property
     def _full_reference(self) -> nn.Module:
-        return load_causal_lm(self.config.shared.model, self.config.paths).eval()
+        return load_causal_lm(self.shared.model, self.shared.paths).eval()
 
     @contextmanager
     def as_reference(self) -> Iterator[nn.Module]:
@@ -207,10 +211,10 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
 
     def samples(self, prompts: Sequence[EvaluationPrompt]) -> list[list[GeneratedResponse]]:
         """`generation.samples_per_prompt` responses to every prompt, at temperature 1 and top-p 1."""
-        settings, seed = self.config.generation, self.config.shared.seed
+        settings, seed = self.generation, self.shared.seed
         key = [self.candidate.fingerprint, settings.max_new_tokens, settings.samples_per_prompt, seed]
         key += [settings.engine] if settings.engine != "transformers" else []  # equal seeds, other samples
-        table = JsonTable(self.config.paths.cache("samples", io.fingerprint(key)))
+        table = JsonTable(self.shared.paths.cache("samples", io.fingerprint(key)))
         tokens = [prompt.token_ids for prompt in prompts]
         with self._sampler(needed=not table.holds(tokens)) as sampler:
             return generate(
@@ -229,27 +233,27 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
 
     def _sampler(self, *, needed: bool) -> AbstractContextManager[nn.Module | Engine | None]:
         """The policy, or vLLM with its own copy of it, which is gone before anything is scored."""
-        shared, settings = self.config.shared, self.config.generation
+        shared, settings = self.shared, self.generation
         if not needed or settings.engine == "transformers":
             return nullcontext(self.policy if needed else None)
-        length = self.config.reward_model_config.training.max_length + settings.max_new_tokens
+        length = self.max_length + settings.max_new_tokens
         return vllm_engine(self.candidate.directory, shared.model, shared.paths, max_length=length)
 
     def logps(self, rows: Sequence[PrefixRow]) -> list[Tensor]:
         """log pi(y|x) of every response: one [n_responses] float32 tensor per row, nats."""
-        table = ScoreTable(self.config.paths.cache("logps", self.candidate.fingerprint), 1)
+        table = ScoreTable(self.shared.paths.cache("logps", self.candidate.fingerprint), 1)
         return score_logps(
             None if table.holds(rows) else self.policy,
             rows,
             table=table,
             pad_id=self.tokenizer.pad_token_id,
-            tokens_per_batch=self.config.shared.scoring_tokens,
+            tokens_per_batch=self.shared.scoring_tokens,
             description=f"{self.candidate.method}: log-probabilities",
         )
 
     def reference_logps(self, rows: Sequence[PrefixRow]) -> list[Tensor]:
         """The same under the reference; nothing is computed where the reference was scored first."""
-        return reference_logps(self.config.shared, self.tokenizer, rows)
+        return reference_logps(self.shared, self.tokenizer, rows)
 
     def kls(
         self, prompts: Sequence[EvaluationPrompt], responses: Sequence[Sequence[GeneratedResponse]]
@@ -257,7 +261,7 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
         """(exact KL, k1, k3) of every sampled response: one [n_responses, 3] float32 tensor per prompt, nats."""
         rows = sample_rows([p.token_ids for p in prompts], responses, self.tokenizer, keep_suffix=False)
         key = io.fingerprint([self.candidate.fingerprint, self.reference.fingerprint, "k3"])
-        table = ScoreTable(self.config.paths.cache("kl", key), 3)
+        table = ScoreTable(self.shared.paths.cache("kl", key), 3)
         if table.holds(rows):
             return [lookup(table, row) for row in rows]
         longest = max(row.longest for row in rows)
@@ -266,7 +270,7 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
             lambda batch: response_kls(self.policy, self.as_reference, batch),
             table=table,
             pad_id=self.tokenizer.pad_token_id,
-            tokens_per_batch=self.config.shared.scoring_tokens,
+            tokens_per_batch=self.shared.scoring_tokens,
             share_prompt=supports_shared_prompts(SequenceLogps(self.policy).unwrapped.config, longest),
             device=get_device(),
             description=f"{self.candidate.method}: KL",

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import direct_kl
 from tiny_workspace import (
+    candidate,
     candidates_of,
     evaluation_config,
     prompts_of,
@@ -24,7 +25,7 @@ from prmd.errors import DataError
 from prmd.evaluation.evaluate import compute_metrics
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
-from prmd.models.loading import load_policy, load_tokenizer
+from prmd.models.loading import load_policy
 from prmd.objectives import OBJECTIVES
 
 METHODS = ("reference", "baseline_dpo", "hard_min")
@@ -125,13 +126,9 @@ def test_the_reference_row_says_what_holds_by_definition(evaluated: EvaluationCo
 @pytest.mark.parametrize("method", METHODS[1:])
 def test_kl_is_the_full_softmax_sum_along_the_samples(evaluated: EvaluationConfig, method: str) -> None:
     shared = evaluated.shared
-    tokenizer = load_tokenizer(shared.model, shared.paths)
-    candidates = {c.method: c for c in candidates_of(evaluated)}
-    models = CandidateModels(
-        evaluated, candidates[method], reference=candidates["reference"], tokenizer=tokenizer
-    )
+    models = candidate(evaluated, method)
     prompts = prompts_of(evaluated)
-    policy = load_policy(candidates[method].directory, shared.model, shared.paths)
+    policy = load_policy(models.candidate.directory, shared.model, shared.paths)
     reference = AutoModelForCausalLM.from_pretrained(shared.model.name)
     exact, k1, k3, tokens = [], [], 0.0, 0
     for prompt, responses in zip(prompts, models.samples(prompts), strict=True):

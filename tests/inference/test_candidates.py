@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_workspace import (
-    candidates_of,
+    candidate,
     evaluation_config,
     prompts_of,
     write_lora_policy,
@@ -16,7 +16,6 @@ from tiny_workspace import (
 
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig, GenerationConfig
-from prmd.inference.candidates import CandidateModels
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import read_pairs
@@ -65,10 +64,8 @@ def test_prompts_with_one_first_turn_count_once_across_objectives(
 def test_an_untrained_adapter_has_no_kl(tmp_path: Path) -> None:
     config = write_workspace(tmp_path, policies=False)
     write_lora_policy(config.paths.policy("cvar"), tmp_path / "base", scale=0.0)
-    tokenizer = load_tokenizer(config.shared.model, config.paths)
-    reference, policy = candidates_of(config)
     prompts = prompts_of(config)
-    with CandidateModels(config, policy, reference=reference, tokenizer=tokenizer) as models:
+    with candidate(config, "cvar") as models:
         values = torch.stack(models.kls(prompts, models.samples(prompts)))
     assert torch.equal(values, torch.zeros(7, 3, 3))
 
@@ -76,11 +73,6 @@ def test_an_untrained_adapter_has_no_kl(tmp_path: Path) -> None:
 def test_equal_weights_do_not_give_equal_samples(tmp_path: Path) -> None:
     config = write_workspace(tmp_path, policies=False)
     write_lora_policy(config.paths.policy("cvar"), tmp_path / "base", scale=0.0)
-    tokenizer = load_tokenizer(config.shared.model, config.paths)
-    candidates = candidates_of(config)
     prompts = prompts_of(config)
-    samples = [
-        CandidateModels(config, c, reference=candidates[0], tokenizer=tokenizer).samples(prompts)
-        for c in candidates
-    ]
+    samples = [candidate(config, method).samples(prompts) for method in ("reference", "cvar")]
     assert samples[0] != samples[1]
