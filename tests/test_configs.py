@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from prmd.artifacts.paths import CONFIG_DIR, PROJECT_ROOT
 from prmd.config.evaluation import EvaluationConfig
-from prmd.config.loading import CONFIG_FILES, load_config, load_pipeline
+from prmd.config.loading import CONFIG_FILES, as_dict, load_config, load_pipeline
 from prmd.config.mistakes import REFERENCE, dotted_keys
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
@@ -43,6 +43,12 @@ def test_shipped_file_holds_every_key(name: str, kind: type[BaseModel]) -> None:
         f"policy.weights.{objective}" for objective in ("helpful", "harmless", "honest")
     }
     assert written == set(dotted_keys(kind)) - optional
+
+
+def test_keys_are_dumped_in_the_order_of_the_file() -> None:
+    file = yaml.safe_load((CONFIG_DIR / "reward_model_config.yaml").read_text(encoding="utf-8"))
+    assert list(as_dict(RewardModelConfig())) == list(file)
+    assert list(as_dict(PolicyConfig())["reward_model_config"]) == list(file)
 
 
 @pytest.mark.parametrize("path", sorted(CONFIG_DIR.glob("**/*_config.yaml")), ids=str)
