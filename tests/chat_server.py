@@ -1,17 +1,20 @@
 """A chat endpoint on this machine that answers by a script, for tests of judges."""
 
+import contextlib
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any
 
 Answer = tuple[int, dict[str, str], bytes]
 """Status, headers, body."""
+Pieces = Iterable[bytes]
+"""A whole answer, status line and headers too, piece by piece: for servers that drip, stall or never end."""
 
 
-def completion(text: str | None, prompt: int = 10, reply: int = 2) -> Answer:
+def completion(text: object, prompt: int = 10, reply: int = 2) -> Answer:
     """A well-formed answer."""
     body = {
         "choices": [{"message": {"role": "assistant", "content": text}}],
@@ -23,7 +26,7 @@ def completion(text: str | None, prompt: int = 10, reply: int = 2) -> Answer:
 class ChatServer:
     """Answers the i-th request with `answer(i, body)`; remembers every request."""
 
-    def __init__(self, answer: Callable[[int, dict[str, Any]], Answer]) -> None:
+    def __init__(self, answer: Callable[[int, dict[str, Any]], Answer | Pieces]) -> None:
         self.requests: list[dict[str, Any]] = []
         server = self
 
@@ -31,9 +34,17 @@ class ChatServer:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 server.requests.append({"path": self.path, "headers": dict(self.headers), "body": body})
-                status, headers, content = answer(len(server.requests) - 1, body)
+                with contextlib.suppress(OSError):  # the client has gone
+                    self.send(answer(len(server.requests) - 1, body))
+
+            def send(self, said: Answer | Pieces) -> None:
+                if not isinstance(said, tuple):
+                    for piece in said:
+                        self.wfile.write(piece)
+                    return
+                status, headers, content = said
                 self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(content))}.items():
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
                 self.wfile.write(content)

@@ -5,8 +5,9 @@ Every default lives in a field and nowhere else; a field is here only if some co
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
+from prmd.config.masking import MASK, address_fault, masked_address
 from prmd.config.shared import (
     Approach,
     ModelConfig,
@@ -65,13 +66,17 @@ class TextJudgeConfig(Section):
     model: str | None = None
     label: str | None = None
     conversation: bool = False
-    base_url: str | None = None
+    base_url: str | None = Field(default=None, repr=False)
     api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
     file: str | None = None
     max_reply_tokens: PositiveInt = 2048
     max_requests_per_minute: PositiveFloat = 60.0
     price_per_million_prompt_tokens: float | None = Field(default=None, ge=0.0)
     price_per_million_reply_tokens: float | None = Field(default=None, ge=0.0)
+
+    @field_serializer("base_url")
+    def without_secrets(self, value: str | None) -> str | None:
+        return None if value is None else masked_address(value)
 
     @model_validator(mode="after")
     def kind_has_what_it_reads(self) -> "TextJudgeConfig":
@@ -85,9 +90,11 @@ class TextJudgeConfig(Section):
             raise ValueError(
                 f"text_judge.kind is {self.kind}, which needs text_judge.{' and '.join(missing)}"
             )
-        if self.base_url is not None and not self.base_url.startswith(("http://", "https://")):
+        if self.base_url is not None and (fault := address_fault(self.base_url)):
+            raise ValueError(f"text_judge.base_url {fault}, got {masked_address(self.base_url)!r}")
+        if self.kind == "endpoint" and MASK in (self.base_url or ""):
             raise ValueError(
-                f"text_judge.base_url must start with http:// or https://, got {self.base_url!r}"
+                f"text_judge.base_url holds {MASK}, the sign for a secret that is written nowhere; put the secret there"
             )
         return self
 

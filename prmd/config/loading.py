@@ -19,6 +19,7 @@ from prmd.artifacts.paths import beside, resolve_user_path
 from prmd.config.evaluation import (
     EvaluationConfig,
 )
+from prmd.config.masking import masked
 from prmd.config.mistakes import COMMAND_LINE, REFERENCE, Node, did_you_mean, dotted_keys, explain, quote
 from prmd.config.policy import (
     PolicyConfig,
@@ -105,7 +106,7 @@ def as_dict(config: BaseModel) -> dict[str, Any]:
 
 def _refuse(mistakes: list[str]) -> None:
     if mistakes:
-        raise ConfigError("\n".join(dict.fromkeys(mistakes)))
+        raise ConfigError(masked("\n".join(dict.fromkeys(mistakes))))
 
 
 # ------------------------------------------------------------------ YAML to nodes

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from prmd.config.masking import masked
 from prmd.config.shared import RewardModelConfig
 
 REFERENCE = "reward_model_config"
@@ -127,6 +128,6 @@ def _dotted(keys: Sequence[str | int]) -> str:
 
 
 def quote(value: Any) -> str:
-    """A value as it is shown in a message, cut at 60 characters."""
-    text = json.dumps(value, ensure_ascii=False)
+    """A value as it is shown in a message, without secrets, cut at 60 characters."""
+    text = masked(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,7 +1,7 @@
 """Who completes a conversation for a judge: a local instruct model, an endpoint, or a file of earlier replies.
 
-Decoding is greedy, so a reply depends on the conversation alone; every reply is kept on disk by content, and an interruption
-costs at most the few that were under way. What is asked and how the reply is read is in `text`.
+Decoding is greedy, so a reply depends on the conversation alone; every reply is kept on disk by content. An endpoint's replies are
+written one by one, as they come; of a local model's an interruption costs at most the few that were under way. What is asked and how the reply is read is in `text`.
 """
 
 import logging
@@ -26,8 +26,6 @@ from prmd.pairs import Message
 from prmd.runtime import free_memory, progress
 
 logger = logging.getLogger(__name__)
-
-REPLIES_PER_SHARD = 16
 
 
 class Chat(Protocol):
@@ -80,10 +78,13 @@ class EndpointChat:
 
     @property
     def fingerprint(self) -> str:
-        return io.fingerprint(["endpoint", self.endpoint.base_url, self.endpoint.model])
+        return io.fingerprint(["endpoint", self.endpoint.address, self.endpoint.model])
 
     def complete(self, prompts: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
         """One reply per conversation; equal conversations are asked once.
+
+        A reply that is no text is empty here, so that it counts as one that cannot be read; it is not kept, and asked for
+        again the next time.
 
         Raises:
             EndpointError: the endpoint stopped answering; says how many replies are kept.
@@ -91,26 +92,36 @@ class EndpointChat:
         table = JsonTable(self.paths.cache("judge", self.fingerprint))
         keys = [conversation_key(messages, max_new_tokens) for messages in prompts]
         asked = dict(zip(keys, prompts, strict=True))
-        todo = {key: messages for key, messages in asked.items() if key not in table}
-        fresh: list[tuple[str, dict[str, Any]]] = []
+        todo = {key: messages for key, messages in asked.items() if not _is_kept(table, key)}
         try:
-            for key, messages in progress(todo.items(), len(todo), f"{self.name}: judging"):
-                reply = self.endpoint.complete(messages, max_new_tokens=max_new_tokens)
-                fresh.append(
-                    (key, {"text": reply.text, "prompt": reply.prompt_tokens, "reply": reply.reply_tokens})
-                )
-                if len(fresh) == REPLIES_PER_SHARD:
-                    table.append(fresh)
-                    fresh = []
+            unread = self._ask(table, todo, max_new_tokens)
         except EndpointError as error:
-            kept = len(asked) - len(todo) + sum(key in table for key in todo) + len(fresh)
+            kept = sum(_is_kept(table, key) for key in asked)
             raise EndpointError(
                 f"{error}; {kept} of {len(asked)} replies are kept, run the same command again to go on"
             ) from error
-        finally:
-            table.append(fresh)
-        self._count([table[key] for key in asked], requests=len(todo))
-        return [table[key]["text"] for key in keys]
+        found = {key: table[key] for key in asked if _is_kept(table, key)}
+        self._count([*found.values(), *unread], requests=len(todo))
+        return [found[key]["text"] if key in found else "" for key in keys]
+
+    def _ask(
+        self, table: JsonTable, todo: dict[str, Sequence[Message]], max_new_tokens: int
+    ) -> list[dict[str, Any]]:
+        """Put every reply into the table before the next is asked for; returns those that are no text, which are not put there."""
+        unread = []
+        for key, messages in progress(todo.items(), len(todo), f"{self.name}: judging"):
+            reply = self.endpoint.complete(messages, max_new_tokens=max_new_tokens)
+            row = {"text": reply.text, "prompt": reply.prompt_tokens, "reply": reply.reply_tokens}
+            if reply.text is None:
+                unread.append(row)
+            else:
+                table.append([(key, row)])  # at once, because each is paid for
+        if unread:
+            logger.warning(
+                "%s: %d of %d replies are no text; they count as not readable and are not kept",
+                *(self.name, len(unread), len(todo)),
+            )
+        return unread
 
     def _count(self, replies: Sequence[dict[str, Any]], *, requests: int) -> None:
         self._counts["replies"] += len(replies)
@@ -127,6 +138,11 @@ class EndpointChat:
         return {
             name: self._counts[name] for name in ("replies", "requests_now", "prompt_tokens", "reply_tokens")
         } | {"cost": cost}
+
+
+def _is_kept(table: JsonTable, key: str) -> bool:
+    """Whether a reply is there, as text; earlier versions also kept what is none."""
+    return key in table and isinstance(table[key]["text"], str)
 
 
 # ------------------------------------------------------------------ local model
