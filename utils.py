@@ -17,9 +17,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from prmd.artifacts.paths import CONFIG_DIR
+from prmd.config.masking import masked
 from prmd.errors import UserError
 
 USER_ERROR_STATUS = 2
@@ -97,12 +98,15 @@ def _keys_of(path: Path) -> str:
     return f"keys of {shown} with defaults; a nested one is given as key.sub=value:\n\n{text}"
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(masked(message))  # what it does not know may hold an address with a key
+
+
 def config_parser(description: str, default: Path) -> argparse.ArgumentParser:
     """A command line that names a configuration; read it with `parse_intermixed_args`."""
     forgive_console()
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     shown = default.relative_to(CONFIG_DIR.parent).as_posix()
     parser.add_argument(
         "--config",

@@ -151,6 +151,11 @@ def test_unknown_option_is_refused(small: Path, tmp_path: Path) -> None:
     assert done.returncode == 2 and "unrecognized arguments: --fast" in done.stderr
 
 
+def test_an_unknown_option_shows_no_key_of_an_address(small: Path, tmp_path: Path) -> None:
+    done = run(small, "helpful", "--text_judge.base_url=http://h/v1?api-key=SECRET", folder=tmp_path)
+    assert done.returncode == 2 and "h/v1?api-key=***" in done.stderr and "SECRET" not in done.stderr
+
+
 # ------------------------------------------------------------------ python utils.py
 def test_set_up_check_makes_the_directories_and_reports(tmp_path: Path) -> None:
     done = run(PROJECT_ROOT / "utils.py", f"artifact_root={tmp_path / 'all'}", folder=tmp_path)

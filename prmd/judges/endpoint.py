@@ -180,9 +180,9 @@ class Endpoint:
             found = json.loads(answer.body)
             content = found["choices"][0]["message"].get("content")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            cut = f"{self._clean(str(answer.error))}; " if answer.error else ""
             said = f"its answer is no chat completion: {self._said(answer.body)!r}"
-            cut = f"; {self._clean(str(answer.error))}" if answer.error else ""
-            raise _PassingError(f"{said}{cut}") from None
+            raise _PassingError(f"{cut}{said}") from None
         usage = found.get("usage")
         text = text_of(content)
         if text is not None:
