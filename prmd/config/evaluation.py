@@ -3,6 +3,7 @@
 Every default lives in a field and nowhere else; a field is here only if some code reads it.
 """
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_serializer, field_validator, model_validator
@@ -67,12 +68,21 @@ class TextJudgeConfig(Section):
     label: str | None = None
     conversation: bool = False
     base_url: str | None = Field(default=None, repr=False)
-    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = "OPENAI_API_KEY"
+    api_key_env: str = "OPENAI_API_KEY"
     file: str | None = None
     max_reply_tokens: PositiveInt = 2048
     max_requests_per_minute: PositiveFloat = 60.0
     price_per_million_prompt_tokens: float | None = Field(default=None, ge=0.0)
     price_per_million_reply_tokens: float | None = Field(default=None, ge=0.0)
+
+    @field_validator("api_key_env")
+    @classmethod
+    def key_is_not_written_here(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", value, re.ASCII):
+            raise ValueError(
+                "wanted the name of an environment variable (letters, digits, _), not the key itself"
+            )
+        return value
 
     @field_serializer("base_url")
     def without_secrets(self, value: str | None) -> str | None:

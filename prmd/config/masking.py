@@ -23,10 +23,12 @@ _HOST = re.compile(r"(\[[^\[\]@]*\]|[^:\[\]@]*)(:\d*)?")
 _PARAMETER = re.compile(r"(?<=[?&])(?P<name>[^=&]*=)?+(?P<value>[^&]+)")
 _ADDRESS = re.compile(r"[A-Za-z][\w+.-]*://\S+")
 _BARE_PASSWORD = re.compile(r"[^\s/@:='\"]+:[^\s/@]+@")
+_KEY_FOR_ITS_NAME = re.compile(r"""(api_key_env["']?\s*[:=]\s*["']?)(?!got |wanted )[^\s"'},\]]+""")
 
 
 def masked(text: str) -> str:
-    """A message without the secrets of the addresses in it."""
+    """A message without the secrets of the addresses in it, nor a key that stands where its variable should be named."""
+    text = _KEY_FOR_ITS_NAME.sub(rf"\1{MASK}", text)
     text = _ADDRESS.sub(lambda found: masked_address(found[0]), text)
     return _BARE_PASSWORD.sub(f"{MASK}@", text)
 
@@ -35,9 +37,7 @@ def masked_address(address: str) -> str:
     """An address with `MASK` for its user, password, fragment and the values of its query; unchanged where it has none."""
     found = _parts(address)
     host = found["authority"].rpartition("@")[2]
-    if (
-        not _HOST.fullmatch(host) and "@" in address
-    ):  # a password with a slash: the host comes after the last @
+    if "@" in address and not _HOST.fullmatch(host):  # a password with a slash; the host is behind the last @
         return f"{found['scheme']}{MASK}@{masked_address(address.rpartition('@')[2])}"
     user = f"{MASK}@" if "@" in found["authority"] else ""
     query = _PARAMETER.sub(_masked_parameter, found["query"])

@@ -89,9 +89,20 @@ def test_an_address_that_cannot_work_is_refused_without_its_secrets(url: str) ->
         ["text_judge.base_url=[http://h/a-path-that-is-long-enough-to-be-cut/v1?api-key=SECRET]"],
         ["text_judge=http://me-with-a-name-that-is-long-enough-to-be-cut-off:SECRET@h/v1"],
         ["text_judge.base_url=http://me:SECRET@h/v1", "text_judge.kind=nothing"],
+        ["text_judge.api_key_env=sk-SECRET"],
+        ["text_judge=[{api_key_env: sk-SECRET}]"],
     ],
 )
 def test_no_complaint_about_a_configuration_holds_a_secret(overrides: list[str]) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(CONFIG_DIR, EvaluationConfig, overrides)
+    assert "SECRET" not in str(caught.value)
+
+
+def test_a_key_in_the_place_of_its_variable_is_told_by_file_and_key_alone(tmp_path: Path) -> None:
+    text = "reward_model_config: reward_model_config.yaml\ntext_judge:\n  api_key_env: sk-SECRET\n"
+    (tmp_path / "evaluation_config.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "reward_model_config.yaml").write_text("seed: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"yaml:3: text_judge\.api_key_env: wanted the name") as caught:
+        load_config(tmp_path, EvaluationConfig)
     assert "SECRET" not in str(caught.value)

@@ -182,7 +182,7 @@ def test_settings_and_environment_make_the_endpoint(monkeypatch: pytest.MonkeyPa
         ({"kind": "local_model"}, "text_judge.model"),
         ({"kind": "replay"}, "text_judge.file"),
         ({"base_url": "file:///etc/passwd"}, "http:// or https://"),
-        ({"api_key_env": "sk-123"}, "pattern"),
+        ({"api_key_env": "sk-123"}, "the name of an environment variable"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(values: dict, said: str) -> None:
