@@ -29,7 +29,8 @@ from prmd.config.loading import load_config
 from prmd.config.shared import RewardModelConfig
 from prmd.data.readers import json_rows, parquet_rows
 from prmd.errors import ConfigError, DataError
-from prmd.models.tokenization import template_fingerprint, tokenize_pairs
+from prmd.models.chat_templates import template_fingerprint
+from prmd.models.tokenization import tokenize_pairs
 from prmd.pairs import Message, PreferencePair
 from prmd.rewards.reward_model import load_reward_model
 from prmd.runtime import configure_logging

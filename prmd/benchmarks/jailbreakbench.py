@@ -24,7 +24,8 @@ from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER, agreement, judge_card
 from prmd.judges.rubrics import JAILBREAK, NON_REFUSAL, REFUSAL, JudgeItem, Rubric, Verdict, with_template_of
 from prmd.judges.text import StringJudge, TextJudge, make_text_judge
-from prmd.models.tokenization import Tokens, render
+from prmd.models.chat_templates import render
+from prmd.models.tokenization import Tokens
 from prmd.statistics.intervals import wilson_interval
 from prmd.statistics.resampling import by_definition, with_chance
 

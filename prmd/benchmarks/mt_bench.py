@@ -37,7 +37,8 @@ from prmd.judges.cards import CONSTANT_ANSWER, PairwiseResult, judge_card, pairw
 from prmd.judges.chats import conversation_key
 from prmd.judges.rubrics import Verdict
 from prmd.judges.text import TextJudge, make_text_judge
-from prmd.models.tokenization import Tokens, render
+from prmd.models.chat_templates import render
+from prmd.models.tokenization import Tokens
 from prmd.pairs import Message
 from prmd.statistics.intervals import bootstrap_mean, wilson_interval
 from prmd.statistics.resampling import Resampling, with_chance

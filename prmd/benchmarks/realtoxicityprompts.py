@@ -36,7 +36,8 @@ from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER
 from prmd.judges.toxicity import SUBSTITUTE, TOXIC, ScoredText, ToxicityScorer, make_scorer, scorer_card
-from prmd.models.tokenization import Tokens, render
+from prmd.models.chat_templates import render
+from prmd.models.tokenization import Tokens
 from prmd.pairs import hash_share
 from prmd.statistics.intervals import Estimate, bootstrap_mean, wilson_interval
 from prmd.statistics.outcomes import expected_max_order_statistic, prob_any_order

@@ -95,6 +95,7 @@ class ModelConfig(Section):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     attention: Literal["auto", "sdpa", "flex_attention"] = "auto"
     trust_remote_code: bool = False
+    enable_thinking: bool = False
 
 
 class LoraConfig(Section):

@@ -28,9 +28,10 @@ from prmd.inference.kl import response_kls
 from prmd.inference.reference import reference_key, reference_logps
 from prmd.inference.scoring import lookup, score_logps, score_rows
 from prmd.inference.vllm_engine import require_vllm, vllm_engine
+from prmd.models.chat_templates import render
 from prmd.models.loading import load_causal_lm, load_policy, weights_fingerprint
 from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
-from prmd.models.tokenization import PrefixRow, Tokens, fit_messages, render
+from prmd.models.tokenization import PrefixRow, Tokens, fit_messages
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import Message, PreferencePair, hash_share, read_pairs
 from prmd.runtime import free_memory, get_device

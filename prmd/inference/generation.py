@@ -17,7 +17,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from prmd.inference.cache import JsonTable, tokens_key
 from prmd.inference.scoring import gather, place_among_processes, time_to_save
-from prmd.models.tokenization import PrefixRow, Tokens, end_of_turn, render
+from prmd.models.chat_templates import read_template, stop_token
+from prmd.models.tokenization import PrefixRow, Tokens
 from prmd.runtime import is_main_process, progress, wait_for_everyone
 
 TURNS_PER_SHARD = 8
@@ -40,12 +41,6 @@ class GeneratedResponse:
     text: str
     token_ids: Tokens
     finished: bool
-
-
-def stop_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that ends an assistant turn in this chat template."""
-    rendered = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    return rendered[end_of_turn(tokenizer, rendered)]
 
 
 @dataclass(frozen=True)
@@ -202,8 +197,9 @@ def _cut(tokens: list[int], stop: int) -> list[int]:
 
 
 def _response(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: int) -> GeneratedResponse:
-    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    return GeneratedResponse(text, tuple(ids), bool(ids) and ids[-1] == stop)
+    finished = bool(ids) and ids[-1] == stop
+    text = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True).strip()
+    return GeneratedResponse(text, tuple(ids), finished)
 
 
 def sample_rows(
@@ -219,19 +215,14 @@ def sample_rows(
         keep_suffix: put behind the end of turn what the template puts there, as reward models were trained; an
             unfinished response is closed in the same way. Policies are scored on the sampled tokens alone.
     """
-    suffix = _suffix(tokenizer) if keep_suffix else ()
-    stop = stop_token(tokenizer)
+    closing = read_template(tokenizer).closing if keep_suffix else ()
 
     def tokens(sample: GeneratedResponse) -> Tokens:
         if not keep_suffix:
             return sample.token_ids
-        return (sample.token_ids if sample.finished else (*sample.token_ids, stop)) + suffix
+        said = sample.token_ids[:-1] if sample.finished else sample.token_ids
+        return (*said, *closing) or sample.token_ids
 
     return [
         PrefixRow(p, tuple(tokens(s) for s in samples)) for p, samples in zip(prompts, responses, strict=True)
     ]
-
-
-def _suffix(tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    rendered = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    return tuple(rendered[end_of_turn(tokenizer, rendered) + 1 :])

@@ -18,8 +18,9 @@ from prmd.inference.cache import JsonTable, ScoreTable
 from prmd.inference.generation import Engine, GeneratedResponse, generate
 from prmd.inference.scoring import score_logps
 from prmd.inference.vllm_engine import require_vllm, vllm_engine
+from prmd.models.chat_templates import template_fingerprint
 from prmd.models.loading import base_model_key, load_causal_lm
-from prmd.models.tokenization import PrefixRow, Tokens, template_fingerprint
+from prmd.models.tokenization import PrefixRow, Tokens
 
 
 def reference_key(model: ModelConfig, paths: ArtifactPaths, tokenizer: PreTrainedTokenizerBase) -> str:

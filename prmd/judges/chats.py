@@ -20,8 +20,8 @@ from prmd.errors import ConfigError, DataError
 from prmd.inference.cache import JsonTable
 from prmd.inference.generation import generate
 from prmd.judges.endpoint import Endpoint, EndpointError
-from prmd.models.loading import base_model_key, load_causal_lm, load_tokenizer
-from prmd.models.tokenization import render, template_fingerprint
+from prmd.models.chat_templates import render, template_fingerprint
+from prmd.models.loading import base_model_key, load_causal_lm, load_source_tokenizer
 from prmd.pairs import Message
 from prmd.runtime import free_memory, progress
 
@@ -175,7 +175,7 @@ class LocalChat:
             ConfigError: the model cannot be loaded.
         """
         try:
-            tokenizer = load_tokenizer(self.model, self.paths)
+            tokenizer = load_source_tokenizer(self.model, self.paths)
             key = io.fingerprint([self.fingerprint, template_fingerprint(tokenizer), max_new_tokens])
             table = JsonTable(self.paths.cache("judge", key))
             tokens = [tuple(render(tokenizer, prompt, add_generation_prompt=True)) for prompt in prompts]

@@ -30,8 +30,8 @@ from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
 from prmd.config.shared import LoraConfig, ModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.models.attention import attention_implementation, or_eager
+from prmd.models.chat_templates import check_template, check_trained_template, set_thinking
 from prmd.models.pypi_wheel import fetch_model
-from prmd.models.tokenization import check_template
 from prmd.runtime import get_device, is_main_process, wait_for_everyone
 
 logger = logging.getLogger(__name__)
@@ -118,7 +118,20 @@ def _explain(error: Exception, source: str) -> ConfigError:
 
 # ------------------------------------------------------------------ loading
 def load_tokenizer(model: ModelConfig, paths: ArtifactPaths) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model, right-padding, checked for a usable chat template."""
+    """The tokenizer of a base model, right-padding, its template set to `model.enable_thinking`.
+
+    Raises:
+        ConfigError: as `load_tokenizer_from`, or no policy can be trained by it (`chat_templates.check_trained_template`).
+    """
+    tokenizer = load_source_tokenizer(model, paths)
+    set_thinking(tokenizer, model.enable_thinking)
+    rows = load_model_config(model, paths).get_text_config().vocab_size
+    check_trained_template(tokenizer, model_source(model, paths), rows=rows)
+    return tokenizer
+
+
+def load_source_tokenizer(model: ModelConfig, paths: ArtifactPaths) -> PreTrainedTokenizerBase:
+    """The same as its authors made it, for a model that is asked alone."""
     return load_tokenizer_from(
         model_source(model, paths), revision=model.revision, trust=model.trust_remote_code
     )
@@ -130,7 +143,7 @@ def load_tokenizer_from(
     """The tokenizer in a folder or at a hub id.
 
     Raises:
-        ConfigError: it cannot be loaded, or its chat template cannot be used (`tokenization.check_template`).
+        ConfigError: it cannot be loaded, or its chat template cannot be used (`chat_templates.check_template`).
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -1,17 +1,17 @@
-"""From messages to token rows: one prompt and its responses, tokenised once through the chat template.
+"""From messages to token rows: one prompt and its responses, tokenised once through the chat template (`chat_templates`).
 
 The whole conversation is rendered and the response is what lies behind its common prefix with the rendered prompt, so
 that no token is ever merged or lost at the boundary. Rows that do not fit `max_length` lose whole turns of the prompt
 from the left, then tokens of its last message, never a token of a response. Batches are built in `prefix_rows`.
 """
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedTokenizerBase
 
 from prmd.errors import ConfigError, DataError
+from prmd.models.chat_templates import encode_text, end_of_turn, read_template, render, stop_token
 from prmd.pairs import Message, PreferencePair
 
 Tokens = tuple[int, ...]
@@ -53,64 +53,6 @@ class TokenizedPairs:
     truncated: int
 
 
-def check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Refuse a tokenizer whose chat template cannot serve both a policy and a reward model.
-
-    Raises:
-        ConfigError: no chat template, no pad token, or a template that ends in the pad token (a plain
-            sequence classifier would then read the reward before it).
-    """
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"{where}: the tokenizer has no chat template; choose an instruct model in model.name"
-        )
-    if tokenizer.pad_token_id is None:
-        raise ConfigError(f"{where}: the tokenizer has no pad token; choose an instruct model in model.name")
-    example = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    if render(tokenizer, example)[-1] == tokenizer.pad_token_id:
-        raise ConfigError(
-            f"{where}: the chat template ends in the pad token {tokenizer.pad_token!r}, so a reward would be read one "
-            "token early; set another pad token in the tokenizer's folder"
-        )
-
-
-def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A key of how this tokenizer renders and splits a fixed conversation, with its template and vocabulary size."""
-    example = [
-        {"role": "user", "content": "Where is the café? 12+34"},
-        {"role": "assistant", "content": "On the  left,\n\nby the river."},
-        {"role": "user", "content": "Thanks"},
-    ]
-    text = (
-        f"{tokenizer.chat_template}|{len(tokenizer)}|{render(tokenizer, example, add_generation_prompt=True)}"
-    )
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
-
-
-def render(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], add_generation_prompt: bool = False
-) -> list[int]:
-    """Token ids of a conversation by the chat template; no token is added in front or behind."""
-    return tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False
-    )
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase, response: Sequence[int]) -> int:
-    """Position of the token that ends the assistant's turn: the last special token of the rendered response.
-
-    Raises:
-        ConfigError: the template ends a turn without a special token, so a policy could not learn to stop.
-    """
-    special = set(tokenizer.all_special_ids)
-    for position in range(len(response) - 1, -1, -1):
-        if response[position] in special:
-            return position
-    raise ConfigError(
-        "the chat template ends an assistant turn without a special token; choose an instruct model"
-    )
-
-
 def tokenize_response(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], response: str, *, keep_suffix: bool
 ) -> tuple[int, Tokens]:
@@ -119,7 +61,8 @@ def tokenize_response(
     Args:
         messages: the prompt, ending in a user turn.
         keep_suffix: keep what the template puts behind the end of turn (reward models, which read the reward
-            there) or cut behind the end-of-turn token (policies).
+            there) or cut behind the end-of-turn token (policies), which is added where the template writes it between
+            turns alone.
     """
     prompt_ids = render(tokenizer, messages, add_generation_prompt=True)
     whole = render(tokenizer, [*messages, {"role": "assistant", "content": response}])
@@ -127,7 +70,10 @@ def tokenize_response(
     while shared < min(len(prompt_ids), len(whole)) and prompt_ids[shared] == whole[shared]:
         shared += 1
     tail = whole[shared:]
-    return shared, tuple(tail if keep_suffix else tail[: end_of_turn(tokenizer, tail) + 1])
+    if not keep_suffix:
+        closed = read_template(tokenizer).writes_stop
+        tail = tail[: end_of_turn(tokenizer, tail) + 1] if closed else [*tail, stop_token(tokenizer)]
+    return shared, tuple(tail)
 
 
 def tokenize_row(
@@ -168,23 +114,41 @@ def tokenize_pairs(
         over_length: `drop` the pairs that are longer, or `truncate_prompt`.
 
     Raises:
-        DataError: nothing is left.
+        DataError: nothing is left, or the template refuses a pair; names it.
     """
     rows, kept, dropped, truncated = [], [], 0, 0
     for pair in pairs:
-        row = tokenize_row(tokenizer, pair.prompt, (pair.chosen, pair.rejected), keep_suffix=keep_suffix)
-        if row.longest > max_length:
-            prompt = None if over_length == "drop" else _fit_prompt(tokenizer, pair, max_length, keep_suffix)
-            if prompt is None:
-                dropped += 1
-                continue
-            pair, truncated = replace(pair, prompt=prompt), truncated + 1
-            row = tokenize_row(tokenizer, prompt, (pair.chosen, pair.rejected), keep_suffix=keep_suffix)
-        rows.append(row)
-        kept.append(pair)
+        try:
+            fitted = _fit_pair(pair, tokenizer, max_length, over_length, keep_suffix)
+        except DataError as error:
+            raise DataError(f"{pair.id} ({pair.source}): {error}") from error
+        if fitted is None:
+            dropped += 1
+            continue
+        rows.append(fitted[0])
+        kept.append(fitted[1])
+        truncated += fitted[1] is not pair
     if pairs and not rows:
         raise DataError(f"none of {len(pairs)} pairs fits training.max_length={max_length} tokens; raise it")
     return TokenizedPairs(rows, kept, dropped, truncated)
+
+
+def _fit_pair(
+    pair: PreferencePair,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    over_length: str,
+    keep_suffix: bool,
+) -> tuple[PrefixRow, PreferencePair] | None:
+    """Its row and the pair, with as much of its prompt as fits; None where it is to be dropped."""
+    row = tokenize_row(tokenizer, pair.prompt, (pair.chosen, pair.rejected), keep_suffix=keep_suffix)
+    if row.longest <= max_length:
+        return row, pair
+    prompt = None if over_length == "drop" else _fit_prompt(tokenizer, pair, max_length, keep_suffix)
+    if prompt is None:
+        return None
+    row = tokenize_row(tokenizer, prompt, (pair.chosen, pair.rejected), keep_suffix=keep_suffix)
+    return row, replace(pair, prompt=prompt)
 
 
 def _fit_prompt(
@@ -214,7 +178,7 @@ def fit_messages(
     for start in starts:
         if fits([*system, *turns[start:]]):
             return (*system, *turns[start:])
-    content = tokenizer.encode(turns[-1]["content"], add_special_tokens=False)
+    content = encode_text(tokenizer, turns[-1]["content"])
     overhead = len(render(tokenizer, [*system, turns[-1]], add_generation_prompt=True)) - len(content)
     for keep in range(min(room - overhead, len(content)), 0, -1):
         text = tokenizer.decode(content[-keep:]).strip()

@@ -21,6 +21,7 @@ from prmd.config.shared import ModelConfig, SharedConfig
 from prmd.errors import DataError
 from prmd.inference.cache import ScoreTable
 from prmd.inference.scoring import lookup, score_rows
+from prmd.models.chat_templates import template_fingerprint
 from prmd.models.loading import (
     base_model_key,
     load_classifier,
@@ -29,7 +30,7 @@ from prmd.models.loading import (
     weight_files,
 )
 from prmd.models.sequence_models import SequenceRewards, supports_shared_prompts
-from prmd.models.tokenization import PrefixRow, template_fingerprint
+from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration
 from prmd.rewards.adapters import AdapterMembers, SharedBase, find_members, shared_base

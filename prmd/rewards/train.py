@@ -25,6 +25,7 @@ from prmd.artifacts.runs import (
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.inference.reference import check_engine
+from prmd.models.chat_templates import describe_template
 from prmd.models.loading import load_tokenizer
 from prmd.rewards.backbone import train_backbone, train_members
 from prmd.rewards.fitting import calibrate_reward_model, fit_heads, measure
@@ -93,6 +94,7 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
     if not force:
         refuse_replacing(task.directory, what=task.name)
     config = task.config
+    logger.info("%s: %s", config.model.name, describe_template(tokenizer))
     if task.split == "train":
         check_engine(config.calibration)
     check_training(

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from prmd import runtime
 from prmd.inference import generation, scoring
 from prmd.inference.cache import JsonTable
-from prmd.inference.generation import GeneratedResponse, generate, sample_rows, stop_token
+from prmd.inference.generation import GeneratedResponse, generate, sample_rows
+from prmd.models.chat_templates import stop_token
 from prmd.models.loading import load_tokenizer_from
 from prmd.models.tokenization import tokenize_prompt, tokenize_row
 

@@ -17,9 +17,9 @@ from prmd.config.evaluation import EvaluationConfig, GenerationConfig
 from prmd.config.shared import CalibrationConfig
 from prmd.errors import ConfigError
 from prmd.evaluation.evaluate import compute_metrics
-from prmd.inference.generation import stop_token
 from prmd.inference.reference import reference_samples
 from prmd.inference.vllm_engine import require_vllm
+from prmd.models.chat_templates import stop_token
 from prmd.models.loading import load_tokenizer
 from prmd.policies.train import train_pessimistic
 from prmd.rewards.train import train_reward_model

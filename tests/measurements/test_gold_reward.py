@@ -41,8 +41,8 @@ from benchmarks.gold.world import (
     prompt_tokens,
 )
 from prmd.config.shared import EnsembleConfig
-from prmd.inference.generation import stop_token
-from prmd.models.tokenization import check_template, tokenize_prompt
+from prmd.models.chat_templates import check_template, stop_token
+from prmd.models.tokenization import tokenize_prompt
 from prmd.rewards import heads as rewards_heads
 
 TINY = Sizes(

@@ -9,12 +9,10 @@ from tiny_models import TEMPLATE, tiny_tokenizer
 from transformers import AutoTokenizer
 
 from prmd.errors import ConfigError, DataError
+from prmd.models.chat_templates import end_of_turn, render, template_fingerprint
 from prmd.models.loading import load_tokenizer_from
 from prmd.models.tokenization import (
-    end_of_turn,
     fit_messages,
-    render,
-    template_fingerprint,
     tokenize_pairs,
     tokenize_prompt,
     tokenize_row,
@@ -108,11 +106,6 @@ def test_template_fingerprint_depends_on_the_template_and_nothing_else(tmp_path,
 def test_no_chat_template_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no chat template"):
         load_tokenizer_from(tiny_tokenizer(tmp_path, template=None))
-
-
-def test_no_pad_token_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match="no pad token"):
-        load_tokenizer_from(tiny_tokenizer(tmp_path, pad=None))
 
 
 def test_a_template_that_ends_in_the_pad_token_is_refused(tmp_path):
