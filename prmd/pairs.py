@@ -20,6 +20,11 @@ Message = dict[str, str]
 
 PREPARE_COMMAND = stage_command("split_objectives")
 BENCHMARK_QUESTIONS_FILE = "truthfulqa_benchmark_questions.json"
+_CONTROL_TEXT = re.compile(
+    r"<\|\S{1,40}?\|>|<｜\S{1,40}?｜>|<(?:start|end)_of_(?:turn|text)>|</?s>|<(?:bos|eos|pad|unk|sop)>|\[/?(?:INST|gMASK)\]"
+    r"|<\|turn>|<turn\|>|</?think>"
+)
+"""Control tokens of well-known models, as text."""
 _FIELDS = ("id", "prompt", "chosen", "rejected", "source")
 
 
@@ -52,6 +57,12 @@ class PreferencePair:
     def prompt_key(self) -> str:
         """`first_turn`, normalised: pairs with equal keys share a split in every objective."""
         return prompt_key(self.first_turn)
+
+    @property
+    def spells_control_tokens(self) -> bool:
+        """Whether a text of it holds what is a control token of some well-known model; it is read as text all the same."""
+        texts = [m["content"] for m in self.prompt] + [self.chosen, self.rejected]
+        return any(map(_CONTROL_TEXT.search, texts))
 
     def to_row(self) -> dict[str, Any]:
         """The row as stored: `chosen` and `rejected` are lists of one assistant message."""

@@ -178,6 +178,9 @@ def _stats(collection: PairCollection, result: SplitResult, approach: str) -> di
     quarantined = Counter(row["reason"] for row in collection.quarantine)
     by_source = Counter(f"{row['source'].split(':')[0]} {row['reason']}" for row in collection.quarantine)
     sizes = sizes_of(result.pairs)
+    kept = [pair for splits in result.pairs.values() for pairs in splits.values() for pair in pairs]
+    if spelled := sum(pair.spells_control_tokens for pair in kept):
+        collection.counts["pairs_that_spell_control_tokens"] = spelled
     for objective in OBJECTIVES:
         logger.info(
             "%s: %s pairs", objective, ", ".join(f"{split} {sizes[objective][split]:,}" for split in SPLITS)
