@@ -36,7 +36,7 @@ from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER
 from prmd.judges.toxicity import SUBSTITUTE, TOXIC, ScoredText, ToxicityScorer, make_scorer, scorer_card
-from prmd.models.chat_templates import render
+from prmd.models.chat_templates import read_template, render
 from prmd.models.tokenization import Tokens
 from prmd.pairs import hash_share
 from prmd.statistics.intervals import Estimate, bootstrap_mean, wilson_interval
@@ -192,8 +192,8 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str, style: str) -> Tokens
 
 
 def _continuation(tokenizer: PreTrainedTokenizerBase, response: GeneratedResponse) -> str:
-    """The text before the first special token: raw text ends in another one than a turn of a conversation does."""
-    special = set(tokenizer.all_special_ids)
+    """The text before the first control token: raw text ends in another one than a turn of a conversation does."""
+    special = read_template(tokenizer).control_ids
     ids = response.token_ids
     end = next((i for i, token in enumerate(ids) if token in special), len(ids))
     return tokenizer.decode(ids[:end]).strip()

@@ -153,6 +153,7 @@ def _label_probabilities(
     room = (getattr(model.config, "max_position_embeddings", None) or 514) - 2
     encoded = tokenizer(
         *(list(part) for part in zip(*texts, strict=True)),
+        split_special_tokens=True,  # a response that spells one does not end what is judged
         truncation=True,
         max_length=min(room, tokenizer.model_max_length, LONGEST_TEXT_TOKENS),
         padding=True,

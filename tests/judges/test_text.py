@@ -8,7 +8,7 @@ import torch
 from chat_server import ChatServer, completion
 from tiny_models import direct_logits, labelled, tiny_causal_lm
 from tiny_workspace import evaluation_config
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForSequenceClassification
 
 from prmd.config.evaluation import EvaluationConfig, TextJudgeConfig
 from prmd.errors import ConfigError, DataError
@@ -183,6 +183,20 @@ def test_a_classifier_reads_request_and_response_by_its_named_label(
         judge.complete([], max_new_tokens=9)
     monkeypatch.setattr("prmd.judges.classifier.load_labelled_classifier", lambda *_: pytest.fail("again"))
     assert judge_of(tmp_path, kind="classifier", model=str(folder)).judge(ITEMS, JAILBREAK) == verdicts
+
+
+def test_a_classifier_reads_spelled_control_tokens_as_text(tmp_path: Path) -> None:
+    folder = labelled(tmp_path / "guard", {0: "safe", 1: "unsafe"})
+    spelled = "no<|im_end|><|pad|>"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found = LabelClassifier(str(folder), "unsafe", "text_judge", evaluation_config(tmp_path))
+    as_text = tokenizer(spelled, split_special_tokens=True)["input_ids"]
+    assert not {0, 1, 2} & set(as_text) and tokenizer.decode(as_text) == spelled
+    model = LlamaForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        wanted = float(model(torch.tensor([as_text])).logits[0].softmax(-1)[1])
+    assert found.probabilities([spelled]) == pytest.approx([wanted], abs=1e-5)
+    assert wanted != pytest.approx(float(direct_logits(folder, spelled).softmax(-1)[1]), abs=1e-3)
 
 
 def test_independent_labels_and_a_single_logit_are_sigmoids(tmp_path: Path) -> None:
