@@ -114,6 +114,11 @@ def prompt_key(text: str) -> str:
     return " ".join(words) if words else " ".join(folded.split())
 
 
+def broken_text(*texts: str) -> bool:
+    """Whether a text holds half a character (a lone surrogate) or NUL, which other programs refuse or cut the text at."""
+    return any("\0" in text or io.has_surrogate(text) for text in texts)
+
+
 def hash_share(salt: str, text: str) -> float:
     """A number in [0, 1) that depends on nothing but `salt` and `text`: uniform over texts, the same on every machine."""
     digest = hashlib.sha256(f"{salt}\n{text}".encode("utf-8", "surrogatepass")).digest()
@@ -138,10 +143,18 @@ def read_pairs(paths: ArtifactPaths, objective: str, split: str) -> list[Prefere
             f"{path}: the {split} split of {objective} is empty; raise data.splits fractions or "
             f"data.max_pairs_per_objective, or give more data, and run `{PREPARE_COMMAND}` again"
         )
-    return [
+    pairs = [
         PreferencePair.from_row(row, objective=objective, where=f"{path}:{number}")
         for number, row in enumerate(rows, start=1)
     ]
+    first: dict[str, int] = {}
+    for number, pair in enumerate(pairs, start=1):
+        if (before := first.setdefault(pair.id, number)) != number:
+            raise DataError(
+                f"{path}:{number}: the id {pair.id!r} is also that of row {before}, so a pair would count twice; remove "
+                f"the repeated rows, or make the file again with `{PREPARE_COMMAND} --force`"
+            )
+    return pairs
 
 
 def read_benchmark_questions(paths: ArtifactPaths) -> frozenset[str] | None:
@@ -169,7 +182,7 @@ def _row_problem(row: Mapping[str, Any]) -> str | None:
         return f"a row has exactly the keys {', '.join(_FIELDS)}; missing {missing}, unknown {unknown}"
     for name in ("id", "source"):
         if not isinstance(row[name], str) or not row[name].strip():
-            return f"{name!r} must be a non-empty string, got {row[name]!r}"
+            return f"{name!r} must be a non-empty string, got {row[name]!r:.80}"
     if problem := _prompt_problem(row["prompt"]):
         return problem
     for name in ("chosen", "rejected"):
@@ -203,4 +216,6 @@ def _messages_problem(messages: Any, name: str) -> str | None:
             )
         if not isinstance(message["content"], str) or not message["content"].strip():
             return f"each message of {name!r} must have non-empty text as content"
+        if io.has_surrogate(message["content"]):
+            return f"a message of {name!r} holds half a character (a lone surrogate such as \\ud83d)"
     return None

@@ -6,7 +6,9 @@ A file appears whole or not at all (temporary name in the same folder, then `os.
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -82,48 +85,114 @@ def write_text(path: Path, text: str) -> Path:
 
 def write_json(path: Path, value: Any) -> Path:
     """Write `value` as indented JSON; NaN and infinity are refused, because no other reader would take them."""
-    return write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return write_text(path, _json_text(value, indent=2) + "\n")
+
+
+def _json_text(value: Any, indent: int | None = None) -> str:
+    """JSON in plain characters; in escapes where it holds half a character, which UTF-8 has no bytes for."""
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value, indent=indent, allow_nan=False) if has_surrogate(text) else text
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON; a file that is not JSON is a `DataError` that names it."""
+    """Read JSON; a file that cannot be read as JSON is a `DataError` that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        return parse_json(read_utf8(path))
+    except ValueError as error:
         raise DataError(
             f"{path}: not readable as JSON ({error}); delete it and run its stage again"
         ) from error
 
 
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
-    """Write rows as JSON Lines."""
+    """Write rows as JSON Lines.
+
+    Raises:
+        DataError: a row is nested deeper than can be followed.
+    """
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
-        for row in rows:
-            stream.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+        for number, row in enumerate(rows, start=1):
+            try:
+                stream.write(_json_text(row) + "\n")
+            except RecursionError:
+                raise DataError(f"{path}: row {number} is nested too deeply; leave it out") from None
     return path
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read JSON Lines; a line that is not a JSON object is a `DataError` with file:line."""
     rows = []
-    with path.open("r", encoding="utf-8") as stream:
-        try:
-            lines = stream.readlines()
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error.msg}); mend or remove this line") from error
+            row = parse_json(line)
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not JSON ({error}); mend or remove this line") from error
         if not isinstance(row, dict):
             raise DataError(
                 f"{path}:{number}: expected a JSON object, got {type(row).__name__}; mend this line"
             )
         rows.append(row)
     return rows
+
+
+def read_utf8(path: Path) -> str:
+    """The text of a file, without a byte order mark and with newline line ends.
+
+    Raises:
+        DataError: it is not there, may not be read, is a folder, or is not UTF-8; names it.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from error
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror or error}); put a readable file there"
+        ) from error
+
+
+def parse_json(text: str, *, odd_numbers_as_null: bool = False) -> Any:
+    """The value of a JSON text.
+
+    Args:
+        odd_numbers_as_null: read a number that nothing here can hold (NaN, infinite, of thousands of digits) as null, what
+            other programs write for a missing value.
+
+    Raises:
+        ValueError: it is not JSON, nested deeper than can be followed, or holds an integer of thousands of digits.
+    """
+    try:
+        return (_ODD_NUMBERS_AS_NULL if odd_numbers_as_null else _STRICT).decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(error.msg if error.lineno == 1 else f"line {error.lineno}: {error.msg}") from error
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def has_surrogate(text: str) -> bool:
+    """Whether a text holds half a character: what an escape such as `\\ud83d` without its other half leaves."""
+    return _SURROGATE.search(text) is not None
+
+
+def _finite_or_none(digits: str) -> float | None:
+    number = float(digits)
+    return number if math.isfinite(number) else None
+
+
+def _integer_or_none(digits: str) -> int | None:
+    try:
+        return int(digits)
+    except ValueError:  # more digits than Python turns into a number
+        return None
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_STRICT = json.JSONDecoder()
+_ODD_NUMBERS_AS_NULL = json.JSONDecoder(
+    parse_constant=lambda name: None, parse_float=_finite_or_none, parse_int=_integer_or_none
+)
 
 
 def write_tensors(
@@ -140,8 +209,13 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file."""
-    return load_file(path)
+    """Read a safetensors file; one that cannot be read is a `DataError` that names it."""
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise DataError(
+            f"{path}: not readable as safetensors ({error}); delete it and run its stage again"
+        ) from error
 
 
 def file_sha256(path: Path) -> str:
@@ -184,4 +258,4 @@ def _move_digests(source: Path, target: Path) -> None:
 def fingerprint(value: Any) -> str:
     """A 16-digit content key of any JSON-able value: equal values give equal keys on every machine."""
     canonical = json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode("utf-8")).hexdigest()[:16]
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -117,8 +117,22 @@ class ArtifactPaths:
 
 
 def resolve_artifact_root(text: str) -> Path:
-    """`artifact_root` of the YAML as an absolute path; relative ones start at the project folder."""
-    return beside(PROJECT_ROOT, text).resolve()
+    """`artifact_root` of the YAML as an absolute path; relative ones start at the project folder.
+
+    Raises:
+        ConfigError: it is a file or below one, or no path at all; names both.
+    """
+    try:
+        root = beside(PROJECT_ROOT, text).resolve()
+        blocking = next((place for place in (root, *root.parents) if place.exists()), root)
+        problem = None if blocking.is_dir() or not blocking.exists() else f"{blocking} is a file"
+    except (OSError, ValueError) as error:  # longer than a name can be; NUL in it
+        raise ConfigError(f"artifact_root: got {text!r:.80}, wanted a folder ({error})") from error
+    if problem:
+        raise ConfigError(
+            f"artifact_root: got {text}, wanted a folder, which is made where it is missing; {problem}; correct the path"
+        )
+    return root
 
 
 # ------------------------------------------------------------------ commands, for messages
@@ -200,5 +214,5 @@ def _state(place: Path) -> str:
 def _is(kind: Kind, place: Path) -> bool:
     try:
         return place.exists() and kind in ("file or folder", "folder" if place.is_dir() else "file")
-    except OSError:  # longer than a name can be, or in a folder that may not be read
+    except (OSError, ValueError):  # longer than a name can be, in a folder that may not be read; NUL in it
         return False

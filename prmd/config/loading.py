@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.reader import ReaderError
 
 from prmd.artifacts.paths import beside, resolve_user_path
 from prmd.config.evaluation import (
@@ -111,14 +112,20 @@ def _refuse(mistakes: list[str]) -> None:
 
 # ------------------------------------------------------------------ YAML to nodes
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 5e-7 is a number, a date is text, and nothing refers to anything else."""
+    """Safe YAML in which 5e-7 is a number, a date is text, and nothing refers to anything else or says its own type."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark
-            raise yaml.MarkedYAMLError(
-                problem="got an alias (*), wanted the value written out", problem_mark=mark
+        event = self.peek_event()
+        problem = None
+        if isinstance(event, yaml.AliasEvent):
+            problem = "got an alias (*), wanted the value written out"
+        elif getattr(event, "tag", None):
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            problem = (
+                f"got the tag {tag}, wanted the value alone (in quotes where it is text that begins with !)"
             )
+        if problem:
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
 
@@ -137,17 +144,20 @@ _Loader.add_implicit_resolver(
 
 def _parse_yaml(text: str, where: str, folder: Path, mistakes: list[str]) -> Node | None:
     """Compose `text`; `where` is the file (lines are added to it) or the override it came from."""
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         root = loader.get_single_node()
         return Node(None, where, folder) if root is None else _convert(root, loader, where, folder, mistakes)
+    except ReaderError as error:
+        problem = f"the character U+{ord(text[error.position]):04X} may not stand in YAML; remove it"
+        line = text.count("\n", 0, error.position)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or str(error)
-        mistakes.append(f"{_at(where, mark.line if mark else 0)}: not readable as YAML: {problem}")
-        return None
-    finally:
-        loader.dispose()
+        problem, line = getattr(error, "problem", None) or str(error), mark.line if mark else 0
+    except RecursionError:
+        problem, line = "nested too deeply", 0
+    mistakes.append(f"{_at(where, line)}: not readable as YAML: {problem}")
+    return None
 
 
 def _at(where: str, line: int) -> str:
@@ -159,20 +169,42 @@ def _convert(node: yaml.Node, loader: _Loader, where: str, folder: Path, mistake
     if isinstance(node, yaml.SequenceNode):
         return Node([_convert(n, loader, where, folder, mistakes) for n in node.value], place, folder)
     if not isinstance(node, yaml.MappingNode):
-        value = loader.construct_object(node)
-        if isinstance(value, float) and not math.isfinite(value):
-            value = node.value  # as text it is refused like any wrong type
+        value = _scalar(node, loader)
+        if isinstance(value, str) and (whole := _whole(value)) != value:
+            mistakes.append(f"{place}: got half a character (an escape such as \\ud83d), wanted whole text")
+            value = whole
         return Node(value, place, folder)
     children: dict[str, Node] = {}
     for key_node, value_node in node.value:
-        key, line = loader.construct_object(key_node, deep=True), _at(where, key_node.start_mark.line)
-        if not isinstance(key, str):
-            mistakes.append(f"{line}: got the key {key!r}, wanted text")
+        line = _at(where, key_node.start_mark.line)
+        if not isinstance(key_node, yaml.ScalarNode):
+            mistakes.append(f"{line}: got a {key_node.id} as a key, wanted text")
+            continue
+        key = _scalar(key_node, loader)
+        if not isinstance(key, str) or _whole(key) != key:
+            mistakes.append(f"{line}: got the key {key!r:.60}, wanted text")
         elif key in children:
             mistakes.append(f"{line}: {key}: given twice, first at {children[key].where}; keep one of them")
         else:
             children[key] = replace(_convert(value_node, loader, where, folder, mistakes), where=line)
     return Node(children, place, folder)
+
+
+def _whole(text: str) -> str:
+    """The text with `?` for every half of a character (lone surrogate)."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _scalar(node: yaml.ScalarNode, loader: _Loader) -> Any:
+    """The value of a scalar; its text where nothing can hold the number, so that it is refused like any wrong type."""
+    try:
+        value = loader.construct_object(node)
+    except ValueError:  # 0b_, or more digits than Python turns into a number
+        return node.value
+    too_large = (isinstance(value, float) and not math.isfinite(value)) or (
+        isinstance(value, int) and abs(value) >= 2**63
+    )
+    return node.value if too_large else value
 
 
 def _merge(base: Node, over: Node) -> Node:
@@ -202,7 +234,11 @@ def _shown(path: Path) -> str:
 
 def _read_tree(path: Path, asked_by: str, mistakes: list[str], chain: tuple[Path, ...] = ()) -> Node | None:
     """The node tree of a file with what it extends merged below it; None if that cannot be read."""
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except (OSError, ValueError):  # NUL in it
+        mistakes.append(f"{asked_by}: got {str(path)!r:.80}, wanted a readable YAML file; correct the path")
+        return None
     if path in chain:
         circle = " -> ".join(_shown(p) for p in (*chain[chain.index(path) :], path))
         mistakes.append(f"{asked_by}: extends goes in a circle: {circle}; remove one of them")
@@ -214,6 +250,11 @@ def _read_tree(path: Path, asked_by: str, mistakes: list[str], chain: tuple[Path
         return None
     except UnicodeDecodeError:
         mistakes.append(f"{_shown(path)}: not UTF-8; save the file as UTF-8")
+        return None
+    if not text.strip():
+        mistakes.append(
+            f"{_shown(path)}: empty, wanted `key: value` lines; restore the file, or write {{}} for all defaults"
+        )
         return None
     node = _parse_yaml(text, _shown(path), path.parent, mistakes)
     if node is None:

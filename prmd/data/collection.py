@@ -47,7 +47,8 @@ class PairCollection:
 
     Attributes:
         pairs: the usable pairs.
-        quarantine: the refused rows: `source`, `objective` (None: of all), `reason`, `row`.
+        quarantine: the refused rows: `source`, `objective` (None: of all), `reason`, `row`, and `detail` where the reason
+            needs one.
         counts: other facts worth reporting, by name.
         benchmark_questions: TruthfulQA questions of which no pair was made; None where TruthfulQA takes no part.
     """
@@ -57,8 +58,17 @@ class PairCollection:
     counts: Counter[str] = field(default_factory=Counter)
     benchmark_questions: list[str] | None = None
 
-    def refuse(self, *, source: str, objective: str | None, reason: str, row: Mapping[str, Any]) -> None:
-        self.quarantine.append({"source": source, "objective": objective, "reason": reason, "row": dict(row)})
+    def refuse(
+        self,
+        *,
+        source: str,
+        objective: str | None,
+        reason: str,
+        row: Mapping[str, Any],
+        detail: str | None = None,
+    ) -> None:
+        refused = {"source": source, "objective": objective, "reason": reason, "row": dict(row)}
+        self.quarantine.append(refused | ({"detail": detail} if detail else {}))
 
 
 def merge(collections: Iterable[PairCollection]) -> PairCollection:

@@ -23,7 +23,7 @@ from prmd.data.readers import (
     split_rows,
 )
 from prmd.errors import ConfigError
-from prmd.pairs import Message, make_pair
+from prmd.pairs import Message, broken_text, make_pair
 from prmd.runtime import progress
 
 _MARKER = re.compile(r"(?:\A\s*|\n\n[ \t]*)(Human|Assistant):")
@@ -209,6 +209,8 @@ def _add_hh_row(
     try:
         if not isinstance(row.get("chosen"), str) or not isinstance(row.get("rejected"), str):
             raise TranscriptError("malformed")
+        if broken_text(row["chosen"], row["rejected"]):
+            raise TranscriptError("broken_text")
         sides = compare_transcripts(row["chosen"], row["rejected"])
     except TranscriptError as error:
         collection.refuse(source=source, objective=objective, reason=str(error), row=row)

@@ -20,9 +20,10 @@ from prmd.data.readers import (
     split_rows,
 )
 from prmd.errors import ConfigError
-from prmd.pairs import make_pair
+from prmd.pairs import broken_text, make_pair
 from prmd.runtime import progress
 
+LABELS = ("better_response_id", "safer_response_id")
 DECEPTION_CATEGORIES = ("Mental Manipulation", "Economic Crime", "White-Collar Crime")
 """Harm categories that deceive someone: the nearest thing to dishonesty that the labels hold."""
 
@@ -40,7 +41,10 @@ def pku_pairs(files: Iterable[RawFile], settings: PkuSafeRlhfConfig) -> PairColl
     for file in files:
         for index, row in enumerate(progress(file.rows, len(file.rows), f"pairs of {file.label}")):
             if reason := _refusal(row):
-                collection.refuse(source=file.where(index), objective=None, reason=reason, row=row)
+                detail = _unknown_label(row) if reason == "unknown_label" else None
+                collection.refuse(
+                    source=file.where(index), objective=None, reason=reason, row=row, detail=detail
+                )
                 continue
             collection.counts["pku_sha256_mismatches"] += _sha256_mismatches(row)
             for objective, chosen in _preferences(row, settings.honest, file.where(index)).items():
@@ -58,11 +62,12 @@ def pku_pairs(files: Iterable[RawFile], settings: PkuSafeRlhfConfig) -> PairColl
 def _refusal(row: dict[str, Any]) -> str | None:
     """Why a row cannot be used, or None."""
     texts = [row.get(name) for name in ("prompt", "response_0", "response_1")]
-    labels = [row.get(name) for name in ("better_response_id", "safer_response_id")]
     if not all(isinstance(text, str) for text in texts):
         return "malformed"
-    if not all(isinstance(label, int) and label in (0, 1) for label in labels):
-        return "malformed"
+    if broken_text(*texts):
+        return "broken_text"
+    if _unknown_label(row):
+        return "unknown_label"
     prompt, first, second = (text.strip() for text in texts)
     if not prompt:
         return "empty_prompt"
@@ -71,9 +76,26 @@ def _refusal(row: dict[str, Any]) -> str | None:
     return "identical_responses" if first == second else None
 
 
+def _label(value: Any) -> int | None:
+    """0 or 1 as an export may write them (0, 0.0, "0", "0.0", false), or None."""
+    try:
+        number = float(value) if isinstance(value, str | int | float) else None
+    except (ValueError, OverflowError):  # no number; an integer beyond every float
+        return None
+    return int(number) if number in (0.0, 1.0) else None
+
+
+def _unknown_label(row: dict[str, Any]) -> str | None:
+    """Which label cannot be read, and what it is; None where both can."""
+    for name in LABELS:
+        if _label(row.get(name)) is None:
+            return f"{name} is {row.get(name)!r:.40}, wanted 0 or 1"
+    return None
+
+
 def _preferences(row: dict[str, Any], honest: str, where: str) -> dict[str, int]:
     """Objective -> number of the preferred response."""
-    preferred = {"helpful": int(row["better_response_id"]), "harmless": int(row["safer_response_id"])}
+    preferred = dict(zip(("helpful", "harmless"), (_label(row[name]) for name in LABELS), strict=True))
     if honest == "better_response":
         preferred["honest"] = preferred["helpful"]
     elif honest == "deception_categories":
@@ -121,9 +143,11 @@ def plan_pku(data: DataConfig) -> list[SourceFile]:
         ]
     if path.is_file():
         return [local_file(path, plain_stem(path), None)]
-    if found := sorted(p for s in ("train", "test") for p in path.glob(f"data/*/{s}.json*")):
+    if found := sorted(p for s in ("train", "test") for p in path.glob(f"data/*/{s}.json*") if p.is_file()):
         return [local_file(p, f"{p.parent.name}/{plain_stem(p)}", plain_stem(p)) for p in found]
-    found = sorted(p for pattern in ("*.json", "*.jsonl", "*.jsonl.gz") for p in path.glob(pattern))
+    found = sorted(
+        p for pattern in ("*.json", "*.jsonl", "*.jsonl.gz") for p in path.glob(pattern) if p.is_file()
+    )
     if not found:
         raise ConfigError(
             f"{key}: {path} has neither data/<model>/train.jsonl nor *.json, *.jsonl or *.jsonl.gz files; "

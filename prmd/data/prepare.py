@@ -110,6 +110,7 @@ def _build(
 ) -> None:
     """Splits, statistics and figures, published when everything is there."""
     collection = _collect(config.data, config.paths)
+    _say_constant_prompts(collection)
     result = _split(collection, config.data)
     stats = _stats(collection, result, config.data.approach)
     target = config.paths.processed
@@ -140,7 +141,30 @@ def _collect(data: DataConfig, paths: ArtifactPaths) -> PairCollection:
         "pku_safe_rlhf": lambda files: pku_pairs(files, data.pku_safe_rlhf),
         "embedded": embedded_pairs,
     }
-    return merge(builders[name](read_source(name, data, paths)) for name in required_sources(data))
+    collection = merge(builders[name](read_source(name, data, paths)) for name in required_sources(data))
+    # U+FFFD stands where a character was lost by reading in a wrong encoding; published data holds a few, so they are kept.
+    for pair in (item.pair for item in collection.pairs):
+        if any(
+            "\ufffd" in text for text in (pair.chosen, pair.rejected, *(m["content"] for m in pair.prompt))
+        ):
+            collection.counts["pairs_with_replacement_character"] += 1
+    return collection
+
+
+def _say_constant_prompts(collection: PairCollection) -> None:
+    """Warn of an objective with one prompt alone: pairs are split by prompt, so all of them fall into one split."""
+    prompts: dict[str, Counter[str]] = {}
+    for item in collection.pairs:
+        prompts.setdefault(item.pair.objective, Counter())[item.pair.prompt_key] += 1
+    for objective, counts in prompts.items():
+        [(prompt, count), *others] = counts.most_common(2)
+        if count > 1 and not others:
+            logger.warning(
+                "%s: all %d pairs have one prompt, %.60r, and pairs with one prompt share a split; give other prompts too",
+                objective,
+                count,
+                prompt,
+            )
 
 
 def _split(collection: PairCollection, data: DataConfig) -> SplitResult:
@@ -157,7 +181,8 @@ def _split(collection: PairCollection, data: DataConfig) -> SplitResult:
             if not rows and split == "train":
                 raise DataError(
                     f"data.approach {data.approach}: no training pair is left for {objective}; give more data, lower "
-                    "data.splits fractions or data.truthfulqa.benchmark_fraction, or choose another approach"
+                    "data.splits fractions or data.truthfulqa.benchmark_fraction, or choose another approach; "
+                    f"rows refused: {_refused(collection)}; pairs left out: {_listed(result.dropped)}"
                 )
             if not rows:
                 logger.warning(
@@ -185,7 +210,7 @@ def _stats(collection: PairCollection, result: SplitResult, approach: str) -> di
         logger.info(
             "%s: %s pairs", objective, ", ".join(f"{split} {sizes[objective][split]:,}" for split in SPLITS)
         )
-    logger.info("quarantined rows: %s", _listed(quarantined))
+    logger.info("quarantined rows: %s", _refused(collection))
     logger.info("pairs left out: %s", _listed(result.dropped))
     if any(collection.counts.values()):
         logger.info("counts: %s", _listed(collection.counts))
@@ -197,6 +222,19 @@ def _stats(collection: PairCollection, result: SplitResult, approach: str) -> di
         "dropped": dict(sorted(result.dropped.items())),
         "counts": dict(sorted(collection.counts.items())),
     }
+
+
+def _refused(collection: PairCollection) -> str:
+    """Refused rows by reason, with the first of each: `unknown_label 3 (first mine:1: safer_response_id is 2, ...)`."""
+    first = {row["reason"]: row for row in reversed(collection.quarantine)}
+    counts = Counter(row["reason"] for row in collection.quarantine)
+    return (
+        ", ".join(
+            f"{reason} {number:,} (first {': '.join(filter(None, (first[reason]['source'], first[reason].get('detail'))))})"
+            for reason, number in counts.most_common()
+        )
+        or "none"
+    )
 
 
 def _listed(counts: Counter[str]) -> str:

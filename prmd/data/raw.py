@@ -56,6 +56,10 @@ def fetch_source(source: str, data: DataConfig, paths: ArtifactPaths, *, force: 
         else:
             rows = former[file.name]["rows"]
             logger.info("%s: kept %s (%d rows, sha256 as recorded)", source, file.name, rows)
+    if not any(entries[file.name]["rows"] for file in plan):
+        raise DataError(
+            f"data.{source}: {', '.join(file.label for file in plan)} of {identity['path']} hold no row; put the data there"
+        )
     manifest = {**head, "complete": True, "files": {file.name: entries[file.name] for file in plan}}
     io.write_json(directory / MANIFEST, manifest)
     _remove_leftovers(directory, manifest)
@@ -71,7 +75,7 @@ def read_manifest(source: str, data: DataConfig, paths: ArtifactPaths) -> dict[s
     path = paths.raw(source) / MANIFEST
     if not path.is_file():
         raise DataError(f"{path}: source {source!r} was not downloaded; run `{DOWNLOAD_COMMAND}` first")
-    manifest = io.read_json(path)
+    manifest = _read_manifest_file(path)
     if not manifest.get("complete"):
         raise DataError(
             f"{path}: the download of {source!r} was interrupted; run `{DOWNLOAD_COMMAND}` to resume it"
@@ -82,6 +86,24 @@ def read_manifest(source: str, data: DataConfig, paths: ArtifactPaths) -> dict[s
         raise DataError(
             f"{path}: {source!r} was downloaded with {got}, the configuration says {wanted}; "
             f"run `{DOWNLOAD_COMMAND}` again"
+        )
+    return manifest
+
+
+def _read_manifest_file(path: Path) -> dict[str, Any]:
+    """A manifest as `fetch_source` writes it.
+
+    Raises:
+        DataError: it is something else; names the file.
+    """
+    manifest = io.read_json(path)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    keys = {"label", "upstream_split", "origin", "rows", "sha256"}
+    if not isinstance(files, dict) or not all(
+        isinstance(f, dict) and keys <= f.keys() for f in files.values()
+    ):
+        raise DataError(
+            f"{path}: not a manifest of downloaded files; delete it and run `{DOWNLOAD_COMMAND}` again"
         )
     return manifest
 
@@ -117,7 +139,7 @@ def _former_files(directory: Path, identity: Mapping[str, Any]) -> dict[str, Any
     path = directory / MANIFEST
     if not path.is_file():
         return {}
-    manifest = io.read_json(path)
+    manifest = _read_manifest_file(path)
     same_place = all(manifest.get(key) == identity[key] for key in ("path", "revision"))
     return manifest["files"] if same_place else {}
 
@@ -136,7 +158,7 @@ def _write_file(source: str, directory: Path, file: SourceFile) -> dict[str, Any
     rows = list(progress(lazy, total, f"{source} {file.label}"))
     if source != "embedded":
         io.write_jsonl(path, rows)
-    logger.info("%s: %s, %d rows", source, path, len(rows))
+    logger.log(logging.INFO if rows else logging.WARNING, "%s: %s, %d rows", source, path, len(rows))
     return {
         "label": file.label,
         "upstream_split": file.upstream_split,

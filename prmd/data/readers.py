@@ -7,6 +7,7 @@ place that cannot be reached is one `ConfigError` that names the YAML key.
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
@@ -22,13 +23,20 @@ Row = dict[str, Any]
 
 
 def json_rows(path: Path) -> Iterator[Row]:
-    """Rows of a JSON array or of JSON Lines, gzipped or not."""
+    """Rows of a JSON array or of JSON Lines, gzipped or not; NaN and other numbers nothing can hold are null.
+
+    Raises:
+        DataError: the file or a line of it cannot be read; names both.
+    """
     opener = gzip.open if path.suffix == ".gz" else Path.open
     try:
-        with opener(path, "rt", encoding="utf-8") as stream:
+        with opener(path, "rt", encoding="utf-8-sig") as stream:
             text = stream.read()
-    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise DataError(f"{path}: not readable as UTF-8 text ({error}); fetch the file again") from error
+    except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        raise DataError(
+            f"{path}: not readable as UTF-8 text ({error}), wanted JSON or JSON Lines, gzipped only where it ends in .gz; "
+            "save or fetch the file again"
+        ) from error
     if text.lstrip().startswith("["):
         yield from _array_rows(path, text)
         return
@@ -39,9 +47,10 @@ def json_rows(path: Path) -> Iterator[Row]:
 
 def _array_rows(path: Path, text: str) -> Iterator[Row]:
     try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}:{error.lineno}: not JSON ({error.msg}); mend the file") from error
+        rows = io.parse_json(text, odd_numbers_as_null=True)
+    except ValueError as error:
+        line = error.__cause__.lineno if isinstance(error.__cause__, json.JSONDecodeError) else 1
+        raise DataError(f"{path}:{line}: not JSON ({error}); mend the file") from error
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(
@@ -52,9 +61,9 @@ def _array_rows(path: Path, text: str) -> Iterator[Row]:
 
 def _parse_object(line: str, where: str) -> Row:
     try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg}); mend or remove this line") from error
+        row = io.parse_json(line, odd_numbers_as_null=True)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); mend or remove this line") from error
     if not isinstance(row, dict):
         raise DataError(
             f"{where}: expected a JSON object, got {type(row).__name__}; mend or remove this line"
@@ -63,10 +72,17 @@ def _parse_object(line: str, where: str) -> Row:
 
 
 def parquet_rows(path: Path) -> list[Row]:
-    """Rows of a parquet file."""
-    from pyarrow import parquet  # slow to import, and only this layout needs it
+    """Rows of a parquet file.
 
-    return parquet.read_table(path).to_pylist()
+    Raises:
+        DataError: it is none, or holds text that is not UTF-8; names it.
+    """
+    from pyarrow import ArrowException, parquet  # slow to import, and only this layout needs it
+
+    try:
+        return parquet.ParquetFile(path).read().to_pylist()
+    except (ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as parquet ({error}); fetch the file again") from error
 
 
 HubSource = HhRlhfConfig | TruthfulQaConfig | PkuSafeRlhfConfig
@@ -110,7 +126,7 @@ def benchmark_files(path: str, patterns: tuple[str, ...], key: str) -> list[Path
     found = local_path(path, key)
     if found is None or found.is_file():
         return None if found is None else [found]
-    if files := sorted({file for pattern in patterns for file in found.glob(pattern)}):
+    if files := sorted({file for pattern in patterns for file in found.glob(pattern) if file.is_file()}):
         return files
     raise ConfigError(f"{key}: {found} has no {' or '.join(patterns)}; point it at a folder that has")
 
@@ -140,7 +156,7 @@ def local_path(text: str, key: str) -> Path | None:
 def first_existing(folder: Path, patterns: tuple[str, ...], key: str) -> Path:
     """The first file in a folder that one of the patterns matches, in their order."""
     for pattern in patterns:
-        if found := sorted(folder.glob(pattern)):
+        if found := sorted(path for path in folder.glob(pattern) if path.is_file()):
             return found[0]
     raise ConfigError(
         f"{key}: {folder} has no {' or '.join(patterns)}; point it at a folder in the hub's file layout"
@@ -155,9 +171,17 @@ def plain_stem(path: Path) -> str:
 def local_file(
     path: Path, label: str, split: str | None, read: Callable[[], Iterable[Row]] | None = None
 ) -> SourceFile:
-    """A local file as one of a source; without `read` it is JSON."""
-    size = path.stat().st_size * (5 if path.suffix == ".gz" else 2)
-    return SourceFile(label, split, io.file_sha256(path), size, read or partial(json_rows, path))
+    """A local file as one of a source; without `read` it is JSON.
+
+    Raises:
+        DataError: it may not be read; names it.
+    """
+    try:
+        size, digest = path.stat().st_size, io.file_sha256(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); put a readable file there") from error
+    expected = size * (5 if path.suffix == ".gz" else 2)
+    return SourceFile(label, split, digest, expected, read or partial(json_rows, path))
 
 
 # ------------------------------------------------------------------ the hub

@@ -4,6 +4,7 @@ Everything here is decided by hashes of text: no random state, the same split on
 `collection`, writing them in `prepare`.
 """
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,12 @@ SplitPairs = dict[str, dict[str, list[PreferencePair]]]
 
 _PERMUTATIONS = 64
 _SHINGLE_WORDS = 3
+_SHINGLE_CHARACTERS = 5
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf"  # Thai, Lao, Burmese, Khmer, Tai
+    "\u3040-\u312f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua000-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff]"  # kana, Han, Yi
+)
+"""Letters of scripts that set no space between words."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +49,8 @@ def split_pairs(
 
     Args:
         sourced: the pairs of all objectives of an approach.
-        settings: fractions and the near-duplicate threshold (Jaccard similarity of word 3-grams).
+        settings: fractions and the near-duplicate threshold (Jaccard similarity of word 3-grams; of character 5-grams
+            for prompts in scripts without spaces).
         benchmark_questions: prompts that may occur nowhere.
 
     Returns:
@@ -130,7 +138,13 @@ def _sketches(keys: Sequence[str]) -> list[MinHash]:
 
 
 def _shingles(key: str) -> frozenset[str]:
-    """Word 3-grams of a prompt; a shorter prompt is one shingle."""
+    """Word 3-grams of a prompt, or character 5-grams where most letters are of scripts without spaces.
+
+    A shorter prompt is one shingle. By words alone a Chinese sentence would be one shingle, unlike any other.
+    """
+    if 2 * len(_UNSPACED.findall(key)) > len(key.replace(" ", "")):
+        count = max(1, len(key) - _SHINGLE_CHARACTERS + 1)
+        return frozenset(key[i : i + _SHINGLE_CHARACTERS] for i in range(count))
     words = key.split()
     count = max(1, len(words) - _SHINGLE_WORDS + 1)
     return frozenset(" ".join(words[i : i + _SHINGLE_WORDS]) for i in range(count))

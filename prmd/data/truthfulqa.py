@@ -19,7 +19,7 @@ from prmd.data.readers import (
     split_rows,
 )
 from prmd.errors import DataError
-from prmd.pairs import hash_share, make_pair, prompt_key
+from prmd.pairs import broken_text, hash_share, make_pair, prompt_key
 
 
 def plan_truthfulqa(data: DataConfig) -> list[SourceFile]:
@@ -34,21 +34,40 @@ def plan_truthfulqa(data: DataConfig) -> list[SourceFile]:
     if path.is_dir():
         path = first_existing(path, ("TruthfulQA.csv", "generation/validation-*.parquet"), key)
     rows = partial(parquet_rows, path) if path.suffix == ".parquet" else partial(csv_rows, path)
-    return [local_file(path, label, None, read=lambda: map(truthfulqa_row, rows()))]
+    return [local_file(path, label, None, read=lambda: _questions(rows(), path))]
 
 
 def csv_rows(path: Path) -> Iterator[Row]:
-    """Rows of TruthfulQA.csv, by its column names."""
-    with path.open("r", encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        missing = {"Question", "Best Answer", "Correct Answers", "Incorrect Answers"} - set(
-            reader.fieldnames or ()
-        )
-        if missing:
-            raise DataError(
-                f"{path}: the columns {sorted(missing)} are missing; it must be TruthfulQA.csv as published"
+    """Rows of TruthfulQA.csv, by its column names.
+
+    Raises:
+        DataError: it is not UTF-8, no CSV file, or lacks a column; names it.
+    """
+    try:
+        with path.open("r", encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream)
+            missing = {"Question", "Best Answer", "Correct Answers", "Incorrect Answers"} - set(
+                reader.fieldnames or ()
             )
-        yield from reader
+            if missing:
+                raise DataError(
+                    f"{path}: the columns {sorted(missing)} are missing; it must be TruthfulQA.csv as published"
+                )
+            yield from reader
+    except (UnicodeDecodeError, OSError, csv.Error) as error:
+        raise DataError(f"{path}: not readable as UTF-8 CSV ({error}); fetch the file again") from error
+
+
+def _questions(rows: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Row]:
+    """`truthfulqa_row` of each row of a local file; one whose cells are not what they should be is named."""
+    for number, row in enumerate(rows, start=1):
+        try:
+            yield truthfulqa_row(row)
+        except (KeyError, AttributeError, TypeError) as error:
+            raise DataError(
+                f"{path}: row {number}: wanted a text in Question and Best Answer and texts in Correct and Incorrect "
+                f"Answers, got {dict(row)!r:.80}; mend or fetch the file again"
+            ) from error
 
 
 def truthfulqa_row(row: Mapping[str, Any]) -> Row:
@@ -68,8 +87,8 @@ def truthfulqa_row(row: Mapping[str, Any]) -> Row:
         "best_answer": best[0] if best else "",
         "correct_answers": answers(plain["correct_answers"]),
         "incorrect_answers": answers(plain["incorrect_answers"]),
-        "type": plain.get("type"),
-        "category": plain.get("category"),
+        "type": plain["type"] if isinstance(plain.get("type"), str) else None,
+        "category": plain["category"] if isinstance(plain.get("category"), str) else None,
     }
 
 
@@ -84,7 +103,10 @@ def truthfulqa_pairs(files: Iterable[RawFile], settings: TruthfulQaConfig) -> Pa
     for file in files:
         for index, row in enumerate(file.rows):
             question = row["question"]
-            if hash_share("truthfulqa benchmark", prompt_key(question)) < settings.benchmark_fraction:
+            texts = (question, row["best_answer"], *row["correct_answers"], *row["incorrect_answers"])
+            if broken_text(*texts):
+                collection.refuse(source=file.where(index), objective="honest", reason="broken_text", row=row)
+            elif hash_share("truthfulqa benchmark", prompt_key(question)) < settings.benchmark_fraction:
                 collection.benchmark_questions.append(question)
             else:
                 _add_question(collection, row, source=file.where(index), limit=settings.pairs_per_question)

@@ -5,6 +5,7 @@ that no token is ever merged or lost at the boundary. Rows that do not fit `max_
 from the left, then tokens of its last message, never a token of a response. Batches are built in `prefix_rows`.
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerBase
 from prmd.errors import ConfigError, DataError
 from prmd.models.chat_templates import encode_text, end_of_turn, read_template, render, stop_token
 from prmd.pairs import Message, PreferencePair
+
+logger = logging.getLogger(__name__)
 
 Tokens = tuple[int, ...]
 
@@ -45,7 +48,12 @@ class PrefixRow:
 
 @dataclass(frozen=True)
 class TokenizedPairs:
-    """Rows of (chosen, rejected), the pairs they came from (prompts as fitted), and what did not fit."""
+    """Rows of (chosen, rejected), the pairs they came from (prompts as fitted), and how many were left out or shortened.
+
+    Attributes:
+        dropped: pairs that do not fit, and pairs whose two sides are the same tokens.
+        truncated: pairs whose prompt was shortened.
+    """
 
     rows: list[PrefixRow]
     pairs: list[PreferencePair]
@@ -110,13 +118,15 @@ def tokenize_pairs(
 ) -> TokenizedPairs:
     """Tokenise pairs to rows (chosen, rejected) of at most `max_length` tokens per conversation.
 
+    A pair whose sides become the same tokens, as where the template trims the text, prefers nothing: it is left out and said.
+
     Args:
         over_length: `drop` the pairs that are longer, or `truncate_prompt`.
 
     Raises:
         DataError: nothing is left, or the template refuses a pair; names it.
     """
-    rows, kept, dropped, truncated = [], [], 0, 0
+    rows, kept, same, dropped, truncated = [], [], [], 0, 0
     for pair in pairs:
         try:
             fitted = _fit_pair(pair, tokenizer, max_length, over_length, keep_suffix)
@@ -125,12 +135,23 @@ def tokenize_pairs(
         if fitted is None:
             dropped += 1
             continue
+        if fitted[0].responses[0] == fitted[0].responses[1]:
+            same.append(pair)
+            continue
         rows.append(fitted[0])
         kept.append(fitted[1])
         truncated += fitted[1] is not pair
+    if same:
+        logger.warning(
+            "%d of %d pairs left out: chosen and rejected are the same tokens in the chat template; the first is %s of %s",
+            *(len(same), len(pairs), same[0].id, same[0].source),
+        )
     if pairs and not rows:
-        raise DataError(f"none of {len(pairs)} pairs fits training.max_length={max_length} tokens; raise it")
-    return TokenizedPairs(rows, kept, dropped, truncated)
+        raise DataError(
+            f"no pair is left: of {len(pairs)}, {dropped} do not fit training.max_length={max_length} tokens, raise it; "
+            f"{len(same)} have the same tokens as chosen and rejected, give two different responses"
+        )
+    return TokenizedPairs(rows, kept, dropped + len(same), truncated)
 
 
 def _fit_pair(

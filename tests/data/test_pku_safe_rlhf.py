@@ -66,7 +66,13 @@ def test_unusable_rows_and_checksums_are_counted():
     rows += [{**rows[0], "better_response_id": None}, {**rows[0], "safer_response_id": 2}, {"prompt": "p"}]
     rows += [{**rows[0], "prompt": " "}]
     collection = build(rows, split="test")
-    reasons = {"identical_responses": 1, "empty_response": 1, "malformed": 3, "empty_prompt": 1}
+    reasons = {
+        "identical_responses": 1,
+        "empty_response": 1,
+        "malformed": 1,
+        "unknown_label": 2,
+        "empty_prompt": 1,
+    }
     assert Counter(q["reason"] for q in collection.quarantine) == reasons
     assert collection.counts["pku_sha256_mismatches"] == 1
     assert {item.upstream_split for item in collection.pairs} == {"test"}
