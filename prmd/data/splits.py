@@ -104,12 +104,12 @@ def _assign(sourced: Sequence[SourcedPair], settings: SplitsConfig, benchmark: s
 def _near_duplicates(assigned: Mapping[str, str], benchmark: set[str], threshold: float) -> set[str]:
     """Keys of judge that nearly repeat test, val or the benchmark, and keys of train that nearly repeat any of these.
 
-    MinHash finds candidates; the exact Jaccard similarity of the shingles decides.
+    MinHash finds candidates, among prompts of the same kind of script; the exact Jaccard similarity of the shingles decides.
     """
     by_split = defaultdict(list)
     for key in sorted(assigned):
         by_split[assigned[key]].append(key)
-    index = MinHashLSH(threshold=min(0.9 * threshold, 0.95), num_perm=_PERMUTATIONS)
+    index = {spaced: _new_index(threshold, spaced) for spaced in (True, False)}
     _insert(index, sorted(benchmark) + by_split["test"] + by_split["val"])
     dropped = set()
     for split in ("judge", "train"):
@@ -117,7 +117,10 @@ def _near_duplicates(assigned: Mapping[str, str], benchmark: set[str], threshold
         sketched = zip(by_split[split], _sketches(by_split[split]), strict=True)
         for key, sketch in progress(sketched, len(by_split[split]), f"near duplicates in {split}"):
             shingles = _shingles(key)
-            if any(_jaccard(shingles, _shingles(other)) >= threshold for other in index.query(sketch)):
+            if any(
+                _jaccard(shingles, _shingles(other)) >= threshold
+                for other in index[_is_spaced(key)].query(sketch)
+            ):
                 near.add(key)
         dropped |= near
         if split == "judge":
@@ -125,9 +128,15 @@ def _near_duplicates(assigned: Mapping[str, str], benchmark: set[str], threshold
     return dropped
 
 
-def _insert(index: MinHashLSH, keys: Sequence[str]) -> None:
+def _new_index(threshold: float, spaced: bool) -> MinHashLSH:
+    """An empty index of candidates; one pair in four at the threshold escapes that of words, one in a hundred the other."""
+    weights = (0.5, 0.5) if spaced else (0.05, 0.95)  # of a candidate too many and of one missed
+    return MinHashLSH(threshold=min(0.9 * threshold, 0.95), num_perm=_PERMUTATIONS, weights=weights)
+
+
+def _insert(index: Mapping[bool, MinHashLSH], keys: Sequence[str]) -> None:
     for key, sketch in zip(keys, _sketches(keys), strict=True):
-        index.insert(key, sketch, check_duplication=False)
+        index[_is_spaced(key)].insert(key, sketch, check_duplication=False)
 
 
 def _sketches(keys: Sequence[str]) -> list[MinHash]:
@@ -137,12 +146,17 @@ def _sketches(keys: Sequence[str]) -> list[MinHash]:
     )
 
 
-def _shingles(key: str) -> frozenset[str]:
-    """Word 3-grams of a prompt, or character 5-grams where most letters are of scripts without spaces.
+def _is_spaced(key: str) -> bool:
+    """Whether at least half of the letters are of scripts that set spaces between words."""
+    return 2 * len(_UNSPACED.findall(key)) <= len(key.replace(" ", ""))
 
-    A shorter prompt is one shingle. By words alone a Chinese sentence would be one shingle, unlike any other.
+
+def _shingles(key: str) -> frozenset[str]:
+    """Word 3-grams of a prompt, or character 5-grams where its script sets no spaces; a shorter prompt is one shingle.
+
+    By words alone a Chinese sentence would be one shingle, unlike any other.
     """
-    if 2 * len(_UNSPACED.findall(key)) > len(key.replace(" ", "")):
+    if not _is_spaced(key):
         count = max(1, len(key) - _SHINGLE_CHARACTERS + 1)
         return frozenset(key[i : i + _SHINGLE_CHARACTERS] for i in range(count))
     words = key.split()
