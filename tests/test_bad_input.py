@@ -209,6 +209,31 @@ def test_a_broken_row_is_named_by_file_and_line(copied: Pipeline, refused: Refus
         assert f"{path}:3: chosen and rejected are the same text" in said
 
 
+@pytest.mark.parametrize("script", [REWARD_MODELS["helpful"], *POLICIES])
+def test_rows_twice_in_processed_data(script: str, copied: Pipeline, refused: Refused) -> None:
+    path = copied.paths.split("helpful", "train")
+    text = path.read_text(encoding="utf-8")
+    io.write_text(path, text * 2)
+    said = refused(script)
+    assert f"{path}:{len(text.splitlines()) + 1}: the id " in said and "also that of row 1" in said
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 100_000, b'{"id": ' + b"9" * 5000 + b"}"])
+def test_a_processed_file_that_is_something_else(content: bytes, copied: Pipeline, refused: Refused) -> None:
+    path = copied.paths.split("helpful", "train")
+    path.write_bytes(content)
+    for script in (REWARD_MODELS["helpful"], POLICIES[0]):
+        assert str(path) in refused(script)
+
+
+def test_an_artifact_root_that_is_a_file(refused: Refused, tmp_path: Path) -> None:
+    root = tmp_path / "notes"
+    root.write_text("", encoding="utf-8")
+    for script in ("1_data_preparation/download_dataset.py", REWARD_MODELS["helpful"], *EVALUATIONS):
+        said = refused(script, f"artifact_root={root.as_posix()}")
+        assert said.startswith("artifact_root: got ") and f"{root} is a file" in said
+
+
 # ------------------------------------------------------------------ models
 SCRIPTS_THAT_LOAD = (REWARD_MODELS["helpful"], *POLICIES, *EVALUATIONS)
 

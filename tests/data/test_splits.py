@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from prmd.config.shared import SplitsConfig
 from prmd.data.collection import SourcedPair
-from prmd.data.splits import check_no_leak, limit_pairs, split_pairs
+from prmd.data.splits import _shingles, check_no_leak, limit_pairs, split_pairs
 from prmd.pairs import make_pair, prompt_key
 
 FRACTIONS = SplitsConfig(val_fraction=0.1, test_fraction=0.2, judge_fraction=0.15)
@@ -137,6 +137,41 @@ def test_near_duplicates_of_benchmark_questions_leave_train():
     result = split([sourced(similar), sourced(question), sourced(unlike(1))], always_train, [question])
     assert [p.first_turn for p in result.pairs["helpful"]["train"]] == [unlike(1)]
     assert result.dropped == {"near_duplicate_train": 1, "benchmark_question": 1}
+
+
+TEMPLATES = (
+    "请详细说明如何在家里自己动手修理一台漏水的老式洗衣机并且列出所需要的全部工具和步骤，第{}种型号",
+    "家で古い洗濯機の水漏れを自分で直す方法と必要な工具をすべて順番に詳しく教えてください、型番は{}です",
+    "กรุณาอธิบายวิธีซ่อมเครื่องซักผ้าเก่าที่น้ำรั่วด้วยตัวเองที่บ้านและบอกเครื่องมือทั้งหมดที่ต้องใช้รุ่นที่{}",
+)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=["Chinese", "Japanese", "Thai"])
+def test_near_duplicates_in_scripts_without_spaces(template):
+    prompts = [template.format(i) for i in range(120)]
+
+    def grams(text):
+        return {prompt_key(text)[i : i + 5] for i in range(len(prompt_key(text)) - 4)}
+
+    result = split([sourced(text) for text in [*prompts, *map(unlike, range(100))]])
+    texts = {name: [p.first_turn for p in rows] for name, rows in result.pairs["helpful"].items()}
+    held_out = [grams(text) for text in texts["test"] + texts["val"] if text in prompts]
+    assert held_out and result.dropped["near_duplicate_train"] > 30
+    for text in texts["train"]:
+        near = [len(grams(text) & other) / len(grams(text) | other) for other in held_out]
+        assert text not in prompts or max(near) < 0.8
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0x0DFF), max_size=60))
+def test_text_with_spaces_keeps_its_shingles_of_three_words(text):
+    words = prompt_key(text).split()
+    grams = {" ".join(words[i : i + 3]) for i in range(max(1, len(words) - 2))}
+    assert _shingles(prompt_key(text)) == grams
+
+
+def test_a_chinese_word_in_an_english_prompt_changes_nothing():
+    key = prompt_key("How do I say 你好 to the teacher of my daughter?")
+    assert "say 你好 to" in _shingles(key)
 
 
 @pytest.mark.parametrize("threshold", [0.5, 1.0])

@@ -204,6 +204,24 @@ def test_drop_keeps_pairs_in_step_with_rows_and_counts(tokenizer):
     assert (len(result.rows), result.dropped, result.truncated) == (1, 1, 0)
 
 
+def test_sides_that_the_template_makes_equal_are_left_out_and_said(tmp_path, caplog):
+    trims = TEMPLATE.replace("['content']", "['content'] | trim")
+    assert trims != TEMPLATE
+    tokenizer = load_tokenizer_from(tiny_tokenizer(tmp_path, template=trims))
+    prompt = conversation(["What?"])
+    pairs = [pair_of(prompt, "yes", "yes \n", "equal"), pair_of(prompt, name="different")]
+    settings = {"max_length": 200, "over_length": "drop", "keep_suffix": True}
+    result = tokenize_pairs(pairs, tokenizer, **settings)
+    assert [pair.id for pair in result.pairs] == ["different"]
+    assert (len(result.rows), result.dropped, result.truncated) == (1, 1, 0)
+    assert "1 of 2 pairs left out: chosen and rejected are the same tokens" in caplog.text
+    assert "equal of test:1" in caplog.text
+    with pytest.raises(
+        DataError, match="none of 1 pairs is left: 1 are the same tokens as chosen and rejected"
+    ):
+        tokenize_pairs(pairs[:1], tokenizer, **settings)
+
+
 def test_a_response_that_cannot_fit_drops_its_pair(tokenizer):
     hopeless = pair_of(LONG[4:], "the fox jumps " * 30, "no", name="hopeless")
     pairs = [hopeless, pair_of(LONG[4:], name="short")]
