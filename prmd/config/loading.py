@@ -181,8 +181,8 @@ def _convert(node: yaml.Node, loader: _Loader, where: str, folder: Path, mistake
             mistakes.append(f"{line}: got a {key_node.id} as a key, wanted text")
             continue
         key = _scalar(key_node, loader)
-        if not isinstance(key, str) or _whole(key) != key:
-            mistakes.append(f"{line}: got the key {key!r:.60}, wanted text")
+        if not isinstance(key, str) or not key.isprintable():  # half a character, a line break
+            mistakes.append(f"{line}: got the key {key!r:.60}, wanted text on one line")
         elif key in children:
             mistakes.append(f"{line}: {key}: given twice, first at {children[key].where}; keep one of them")
         else:
@@ -312,7 +312,7 @@ def _parse_overrides(
     for text in texts:
         name, equals, value = text.partition("=")
         keys = tuple(name.strip().split("."))
-        where = f"{COMMAND_LINE}: {text}"
+        where = f"{COMMAND_LINE}: {' '.join(text.splitlines())}"
         if not equals or not all(re.fullmatch(r"\w+", key) for key in keys):
             mistakes.append(f"{where}: got {text!r}, wanted key.sub=value, such as data.approach=pku_safe")
         elif not any(_takes(kind, keys) for kind in kinds):

@@ -45,6 +45,7 @@ def mistakes(path: Path, *overrides: str) -> list[str]:
         ("seed: 7\nartifact_root: a\0b\n", 2, "the character U+0000 may not stand in YAML"),
         ("? [a, b]\n: 1\n", 1, "got a sequence as a key"),
         ("? {a: b}\n: 1\n", 1, "got a mapping as a key"),
+        ("? seed\n\n  seed\n: 1\n", 1, "got the key 'seed\\nseed', wanted text on one line"),
         ("7: 1\n", 1, "got the key 7"),
         ('seed: 7\nextends: "a\\0b"\n', 2, "wanted a readable YAML file"),
         ("extends: .\n", 1, "wanted a readable YAML file"),
@@ -76,7 +77,9 @@ def test_a_file_in_utf16_and_a_folder_in_its_place(path: Path) -> None:
     assert "wanted a readable YAML file" in mistakes(path.parent)[0]
 
 
-@pytest.mark.parametrize("value", ["!!int abc", "\0", "\udcff", "[" * 5000, "9" * 5000, '"\\ud83d"', "*a"])
+@pytest.mark.parametrize(
+    "value", ["!!int abc", "\0", "\udcff", "[" * 5000, "9" * 5000, '"\\ud83d"', "*a", "a\nb: ["]
+)
 def test_odd_overrides_are_named(value: str, path: Path) -> None:
     path.write_text("seed: 7\n", encoding="utf-8")
     assert all(said.startswith("command line: seed=") for said in mistakes(path, f"seed={value}"))
