@@ -147,10 +147,12 @@ def tokenize_pairs(
             *(len(same), len(pairs), same[0].id, same[0].source),
         )
     if pairs and not rows:
-        long = f"{dropped} do not fit training.max_length={max_length} tokens, raise it"
-        equal = f"{len(same)} are the same tokens as chosen and rejected, give different responses"
-        problems = [text for count, text in ((dropped, long), (len(same), equal)) if count]
-        raise DataError(f"none of {len(pairs)} pairs is left: {'; '.join(problems)}")
+        if same:
+            raise DataError(
+                f"none of {len(pairs)} pairs is left: {len(same)} are the same tokens as chosen and rejected, give different "
+                f"responses; {dropped} do not fit training.max_length={max_length} tokens"
+            )
+        raise DataError(f"none of {len(pairs)} pairs fits training.max_length={max_length} tokens; raise it")
     return TokenizedPairs(rows, kept, dropped + len(same), truncated)
 
 

@@ -72,6 +72,42 @@ def test_jsonl_skips_blank_lines_and_names_the_bad_one(tmp_path: Path) -> None:
         io.read_jsonl(path)
 
 
+def test_half_a_character_is_written_as_its_escape_and_read_back(tmp_path: Path) -> None:
+    row = {"a\ud83d": ["b\udc00", "é"]}
+    path = io.write_jsonl(tmp_path / "a.jsonl", [{"a": "é"}, row])
+    assert path.read_bytes().splitlines()[0] == '{"a": "é"}'.encode()
+    assert io.read_jsonl(path) == [{"a": "é"}, row]
+    assert io.read_json(io.write_json(tmp_path / "a.json", row)) == row
+    assert io.fingerprint(row) != io.fingerprint({"a\ud83d": ["b\udc01", "é"]})
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"9" * 5000, b"\xff\xfe", b"", b"\0"])
+def test_what_is_no_json_names_the_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.json: not"):
+        io.read_json(path)
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\n' + content)
+    if content:
+        with pytest.raises(DataError, match=r"a\.json:2?:? ?not"):
+            io.read_jsonl(path)
+
+
+def test_folders_and_missing_files_are_named(tmp_path: Path) -> None:
+    for read in (io.read_json, io.read_jsonl, io.read_tensors):
+        for path in (tmp_path, tmp_path / "gone"):
+            with pytest.raises(DataError, match=str(path)):
+                read(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\xff" * 100, (8).to_bytes(8, "little") + b'{"a": 1}'])
+def test_tensors_of_something_else_are_named(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.safetensors: not readable as safetensors"):
+        io.read_tensors(path)
+
+
 def test_tensors_round_trip_with_dtype_and_layout(tmp_path: Path) -> None:
     tensors = {"a": torch.arange(6.0).reshape(2, 3).T, "b": torch.tensor([1, 2], dtype=torch.int64)}
     loaded = io.read_tensors(io.write_tensors(tmp_path / "a.safetensors", tensors))
