@@ -1,13 +1,16 @@
 """Where an artifact came from, and whether it is finished: `run.json`, `config.yaml`, partial directories, step results.
 
-`run.json` is written last, so a directory without it does not exist. What goes into a fingerprint is decided by the stage
-that writes the artifact; how bytes reach the disk is in `io`.
+`run.json` is written last, so a directory without it does not exist. It lists the files the artifact vouches for
+(`manifest`). What goes into a fingerprint is decided by the stage that writes the artifact; how bytes reach the disk is in
+`io`, and how two runs keep out of each other's way in `locks`.
 """
 
+import logging
 import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -18,10 +21,14 @@ import torch
 import yaml
 from pydantic import BaseModel
 
+from prmd.artifacts import locks
 from prmd.artifacts.io import publish_directory, read_json, write_json, write_text
+from prmd.artifacts.manifest import Files, changed_file, list_files, lost_file
 from prmd.artifacts.paths import PROJECT_ROOT, ArtifactPaths
 from prmd.errors import ConfigError, DataError
 from prmd.runtime import get_runtime, hardware, is_main_process, peak_memory_bytes, wait_for_everyone
+
+logger = logging.getLogger(__name__)
 
 RUN_FILE = "run.json"
 CONFIG_COPY = "config.yaml"
@@ -84,6 +91,7 @@ def finish_run(
     record = {
         "fingerprint": fingerprint,
         "inputs": inputs,
+        "files": list_files(directory),
         **git_state(),
         "versions": versions(),
         "device": str(runtime.device),
@@ -118,37 +126,72 @@ def read_run(directory: Path) -> dict[str, Any] | None:
 
 
 def is_current(directory: Path, fingerprint: str) -> bool:
-    """Whether a finished artifact with this fingerprint lies there."""
+    """Whether a finished artifact with this fingerprint lies there, none of its files lost; a lost one is said."""
     record = read_run(directory)
-    return record is not None and record.get("fingerprint") == fingerprint
+    if record is None or record.get("fingerprint") != fingerprint:
+        return False
+    if lost := lost_file(directory, _files(directory, record)):
+        logger.warning("%s: %s, so it is not finished; it is made again", directory, lost)
+    return lost is None
 
 
-def refuse_replacing(directory: Path, *, what: str) -> None:
+def _files(directory: Path, record: dict[str, Any]) -> Files:
+    """The files that a record lists; those of a record without a list are accepted as they are, once, and listed there."""
+    if "files" in record:
+        return record["files"]
+    if not is_main_process():
+        return {}
+    files = list_files(directory)
+    logger.info(
+        "%s: finished by a version that kept no list of files; its %d files are accepted as they are",
+        *(directory, len(files)),
+    )
+    try:
+        write_json(directory / RUN_FILE, record | {"files": files})
+    except OSError as error:
+        logger.info("%s: the list of its files could not be kept (%s)", directory, error)
+    return files
+
+
+def refuse_replacing(directory: Path, fingerprint: str, *, what: str) -> None:
     """Refuse to build over a finished artifact of other settings or data; `--force` skips this.
+
+    One with this fingerprint is built again, because `is_current` has missed files of it.
 
     Raises:
         ConfigError: a finished artifact lies there.
     """
-    if read_run(directory) is not None:
+    record = read_run(directory)
+    if record is not None and record.get("fingerprint") != fingerprint:
         raise ConfigError(
             f"{what}: {directory} was finished with other settings or data; give --force to replace it, or keep it and "
             "give this one its own place (run_name for policies, artifact_root for everything)"
         )
 
 
-def require_artifact(directory: Path, *, what: str, command: str) -> dict[str, Any]:
+def require_artifact(directory: Path, *, what: str, command: str, read: Sequence[str] = ()) -> dict[str, Any]:
     """The record of an artifact that a stage needs.
 
     Args:
         directory: where it should lie.
         what: its name in the message, such as "the helpful reward model".
         command: the command that makes it.
+        read: which of its files are about to be read, names or patterns as for `manifest.changed_file`; their content has
+            to be what was written.
 
     Raises:
-        DataError: it is missing, was interrupted or lost its `run.json`; the message names the command.
+        DataError: it is missing, was interrupted, lost its `run.json` or a file, or a file was changed; the message names
+            the command.
     """
     record = read_run(directory)
     if record is not None:
+        files = _files(directory, record)
+        if lost := lost_file(directory, files):
+            raise DataError(f"{what} is damaged ({directory}: {lost}); make it again with: {command}")
+        if changed := changed_file(directory, files, read):
+            raise DataError(
+                f"{what} is damaged ({directory}: {changed}); make it again with: {command} --force"
+            )
         return record
     if directory.exists():
         state = f"is half-written ({directory} has no {RUN_FILE}); delete that folder and make it again"
@@ -160,13 +203,23 @@ def require_artifact(directory: Path, *, what: str, command: str) -> dict[str, A
 
 
 def partial_directory(final: Path, fingerprint: str, force: bool) -> Path:
-    """The directory in which `final` is built, until `publish` moves it there.
+    """The directory in which `final` is built, until `publish` moves it there; its lock is held from here to there.
 
     What an interrupted run left is kept when it was building the same thing, so that training resumes; otherwise, or
     with `force`, it is emptied. In a distributed run process 0 does this and the others wait.
+
+    Raises:
+        ConfigError: another run builds it, or has just finished it.
     """
     partial = partial_path(final)
     if is_main_process():
+        locks.take(final)
+        if not force and _is_whole(final, fingerprint):
+            locks.let_go(final)
+            raise ConfigError(
+                f"{final}: another run has just finished it with the same settings and data; give the same command again, "
+                "which reuses it"
+            )
         marker = partial / FINGERPRINT_FILE
         same = marker.exists() and read_json(marker) == {"fingerprint": fingerprint}
         if partial.exists() and (force or not same):
@@ -177,10 +230,25 @@ def partial_directory(final: Path, fingerprint: str, force: bool) -> Path:
     return partial
 
 
+def _is_whole(directory: Path, fingerprint: str) -> bool:
+    record = read_run(directory)
+    if record is None or record.get("fingerprint") != fingerprint:
+        return False
+    return lost_file(directory, record.get("files", {})) is None
+
+
 def publish(partial: Path, final: Path) -> None:
-    """Move a finished partial directory to its place; in a distributed run process 0 does it and the others wait."""
+    """Move a finished partial directory to its place; in a distributed run process 0 does it and the others wait.
+
+    Raises:
+        DataError: a file that its `run.json` lists is lost.
+    """
     if is_main_process():
+        record = read_run(partial) or {}
+        if lost := lost_file(partial, record.get("files", {})):
+            raise DataError(f"{partial}: {lost}, so {final} is not replaced; give the same command again")
         publish_directory(partial, final)
+        locks.let_go(final)
     wait_for_everyone()
 
 

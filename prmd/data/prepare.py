@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from prmd.artifacts import io, runs
+from prmd.artifacts import io, locks, runs
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import DataConfig, RewardModelConfig
 from prmd.data.collection import PairCollection, merge
@@ -54,7 +54,10 @@ def download_dataset(config: RewardModelConfig, *, force: bool = False, dry_run:
             _say_what_would_be_fetched(name, config.data, config.paths)
         return raw
     clock = runs.start_run()
-    manifests = {name: fetch_source(name, config.data, config.paths, force=force) for name in names}
+    manifests = {}
+    for name in names:
+        with locks.held(config.paths.raw(name)):
+            manifests[name] = fetch_source(name, config.data, config.paths, force=force)
     runs.write_step_result(
         config.paths,
         "download_dataset",
@@ -97,7 +100,8 @@ def split_objectives(config: RewardModelConfig, *, force: bool = False, dry_run:
             "%s is current (same data settings and raw files); reused, --force makes it again", target
         )
         return target
-    _build(config, inputs, fingerprint, clock, force)
+    with locks.held(target):
+        _build(config, inputs, fingerprint, clock, force)
     return target
 
 
@@ -119,7 +123,7 @@ def _build(
     written = write_summary(result.pairs, model=config.model, paths=config.paths, seed=config.seed)
     extra = {"sizes": stats["sizes"]}
     runs.finish_run(partial, config=config, inputs=inputs, fingerprint=fingerprint, clock=clock, extra=extra)
-    io.publish_directory(partial, target)
+    runs.publish(partial, target)
     summary = {**stats, "seconds": clock.seconds(), "visualizations": [p.name for p in written]}
     runs.write_step_result(config.paths, "split_objectives", summary)
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from prmd.artifacts import io
+from prmd.artifacts import io, locks
 from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
 from prmd.config.shared import LoraConfig, ModelConfig
 from prmd.errors import ConfigError, DataError
@@ -52,7 +52,9 @@ def model_source(model: ModelConfig, paths: ArtifactPaths) -> str:
         return model.name if folder is None else str(folder.resolve())
     target = paths.base_model(model.name)
     if is_main_process() and not (target / "run.json").is_file():
-        _convert_wheel(model.name, target)
+        with locks.held(target, wait=True):
+            if not (target / "run.json").is_file():  # which the run that was waited for has made
+                _convert_wheel(model.name, target)
     wait_for_everyone()
     return str(target)
 

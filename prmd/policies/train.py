@@ -159,14 +159,14 @@ class PolicyFolders:
         logger.info("policy %s: finished before with the same settings, reused: %s", method, directory)
         return True
 
-    def refuse_replacing(self, method: str) -> None:
+    def refuse_replacing(self, method: str, fingerprint: str) -> None:
         """Refuse to replace a finished policy of other settings unasked.
 
         Raises:
             ConfigError: there is one.
         """
         if not self.force:
-            refuse_replacing(self.of(method), what=f"policy {method}")
+            refuse_replacing(self.of(method), fingerprint, what=f"policy {method}")
 
     def write(self, method: str, fingerprint: str, make: Callable[[Path, Path], dict[str, Any]]) -> None:
         """Build a policy's folder and publish it.
@@ -199,8 +199,8 @@ def _not_finished(
     todo = {
         method: fingerprint for method, fingerprint in keys.items() if not folders.holds(method, fingerprint)
     }
-    for method in todo:
-        folders.refuse_replacing(method)
+    for method, fingerprint in todo.items():
+        folders.refuse_replacing(method, fingerprint)
     return todo
 
 
@@ -412,7 +412,7 @@ def _make_soup(folders: PolicyFolders, key: Callable[[str], str], objectives: Ma
     fingerprint = io.fingerprint([SOUP, keys, weights])
     if folders.holds(SOUP, fingerprint):
         return
-    folders.refuse_replacing(SOUP)
+    folders.refuse_replacing(SOUP, fingerprint)
 
     def make(folder: Path, log_directory: Path) -> dict[str, Any]:
         if is_main_process():

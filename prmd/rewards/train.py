@@ -92,7 +92,7 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
         )
         return task.directory
     if not force:
-        refuse_replacing(task.directory, what=task.name)
+        refuse_replacing(task.directory, fingerprint, what=task.name)
     config = task.config
     logger.info("%s: %s", config.model.name, describe_template(tokenizer))
     if task.split == "train":

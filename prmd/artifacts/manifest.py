@@ -1,0 +1,71 @@
+"""The files an artifact vouches for: their sizes and sha256, and which of them are lost or changed.
+
+The list is part of `run.json` (`runs.finish_run`). Presence and size are looked at wherever an artifact counts as finished,
+content where a file is about to be read. The kept checkpoints of a training may be deleted to make room.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from prmd.artifacts import io
+
+Files = Mapping[str, Mapping[str, Any]]
+"""`size` (bytes) and `sha256` by name, with `/` between folders."""
+EVERYTHING = ("*",)
+"""Every file but the kept checkpoints."""
+_CHECKPOINTS = "checkpoints/"
+_RECORD = "run.json"
+
+
+def list_files(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below `directory`, but for its own record and temporary ones."""
+    found = [
+        path for path in sorted(directory.rglob("*")) if path.is_file() and not _is_apart(path, directory)
+    ]
+    keys = io.files_sha256(found)
+    return {
+        path.relative_to(directory).as_posix(): {"size": path.stat().st_size, "sha256": key}
+        for path, key in zip(found, keys, strict=True)
+    }
+
+
+def _is_apart(path: Path, directory: Path) -> bool:
+    names = path.relative_to(directory).parts
+    return names == (_RECORD,) or any(name.startswith(".") for name in names)
+
+
+def lost_file(directory: Path, files: Files) -> str | None:
+    """The first file that is missing or of another size, in words, or None."""
+    for name, entry in files.items():
+        path = directory / name
+        if not path.is_file():
+            if not name.startswith(_CHECKPOINTS):
+                return f"{name} is missing"
+        elif (size := path.stat().st_size) != entry["size"]:
+            return f"{name} has {size:,} bytes, {entry['size']:,} were written"
+        elif not size and path.suffix == ".safetensors":
+            return f"{name} is empty"
+    return None
+
+
+def changed_file(directory: Path, files: Files, read: Sequence[str]) -> str | None:
+    """The first of the files to be read whose content is not what was written, in words, or None.
+
+    Args:
+        read: names or patterns (`*` also stands for `/`); kept checkpoints are only meant where a pattern names them.
+    """
+    names = [name for name in _named(files, read) if (directory / name).is_file()]
+    found = io.files_sha256([directory / name for name in names])
+    for name, key in zip(names, found, strict=True):
+        if key != files[name]["sha256"]:
+            return f"{name} was changed since it was written (sha256 {key[:12]}, was {files[name]['sha256'][:12]})"
+    return None
+
+
+def _named(files: Files, read: Sequence[str]) -> Iterable[str]:
+    for name in files:
+        patterns = [p for p in read if p.startswith(_CHECKPOINTS) or not name.startswith(_CHECKPOINTS)]
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            yield name
