@@ -131,10 +131,13 @@ def read_pairs(paths: ArtifactPaths, objective: str, split: str) -> list[Prefere
     Raises:
         DataError: the approach was not prepared, or the split is missing, empty or malformed; names the remedy.
     """
-    runs.require_artifact(
-        paths.processed, what=f"the prepared data of approach {paths.approach!r}", command=PREPARE_COMMAND
-    )
     path = paths.split(objective, split)
+    runs.require_artifact(
+        paths.processed,
+        what=f"the prepared data of approach {paths.approach!r}",
+        command=PREPARE_COMMAND,
+        read=(path.relative_to(paths.processed).as_posix(),),
+    )
     if not path.is_file():
         raise DataError(f"{path}: missing; make it with `{PREPARE_COMMAND} --force`")
     rows = io.read_jsonl(path)
@@ -168,7 +171,10 @@ def read_benchmark_questions(paths: ArtifactPaths) -> frozenset[str] | None:
         DataError: the approach was not prepared.
     """
     runs.require_artifact(
-        paths.processed, what=f"the prepared data of approach {paths.approach!r}", command=PREPARE_COMMAND
+        paths.processed,
+        what=f"the prepared data of approach {paths.approach!r}",
+        command=PREPARE_COMMAND,
+        read=(BENCHMARK_QUESTIONS_FILE,),
     )
     questions = io.read_json(paths.processed / BENCHMARK_QUESTIONS_FILE)
     return None if questions is None else frozenset(questions)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_pipeline import count_loads, no_model_loads
 
-from prmd.artifacts.io import file_sha256, read_json
+from prmd.artifacts.io import file_sha256, fingerprint, read_json
 from prmd.artifacts.paths import PROJECT_ROOT
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.loading import load_config
@@ -63,11 +63,17 @@ class Finished:
         kept += [p for p in self._below("data/raw/**/*") if p.name not in REWRITTEN]
         results = [*self._below("outputs/metrics/**/*"), *self._below("outputs/benchmarks/*/*/*")]
         kept += [p for p in results if p.name not in REWRITTEN]
-        return {p.relative_to(self.artifacts).as_posix(): file_sha256(p) for p in kept}
+        return {p.relative_to(self.artifacts).as_posix(): self._key(p) for p in kept}
 
     def cache(self) -> dict[str, str]:
         """The same of the cache alone."""
         return {k: v for k, v in self.files().items() if k.startswith("data/cache/")}
+
+    def _key(self, path: Path) -> str:
+        """sha256 of a file; of a record without its list of files, which an earlier version did not keep."""
+        if path.name != "run.json":
+            return file_sha256(path)
+        return fingerprint({key: value for key, value in read_json(path).items() if key != "files"})
 
     def _below(self, pattern: str) -> Iterator[Path]:
         return (path for path in self.artifacts.glob(pattern) if path.is_file())
@@ -110,7 +116,9 @@ def test_every_stage_reuses_what_an_earlier_version_made(
     lora = finished.load(RewardModelConfig, configs="configs/lora")
     lora_policy = finished.load(PolicyConfig, configs="configs/lora")
     assert said(download_dataset, shared).count("kept") == 5
-    assert "reused" in said(split_objectives, shared)
+    first = said(split_objectives, shared)
+    assert "reused" in first and first.count("accepted as they are") == 1
+    assert "accepted as they are" not in said(split_objectives, shared)  # once
     for objective, config in (("helpful", shared), ("harmless", lora), ("honest", shared)):
         assert "reused" in said(train_reward_model, config, objective=objective)
     assert "policy baseline_dpo: finished before" in said(train_baseline_dpo, policy)
@@ -119,6 +127,9 @@ def test_every_stage_reuses_what_an_earlier_version_made(
     assert said(compute_metrics, evaluation).count("reused") == 3 + len(CANDIDATES)  # its judges too
     assert said(benchmark_eval, evaluation).count("reused") == len(BENCHMARKS) * len(CANDIDATES)
     assert finished.files() == before
+    weights = finished.artifacts / "models/policy_models/hh_truthfulqa/hard_min/adapter_model.safetensors"
+    listed = read_json(weights.with_name("run.json"))["files"][weights.name]
+    assert listed == {"size": weights.stat().st_size, "sha256": file_sha256(weights)}
 
 
 def test_what_is_compared_covers_every_kind_of_artifact(finished: Finished) -> None:

@@ -24,6 +24,8 @@ from prmd.errors import DataError
 from prmd.runtime import progress
 
 _MIB = 1 << 20
+_DIGITS = 16
+"""Hexadecimal digits of a sha256 in a file's name."""
 Identity = tuple[Path, int, int, int]
 """What tells one state of a file from another: path, inode, size and time of its last change (ns)."""
 
@@ -113,10 +115,15 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as stream:
         for number, row in enumerate(rows, start=1):
             try:
-                stream.write(_json_text(row) + "\n")
+                stream.write(jsonl_line(row))
             except RecursionError:
                 raise DataError(f"{path}: row {number} is nested too deeply; leave it out") from None
     return path
+
+
+def jsonl_line(row: Mapping[str, Any]) -> str:
+    """One row of a JSON Lines file, its line end included."""
+    return _json_text(row) + "\n"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -208,8 +215,24 @@ def write_tensors(
     return path
 
 
+def write_digested(path: Path, data: bytes) -> Path:
+    """Write bytes under `path` with the first digits of their sha256 in the name: `<stem>-<digits><suffix>`."""
+    digest = hashlib.sha256(data).hexdigest()
+    named = path.with_name(f"{path.stem}-{digest[:_DIGITS]}{path.suffix}")
+    with atomic_path(named) as temporary:
+        temporary.write_bytes(data)
+    _digests[_identity(named)] = digest
+    return named
+
+
+def is_as_written(path: Path) -> bool:
+    """Whether a file holds what its name says; one whose name carries no digits, of an earlier version, is believed."""
+    _, _, digits = path.stem.rpartition("-")
+    return len(digits) != _DIGITS or file_sha256(path)[:_DIGITS] == digits
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file; one that cannot be read is a `DataError` that names it."""
+    """Read a safetensors file; one that is torn, or cannot be read, is a `DataError` that names it."""
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:

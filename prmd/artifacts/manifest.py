@@ -38,16 +38,22 @@ def _is_apart(path: Path, directory: Path) -> bool:
 
 def lost_file(directory: Path, files: Files) -> str | None:
     """The first file that is missing or of another size, in words, or None."""
+    return next(iter(_lost(directory, files).values()), None)
+
+
+def _lost(directory: Path, files: Files) -> dict[str, str]:
+    """What is wrong with each file that is missing or of another size, by name."""
+    found = {}
     for name, entry in files.items():
         path = directory / name
         if not path.is_file():
             if not name.startswith(_CHECKPOINTS):
-                return f"{name} is missing"
+                found[name] = f"{name} is missing"
         elif (size := path.stat().st_size) != entry["size"]:
-            return f"{name} has {size:,} bytes, {entry['size']:,} were written"
+            found[name] = f"{name} has {size:,} bytes, {entry['size']:,} were written"
         elif not size and path.suffix == ".safetensors":
-            return f"{name} is empty"
-    return None
+            found[name] = f"{name} is empty"
+    return found
 
 
 def changed_file(directory: Path, files: Files, read: Sequence[str]) -> str | None:
@@ -56,12 +62,23 @@ def changed_file(directory: Path, files: Files, read: Sequence[str]) -> str | No
     Args:
         read: names or patterns (`*` also stands for `/`); kept checkpoints are only meant where a pattern names them.
     """
+    return next(iter(_changed(directory, files, read).values()), None)
+
+
+def _changed(directory: Path, files: Files, read: Sequence[str]) -> dict[str, str]:
     names = [name for name in _named(files, read) if (directory / name).is_file()]
-    found = io.files_sha256([directory / name for name in names])
-    for name, key in zip(names, found, strict=True):
-        if key != files[name]["sha256"]:
-            return f"{name} was changed since it was written (sha256 {key[:12]}, was {files[name]['sha256'][:12]})"
-    return None
+    keys = io.files_sha256([directory / name for name in names])
+    return {
+        name: f"{name} was changed since it was written (sha256 {key[:12]}, was {files[name]['sha256'][:12]})"
+        for name, key in zip(names, keys, strict=True)
+        if key != files[name]["sha256"]
+    }
+
+
+def damaged_files(directory: Path, files: Files) -> set[str]:
+    """Names of all files that are lost or changed, kept checkpoints included; a deleted checkpoint is neither."""
+    read = (*EVERYTHING, f"{_CHECKPOINTS}*")
+    return set(_lost(directory, files)) | set(_changed(directory, files, read))
 
 
 def _named(files: Files, read: Sequence[str]) -> Iterable[str]:

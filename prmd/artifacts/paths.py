@@ -157,6 +157,13 @@ def reward_model_command(objective: str) -> str:
     return f"python 2_reward_modeling/train_{objective}_rm.py"
 
 
+def policy_command(name: str) -> str:
+    """The command that trains the policy in a folder of this name (`<method>` or `<method>-<run_name>`)."""
+    own = ("baseline_dpo", "hierarchical")
+    stage = next((method for method in own if name.split("-")[0] == method), "pessimistic")
+    return stage_command(f"{stage.removesuffix('_dpo')}_dpo")
+
+
 # ------------------------------------------------------------------ what users name
 Kind = Literal["file", "folder", "file or folder"]
 

@@ -22,8 +22,8 @@ import yaml
 from pydantic import BaseModel
 
 from prmd.artifacts import locks
-from prmd.artifacts.io import publish_directory, read_json, write_json, write_text
-from prmd.artifacts.manifest import Files, changed_file, list_files, lost_file
+from prmd.artifacts.io import copy_file, file_sha256, publish_directory, read_json, write_json, write_text
+from prmd.artifacts.manifest import Files, changed_file, damaged_files, list_files, lost_file
 from prmd.artifacts.paths import PROJECT_ROOT, ArtifactPaths
 from prmd.errors import ConfigError, DataError
 from prmd.runtime import get_runtime, hardware, is_main_process, peak_memory_bytes, wait_for_everyone
@@ -125,14 +125,19 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     return record
 
 
-def is_current(directory: Path, fingerprint: str) -> bool:
-    """Whether a finished artifact with this fingerprint lies there, none of its files lost; a lost one is said."""
+def is_current(directory: Path, fingerprint: str, *, read: Sequence[str] = ()) -> bool:
+    """Whether a finished artifact with this fingerprint lies there, none of its files lost; a lost one is said.
+
+    Args:
+        read: files whose content has to be what was written, as for `require_artifact`.
+    """
     record = read_run(directory)
     if record is None or record.get("fingerprint") != fingerprint:
         return False
-    if lost := lost_file(directory, _files(directory, record)):
-        logger.warning("%s: %s, so it is not finished; it is made again", directory, lost)
-    return lost is None
+    files = _files(directory, record)
+    if damage := lost_file(directory, files) or changed_file(directory, files, read):
+        logger.warning("%s: %s, so it is not finished; it is made again", directory, damage)
+    return damage is None
 
 
 def _files(directory: Path, record: dict[str, Any]) -> Files:
@@ -151,6 +156,14 @@ def _files(directory: Path, record: dict[str, Any]) -> Files:
     except OSError as error:
         logger.info("%s: the list of its files could not be kept (%s)", directory, error)
     return files
+
+
+def vouch_again(path: Path) -> None:
+    """Renew what the record of a finished artifact lists of a file that its own stage has written anew."""
+    record = read_run(path.parent)
+    if record is not None and "files" in record:
+        entry = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        write_json(path.with_name(RUN_FILE), record | {"files": record["files"] | {path.name: entry}})
 
 
 def refuse_replacing(directory: Path, fingerprint: str, *, what: str) -> None:
@@ -235,6 +248,26 @@ def _is_whole(directory: Path, fingerprint: str) -> bool:
     if record is None or record.get("fingerprint") != fingerprint:
         return False
     return lost_file(directory, record.get("files", {})) is None
+
+
+def take_over(final: Path, partial: Path, fingerprint: str, *, made_again: frozenset[str]) -> None:
+    """Copy what is whole of a damaged artifact to where it is built again, so that only what is damaged is made again.
+
+    Nothing is copied where something else is damaged, where `final` is another artifact, or where its building has begun.
+
+    Args:
+        made_again: the files that the stage makes in any case.
+    """
+    record = read_run(final)
+    begun = any(path.name != FINGERPRINT_FILE for path in partial.iterdir())
+    if begun or record is None or record.get("fingerprint") != fingerprint or "files" not in record:
+        return
+    damaged = damaged_files(final, record["files"])
+    if damaged <= made_again:
+        logger.info("%s: whole but for %s; the rest is kept", final, ", ".join(sorted(damaged)))
+        for name in sorted(set(record["files"]) - damaged - {FINGERPRINT_FILE}):
+            if (final / name).is_file():  # a checkpoint may have been deleted
+                copy_file(final / name, partial / name)
 
 
 def publish(partial: Path, final: Path) -> None:

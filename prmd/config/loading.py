@@ -26,6 +26,7 @@ from prmd.config.policy import (
     PolicyConfig,
 )
 from prmd.config.shared import (
+    ModelConfig,
     RewardModelConfig,
     Section,
 )
@@ -103,6 +104,16 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> dict[type[BaseMo
 def as_dict(config: BaseModel) -> dict[str, Any]:
     """The configuration as JSON-able values in the order of the schema: equal configurations give equal dicts."""
     return config.model_dump(mode="json")
+
+
+def kept_model(path: Path) -> ModelConfig | None:
+    """The base model that the `config.yaml` kept beside an artifact names, whatever else an earlier version wrote there."""
+    if not path.is_file():
+        return None
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    model = (values.get(REFERENCE) or values).get("model") or {}
+    names = {key: model[key] for key in ("source", "name", "revision") if key in model}
+    return ModelConfig(**names) if "name" in names else None
 
 
 def _refuse(mistakes: list[str]) -> None:

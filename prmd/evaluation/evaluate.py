@@ -116,7 +116,9 @@ def _reward_models(shared: SharedConfig) -> tuple[RewardModel, ...]:
     try:
         return tuple(load_reward_models(shared))
     except DataError as error:
-        logger.info("no proxies (violation rate, over-optimisation curve): %s", error)
+        there = any(shared.paths.reward_model(objective).is_dir() for objective in OBJECTIVES)
+        level = logging.WARNING if there else logging.INFO
+        logger.log(level, "no proxies (violation rate, over-optimisation curve): %s", error)
         return ()
 
 

@@ -2,23 +2,30 @@
 
 A table is a folder of shards below `data/cache`; its name is a key of the model and template, and the key of a row is
 its tokens. Training arguments are never part of a key, so that beta, loss and method are swept without a forward pass.
-A shard is written whole or not at all: after an interruption a row is complete or absent.
+A shard is written whole or not at all: after an interruption a row is complete or absent. Its name carries a digest of its
+content, so that two runs never write one file and a shard that was changed on the disk is left out.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from prmd.artifacts import io
 from prmd.errors import DataError
 from prmd.models.tokenization import PrefixRow
 
+logger = logging.getLogger(__name__)
+
 KEY_BYTES = 16
+_reported: set[Path] = set()
+"""Changed shards of which this process has said so."""
 
 
 def tokens_key(*parts: Sequence[int]) -> bytes:
@@ -31,9 +38,23 @@ def tokens_key(*parts: Sequence[int]) -> bytes:
 
 
 def _next_shard(directory: Path, suffix: str) -> Path:
-    """A name behind all shards there are, so that none is overwritten where one was deleted."""
-    numbers = (int(shard.stem.removeprefix("shard-")) for shard in directory.glob(f"shard-*{suffix}"))
+    """A name behind all shards there are, so that none is overwritten where one was deleted; its digest is put behind it."""
+    numbers = (int(shard.stem.split("-")[1]) for shard in directory.glob(f"shard-*{suffix}"))
     return directory / f"shard-{max(numbers, default=-1) + 1:05d}{suffix}"
+
+
+def _whole_shards(directory: Path, suffix: str) -> Iterator[Path]:
+    """The shards of a table that are as they were written; each other one is named in a warning, once."""
+    for shard in sorted(directory.glob(f"shard-*{suffix}")):
+        if io.is_as_written(shard):
+            yield shard
+        elif shard not in _reported:
+            _reported.add(shard)
+            logger.warning(
+                "%s: this file of the cache was changed since it was written (its sha256 is another); it is left out and "
+                "its rows are computed again; delete it",
+                shard,
+            )
 
 
 class ScoreTable:
@@ -50,7 +71,7 @@ class ScoreTable:
         """
         self.directory, self.width = directory, width
         self._rows: dict[bytes, np.ndarray] = {}
-        for shard in sorted(directory.glob("shard-*.safetensors")):
+        for shard in _whole_shards(directory, ".safetensors"):
             tensors = io.read_tensors(shard)
             if tensors["values"].shape[1:] != (width,):
                 raise DataError(
@@ -91,7 +112,7 @@ class ScoreTable:
         if write:
             packed = torch.frombuffer(bytearray(b"".join(keys)), dtype=torch.uint8)
             shard = _next_shard(self.directory, ".safetensors")
-            io.write_tensors(shard, {"keys": packed, "values": torch.from_numpy(array)})
+            io.write_digested(shard, save({"keys": packed, "values": torch.from_numpy(array)}))
         self._rows.update(zip(keys, array, strict=True))
 
 
@@ -101,7 +122,7 @@ class JsonTable:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._rows: dict[str, Any] = {}
-        for shard in sorted(directory.glob("shard-*.jsonl")):
+        for shard in _whole_shards(directory, ".jsonl"):
             self._rows.update((row["key"], row["value"]) for row in io.read_jsonl(shard))
 
     def __contains__(self, key: str) -> bool:
@@ -120,6 +141,6 @@ class JsonTable:
         if not items:
             return
         if write:
-            rows = ({"key": key, "value": value} for key, value in items)
-            io.write_jsonl(_next_shard(self.directory, ".jsonl"), rows)
+            lines = (io.jsonl_line({"key": key, "value": value}) for key, value in items)
+            io.write_digested(_next_shard(self.directory, ".jsonl"), "".join(lines).encode("utf-8"))
         self._rows.update(items)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
-from prmd.artifacts.paths import ArtifactPaths
-from prmd.artifacts.runs import read_run
+from prmd.artifacts.manifest import EVERYTHING
+from prmd.artifacts.paths import ArtifactPaths, policy_command
+from prmd.artifacts.runs import read_run, require_artifact
 from prmd.config.evaluation import GenerationConfig
 from prmd.config.shared import ModelConfig, SharedConfig
 from prmd.errors import DataError
@@ -28,6 +29,7 @@ from prmd.inference.kl import response_kls
 from prmd.inference.reference import reference_key, reference_logps
 from prmd.inference.scoring import lookup, score_logps, score_rows
 from prmd.inference.vllm_engine import require_vllm, vllm_engine
+from prmd.models.bases import check_base
 from prmd.models.chat_templates import render
 from prmd.models.loading import load_causal_lm, load_policy, weights_fingerprint
 from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
@@ -86,7 +88,12 @@ def find_candidates(
     *,
     other_approaches: Sequence[str],
 ) -> list[Candidate]:
-    """The reference first, then every finished policy of the approach of `paths`, then those of `other_approaches`."""
+    """The reference first, then every finished policy of the approach of `paths`, then those of `other_approaches`.
+
+    Raises:
+        DataError: a policy's file is lost or changed.
+        ConfigError: a policy was trained from another base model.
+    """
     own, key = paths.approach, reference_key(model, paths, tokenizer)
     found = [Candidate(REFERENCE, None, key, own)]
     for approach in (own, *(a for a in other_approaches if a != own)):
@@ -97,6 +104,9 @@ def find_candidates(
             logger.warning("%s: no finished policy%s", trained.policies, alone)
         for folder in folders:
             name = folder.name if approach == own else f"{approach}@{folder.name}"
+            what, command = f"policy {name}", policy_command(folder.name)
+            require_artifact(folder, what=what, command=command, read=EVERYTHING)
+            check_base(folder, model, paths, what=what, command=command)
             found.append(
                 Candidate(name, folder, io.fingerprint([key, weights_fingerprint(folder)]), approach)
             )

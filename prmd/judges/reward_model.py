@@ -15,7 +15,9 @@ import numpy as np
 from huggingface_hub import snapshot_download
 
 from prmd.artifacts import io
-from prmd.artifacts.paths import find_user_path, places_tried
+from prmd.artifacts.manifest import EVERYTHING
+from prmd.artifacts.paths import find_user_path, places_tried, stage_command
+from prmd.artifacts.runs import read_run, require_artifact
 from prmd.errors import ConfigError, DataError
 from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.pairs import Message, PreferencePair, hash_share, read_pairs
@@ -92,8 +94,9 @@ def _row(tokenizer: Any, conversation: Conversation) -> PrefixRow:
 def trained_judge(objective: str, reward_model: RewardModel) -> RewardModelJudge:
     """The judge that `train_judge` left in the reward model's folder, with its accuracy on the test split."""
     directory = reward_model.directory
-    accuracy = io.read_json(directory / "metrics.json")["accuracy"]
     name = directory.relative_to(reward_model.paths.root).as_posix()
+    check_judge(directory, what=f"the {objective} judge {name}")
+    accuracy = io.read_json(directory / "metrics.json")["accuracy"]
     key = _fingerprint(weights_keys(directory)[0], reward_model)
     return RewardModelJudge(objective, name, reward_model, key, accuracy)
 
@@ -106,6 +109,7 @@ def given_judge(objective: str, name: str, load: Callable[[Path], RewardModel]) 
         load: opens a reward model's folder.
     """
     directory = judge_folder(name, objective)
+    check_judge(directory, what=f"the {objective} judge {name}")
     weights = weights_keys(directory)[0]  # first, so that a folder without a model says just that
     reward_model = load(directory)
     paths = reward_model.paths
@@ -121,6 +125,16 @@ def given_judge(objective: str, name: str, load: Callable[[Path], RewardModel]) 
 def _fingerprint(weights: str, reward_model: RewardModel) -> str:
     """Key of weights and precision."""
     return io.fingerprint([weights, reward_model.base_model.dtype])
+
+
+def check_judge(directory: Path, *, what: str) -> None:
+    """Refuse the folder of a judge that was finished here and whose files were lost or changed.
+
+    Raises:
+        DataError: names the file and the command that makes it again.
+    """
+    if read_run(directory) is not None:
+        require_artifact(directory, what=what, command=stage_command("compute_metrics"), read=EVERYTHING)
 
 
 def judge_accuracy(judge: Judge, pairs: Sequence[PreferencePair]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
-from prmd.artifacts.paths import ArtifactPaths, stage_command
+from prmd.artifacts.manifest import EVERYTHING
+from prmd.artifacts.paths import ArtifactPaths, policy_command, stage_command
 from prmd.artifacts.runs import (
     finish_run,
     is_current,
@@ -26,14 +27,16 @@ from prmd.artifacts.runs import (
     publish,
     read_run,
     refuse_replacing,
+    require_artifact,
     start_run,
     write_step_result,
 )
 from prmd.config.loading import as_dict
 from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
-from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
+from prmd.config.shared import ModelConfig, SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import DataError
 from prmd.inference.reference import check_engine, reference_key
+from prmd.models.bases import base_record
 from prmd.models.loading import add_lora, load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
 from prmd.objectives import OBJECTIVES
@@ -101,7 +104,9 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
         return config.paths.policies
     splits = read_splits(config.paths)  # refuses missing or empty ones before anything is loaded or written
     tokenizer = load_tokenizer(shared.model, config.paths)
-    folders = PolicyFolders(config.paths, config.run_name, force, partial(finish_run, config=config))
+    folders = PolicyFolders(
+        config.paths, shared.model, config.run_name, force, partial(finish_run, config=config)
+    )
     key = partial(_fingerprint, tokenizer=tokenizer, **settings, **how)
     if SOUP in methods:
         _check_soup(folders, key, being_trained=trained)
@@ -137,12 +142,14 @@ class PolicyFolders:
     """Where the policies of a run lie, and what is recorded with each.
 
     Attributes:
+        base: the model that policies are trained from.
         run_name: behind the method's name; None: that alone.
         force: replace what is finished.
         record: `finish_run` with the settings of the run, its last file.
     """
 
     paths: ArtifactPaths
+    base: ModelConfig
     run_name: str | None
     force: bool
     record: Callable[..., None]
@@ -182,7 +189,7 @@ class PolicyFolders:
         if is_main_process():
             path = io.write_json(partial_folder / "metrics.json", metrics)
             figures.plot_policy_training(path, paths.visualizations)
-            inputs = {"policy": fingerprint}
+            inputs = {"policy": fingerprint, "base": base_record(self.base, paths)}
             self.record(partial_folder, inputs=inputs, fingerprint=fingerprint, clock=clock)
         publish(partial_folder, directory)
         if is_main_process():
@@ -413,6 +420,9 @@ def _make_soup(folders: PolicyFolders, key: Callable[[str], str], objectives: Ma
     if folders.holds(SOUP, fingerprint):
         return
     folders.refuse_replacing(SOUP, fingerprint)
+    for source in sources:
+        command = policy_command(source.name)
+        require_artifact(source, what=f"policy {source.name}", command=command, read=EVERYTHING)
 
     def make(folder: Path, log_directory: Path) -> dict[str, Any]:
         if is_main_process():

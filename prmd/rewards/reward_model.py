@@ -15,12 +15,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prmd.artifacts import io
+from prmd.artifacts.manifest import EVERYTHING
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command
-from prmd.artifacts.runs import require_artifact
+from prmd.artifacts.runs import require_artifact, vouch_again
 from prmd.config.shared import ModelConfig, SharedConfig
 from prmd.errors import DataError
 from prmd.inference.cache import ScoreTable
 from prmd.inference.scoring import lookup, score_rows
+from prmd.models.bases import check_base
 from prmd.models.chat_templates import template_fingerprint
 from prmd.models.loading import (
     base_model_key,
@@ -187,7 +189,9 @@ def load_reward_models(shared: SharedConfig) -> list[RewardModel]:
     for objective in OBJECTIVES:
         directory = shared.paths.reward_model(objective)
         command = reward_model_command(objective)
-        require_artifact(directory, what=f"the {objective} reward model", command=command)
+        what = f"the {objective} reward model"
+        require_artifact(directory, what=what, command=command, read=EVERYTHING)
+        check_base(directory, shared.model, shared.paths, what=what, command=command)
         model = load_reward_model(directory, shared=shared)
         if model.calibration is None:
             raise DataError(f"{directory}: no calibration.json; make it with `{command} --force`")
@@ -273,7 +277,7 @@ def write_calibration(reward_model: RewardModel, calibration: Calibration, *, so
         "source": source,
         "calibration": calibration.to_json(),
     }
-    io.write_json(reward_model.directory / CALIBRATION_FILE, record)
+    vouch_again(io.write_json(reward_model.directory / CALIBRATION_FILE, record))
 
 
 def _validation_key(paths: ArtifactPaths) -> str:

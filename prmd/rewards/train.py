@@ -13,6 +13,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
+from prmd.artifacts.manifest import EVERYTHING
 from prmd.artifacts.runs import (
     finish_run,
     is_current,
@@ -20,22 +21,27 @@ from prmd.artifacts.runs import (
     publish,
     refuse_replacing,
     start_run,
+    take_over,
     write_step_result,
 )
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.inference.reference import check_engine
+from prmd.models.bases import base_record
 from prmd.models.chat_templates import describe_template
 from prmd.models.loading import load_tokenizer
 from prmd.rewards.backbone import train_backbone, train_members
 from prmd.rewards.fitting import calibrate_reward_model, fit_heads, measure
-from prmd.rewards.reward_model import load_reward_model
+from prmd.rewards.reward_model import CALIBRATION_FILE, ENSEMBLE_FILE, load_reward_model
 from prmd.rewards.task import RewardPairs, RewardTask, read_reward_pairs
 from prmd.runtime import is_main_process, wait_for_everyone
 from prmd.training.dry_run import describe_training
 from prmd.training.run import check_training
 
 logger = logging.getLogger(__name__)
+
+FITTED = frozenset({ENSEMBLE_FILE, CALIBRATION_FILE, "metrics.json", "config.yaml"})
+"""The files of a reward model that are made from its backbone, in minutes."""
 
 
 def train_reward_model(
@@ -86,7 +92,8 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
     tokenizer = load_tokenizer(task.config.model, task.config.paths)
     fingerprint = task.fingerprint(tokenizer)
     rebuild = force and task.split == "train"  # a judge that is current serves a forced evaluation too
-    if not rebuild and is_current(task.directory, fingerprint):
+    read = EVERYTHING if force else (CALIBRATION_FILE,)
+    if not rebuild and is_current(task.directory, fingerprint, read=read):
         logger.info(
             "%s: finished before with the same settings and data, reused: %s", task.name, task.directory
         )
@@ -126,12 +133,23 @@ def _say_what_would_be_trained(task: RewardTask) -> None:
         )
 
 
+def _keep_backbone(task: RewardTask, partial: Path, fingerprint: str) -> None:
+    """A reward model that lost no weights of a training is not trained again: heads and calibration are fit anew."""
+    facts = task.directory / "backbone.json"
+    best = io.read_json(facts)["best"] if facts.is_file() else ""
+    if is_main_process() and best and (task.directory / "checkpoints" / best).is_dir():
+        take_over(task.directory, partial, fingerprint, made_again=FITTED)
+    wait_for_everyone()
+
+
 def _build(
     task: RewardTask, data: RewardPairs, tokenizer: PreTrainedTokenizerBase, fingerprint: str, force: bool
 ) -> None:
     """Backbone, heads, measurements and calibration, published when everything is there."""
     clock = start_run()
     partial = partial_directory(task.directory, fingerprint, force)
+    if not force:
+        _keep_backbone(task, partial, fingerprint)
     facts = train_backbone(task, data, tokenizer, partial)
     if task.has_adapters:
         train_members(task, data, tokenizer, partial)
@@ -145,7 +163,8 @@ def _build(
         facts["member_correlation_reference_samples"] = correlation
     metrics = measure(task, data, reward_model, facts)
     reward_model.release()  # its weights are read from the folder that is about to be moved
-    inputs = {"data": fingerprint, "reward_model": reward_model.fingerprint}
+    base = base_record(task.config.model, task.config.paths)
+    inputs = {"data": fingerprint, "reward_model": reward_model.fingerprint, "base": base}
     if is_main_process():
         io.write_json(partial / "metrics.json", metrics)
         finish_run(partial, config=task.config, inputs=inputs, fingerprint=fingerprint, clock=clock)

@@ -1,5 +1,8 @@
 """Tables of scores and samples: keys, shards that are whole or absent, what is refused."""
 
+import hashlib
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -33,10 +36,9 @@ def test_rows_come_back_bit_for_bit_after_reopening(tmp_path):
     for key, row in zip(KEYS, values, strict=False):
         assert torch.equal(again[key], row) and torch.equal(table[key], row)
     assert KEYS[5] not in again
-    assert [p.name for p in sorted((tmp_path / "t").iterdir())] == [
-        "shard-00000.safetensors",
-        "shard-00001.safetensors",
-    ]
+    for number, shard in enumerate(sorted((tmp_path / "t").iterdir())):
+        digest = hashlib.sha256(shard.read_bytes()).hexdigest()
+        assert shard.name == f"shard-{number:05d}-{digest[:16]}.safetensors"
 
 
 def test_a_process_that_does_not_write_keeps_rows_in_memory(tmp_path):
@@ -114,3 +116,66 @@ def test_json_rows_come_back_after_reopening(tmp_path):
     assert again.holds(prompts)
     assert again[tokens_key(prompts[0]).hex()] == [[7, 8], [9]]
     assert again[tokens_key(prompts[1]).hex()] == ["é"]
+
+
+def change(shard: Path) -> None:
+    """Another value in the same number of bytes."""
+    content = bytearray(shard.read_bytes())
+    content[-4] ^= 1
+    shard.write_bytes(bytes(content))
+
+
+def opened(kind: str, directory: Path) -> ScoreTable | JsonTable:
+    return ScoreTable(directory, 1) if kind == "scores" else JsonTable(directory)
+
+
+def add(table: ScoreTable | JsonTable, number: int) -> None:
+    if isinstance(table, ScoreTable):
+        table.append([KEYS[number]], torch.tensor([[float(number)]]))
+    else:
+        table.append([(KEYS[number].hex(), [number, 12345])])
+
+
+@pytest.mark.parametrize("kind", ["scores", "json"])
+def test_a_changed_shard_is_named_and_its_rows_are_made_again(tmp_path, caplog, kind):
+    table = opened(kind, tmp_path)
+    add(table, 0)
+    add(table, 1)
+    first, second = sorted(tmp_path.iterdir())
+    change(first)
+    again = opened(kind, tmp_path)
+    keys = [key if kind == "scores" else key.hex() for key in KEYS[:2]]
+    assert [key in again for key in keys] == [False, True]
+    opened(kind, tmp_path)
+    [line] = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]  # once
+    assert str(first) in line and "computed again" in line and "\n" not in line
+    add(again, 0)
+    assert all(key in opened(kind, tmp_path) for key in keys)
+    assert len(list(tmp_path.iterdir())) == 3 and second.exists()
+
+
+@pytest.mark.parametrize("kind", ["scores", "json"])
+def test_a_shard_of_an_earlier_version_is_believed(tmp_path, caplog, kind):
+    add(opened(kind, tmp_path), 0)
+    [shard] = tmp_path.iterdir()
+    shard.rename(tmp_path / f"shard-00007{shard.suffix}")
+    table = opened(kind, tmp_path)
+    assert (KEYS[0] if kind == "scores" else KEYS[0].hex()) in table and not caplog.records
+    add(table, 1)
+    assert [p.name[:11] for p in sorted(tmp_path.iterdir())] == ["shard-00007", "shard-00008"]
+
+
+def test_two_runs_that_add_to_one_table_keep_the_rows_of_both(tmp_path):
+    ours, theirs = ScoreTable(tmp_path, 1), ScoreTable(tmp_path, 1)
+    add(ours, 0)
+    [first] = tmp_path.iterdir()
+    hidden = first.rename(tmp_path / "hidden")  # the other run looked before it was there
+    add(theirs, 1)
+    hidden.rename(first)
+    assert len(ScoreTable(tmp_path, 1)) == 2
+
+
+def test_a_torn_shard_of_an_earlier_version_is_named(tmp_path):
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"half")
+    with pytest.raises(DataError, match=r"shard-00000\.safetensors: not readable as safetensors"):
+        ScoreTable(tmp_path, 1)

@@ -1,0 +1,91 @@
+"""Which base model an artifact was trained from, and whether it is the one of the configuration.
+
+Kept in `run.json` as a content key; of artifacts without one, `config.yaml` beside them tells. An adapter also names its base.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths, find_user_path
+from prmd.artifacts.runs import CONFIG_COPY, read_run
+from prmd.config.loading import kept_model
+from prmd.config.shared import ModelConfig
+from prmd.errors import ConfigError
+from prmd.models.loading import base_model_key, model_source
+
+
+def base_record(model: ModelConfig, paths: ArtifactPaths) -> dict[str, Any]:
+    """What `run.json` keeps among its inputs: name, revision and content key of the base, and what adapters call it."""
+    folder = _last(model_source(model, paths))
+    return {
+        "name": model.name,
+        "revision": model.revision,
+        "folder": folder,
+        "key": base_model_key(model, paths),
+    }
+
+
+def check_base(directory: Path, model: ModelConfig, paths: ArtifactPaths, *, what: str, command: str) -> None:
+    """Refuse an artifact that was trained from another base than `model`.
+
+    Args:
+        what: its name in the message, such as "policy cvar".
+        command: the command that trains it.
+
+    Raises:
+        ConfigError: it was, or its adapter names another base; names both.
+    """
+    kept = (read_run(directory) or {}).get("inputs", {}).get("base")
+    former = None if kept else kept_model(directory / CONFIG_COPY)
+    now = base_record(model, paths)
+    other = None
+    if kept and not _is_same(kept, now):
+        other = kept
+    elif former and not _was_same(former, model, paths):
+        other = {"name": former.name, "revision": former.revision}
+    elif named := _named_by_adapter(directory):
+        known = [now["name"], now["folder"], *([kept["name"], kept["folder"]] if kept else [])]
+        known += [former.name] if former else []
+        other = None if _last(named) in map(_last, known) else {"name": named, "revision": None}
+    if other:
+        raise ConfigError(
+            f"{what} was trained from {_shown(other)}, model.name is now {_shown(now)} ({directory}); set model.name (and "
+            f"model.revision) to what it was trained from, or make it again with: {command} --force"
+        )
+
+
+def _is_same(kept: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Equal content; a hub id and a folder of its name cannot be told apart without fetching."""
+    if kept["key"] == now["key"]:
+        return True
+    return _is_folder(kept["name"]) != _is_folder(now["name"]) and _last(kept["name"]) == _last(now["name"])
+
+
+def _is_folder(name: str) -> bool:
+    return Path(name).is_absolute() or find_user_path(name, "folder") is not None
+
+
+def _was_same(former: ModelConfig, model: ModelConfig, paths: ArtifactPaths) -> bool:
+    """Whether the base named by an older configuration is this one: by name, by content, or moved with its folder's name."""
+    if (former.source, former.name, former.revision) == (model.source, model.name, model.revision):
+        return True
+    if former.source == "hub" and find_user_path(former.name, "folder"):
+        return base_model_key(former, paths) == base_model_key(model, paths)
+    hub_ids = not _is_folder(former.name) and not _is_folder(model.name)
+    if hub_ids and former.revision != model.revision:
+        return False
+    return _last(former.name) == _last(model.name)
+
+
+def _named_by_adapter(directory: Path) -> str | None:
+    path = directory / "adapter_config.json"
+    return io.read_json(path).get("base_model_name_or_path") if path.is_file() else None
+
+
+def _last(name: str) -> str:
+    return name.replace("\\", "/").rstrip("/").rpartition("/")[2]
+
+
+def _shown(base: dict[str, Any]) -> str:
+    return f"{base['name']} (revision {base['revision']})" if base["revision"] else base["name"]
