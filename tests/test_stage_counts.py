@@ -65,9 +65,18 @@ class Reads:
     opened: Counter[Path] = field(default_factory=Counter)
     loaded: Counter[Path] = field(default_factory=Counter)
 
-    def weights(self) -> set[str]:
-        """Folder and name of every weight file that was hashed."""
-        return {"/".join(path.parts[-2:]) for path in self.hashed if path.suffix == ".safetensors"}
+    def weights(self, *written: Path) -> set[str]:
+        """Folder and name of every weight file that was hashed, but for those that the stage wrote to `written`."""
+        return {
+            "/".join(path.parts[-2:])
+            for path in self.hashed
+            if path.suffix == ".safetensors" and not any(path.is_relative_to(folder) for folder in written)
+        }
+
+    def below(self, folder: Path) -> set[str]:
+        """Every file below a finished folder that was hashed."""
+        here = (path for path in self.hashed if path.is_relative_to(place(folder)))
+        return {path.relative_to(place(folder)).as_posix() for path in here}
 
 
 def count_reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
@@ -140,7 +149,9 @@ def test_methods_share_one_loading_and_one_hashing_of_the_reward_models(
     train_pessimistic(config)
     folders = {place(config.paths.reward_model(objective)): 1 for objective in OBJECTIVES}
     assert reads.opened == folders and reads.loaded == folders
-    assert reads.weights() == ENSEMBLES | {"base/model.safetensors"}
+    policies = [place(config.paths.policy(method)) for method in ("hard_min", "cvar")]
+    assert reads.weights(*policies) == ENSEMBLES | {"base/model.safetensors"}
+    assert all(reads.below(folder) == files_of(folder) for folder in policies)
     splits = {place(config.paths.split(objective, s)) for objective in OBJECTIVES for s in ("train", "val")}
     assert splits < set(reads.hashed) and set(reads.hashed.values()) == {1}
     assert reads.size == sum(path.stat().st_size for path in reads.hashed)
@@ -182,8 +193,10 @@ def test_an_evaluation_hashes_policies_reward_models_and_judges_once(
         "base/model.safetensors",
     }
     judged = {f"{objective}/model.safetensors" for objective in OBJECTIVES}
-    assert reads.weights() == ENSEMBLES | policies | judged and set(reads.hashed.values()) == {1}
     trained = place(config.paths.judge("honest"))
+    read = ENSEMBLES | policies | judged - {"honest/model.safetensors"}
+    assert reads.weights(trained) == read and set(reads.hashed.values()) == {1}
+    assert reads.below(trained) == files_of(trained)
     assert reads.opened.pop(trained) == 2  # to be measured where it was built, and to judge
     assert len(reads.opened) == 5 and set(reads.opened.values()) == {1}
 
@@ -199,10 +212,15 @@ def test_a_training_hashes_what_it_wrote_once(
     reads = count_reads(monkeypatch)
     folder = train_reward_model(config, objective="helpful")
     kept = folder.glob("ensemble.safetensors" if kind == "heads" else "members/*/adapter/adapter_*")
-    written = {place(path) for path in (folder / "model.safetensors", *kept)}
-    assert len(written) == (2 if kind == "heads" else 5)
-    assert {path for path in reads.hashed if path.is_relative_to(place(folder))} == written
+    assert len(list(kept)) == (1 if kind == "heads" else 4)
+    assert reads.below(folder) == files_of(folder) > {"model.safetensors", "calibration.json"}
     assert set(reads.hashed.values()) == {1}
+
+
+def files_of(folder: Path) -> set[str]:
+    """Every file of a finished folder but its record."""
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return found - {"run.json"}
 
 
 def _evaluation(root: Path) -> EvaluationConfig:
