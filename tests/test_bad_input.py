@@ -14,6 +14,7 @@ from tiny_pipeline import Pipeline, no_model_loads
 
 from prmd import runtime
 from prmd.artifacts import io
+from prmd.artifacts.manifest import list_files
 from prmd.artifacts.paths import PROJECT_ROOT
 from prmd.objectives import OBJECTIVES
 
@@ -31,13 +32,18 @@ Refused = Callable[..., str]
 
 @pytest.fixture
 def refused(copied: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refused:
-    """Run a script on the copied artifacts; returns its only line on stderr."""
+    """Run a script on the copied artifacts; returns its only line on stderr.
+
+    `vouched`: what a test has changed counts as written by its own stage, so that what it says is looked at.
+    """
     monkeypatch.setattr(
         "prmd.runtime.configure_logging", lambda: None
     )  # it would take pytest's handlers away
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
-    def run(script: str, *arguments: str, lines: int = 1) -> str:
+    def run(script: str, *arguments: str, lines: int = 1, vouched: bool = True) -> str:
+        for record in copied.root.rglob("run.json") if vouched else ():
+            io.write_json(record, io.read_json(record) | {"files": list_files(record.parent)})
         before = snapshot(copied.root)
         overrides = (f"artifact_root={copied.root.as_posix()}", *arguments)
         monkeypatch.setattr(sys, "argv", [script, "--config", str(copied.configs), *overrides])
@@ -51,6 +57,42 @@ def refused(copied: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         return said.err
 
     return run
+
+
+CHANGED = {
+    "data/processed/embedded/helpful/train.jsonl": (REWARD_MODELS["helpful"], PREPARE),
+    "data/processed/embedded/honest/test.jsonl": (EVALUATIONS[0], PREPARE),
+    "models/reward_models/embedded/honest_rm/calibration.json": (
+        POLICIES[1],
+        f"python {REWARD_MODELS['honest']}",
+    ),
+    "models/reward_models/embedded/harmless_rm/model.safetensors": (
+        POLICIES[2],
+        f"python {REWARD_MODELS['harmless']}",
+    ),
+    "models/policy_models/embedded/hierarchical/adapter_config.json": (
+        EVALUATIONS[0],
+        f"python {POLICIES[2]}",
+    ),
+    "models/policy_models/embedded/baseline_dpo/adapter_model.safetensors": (
+        EVALUATIONS[1],
+        f"python {POLICIES[0]}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_lost_or_changed_file_is_named_with_the_command_that_makes_it_again(
+    copied: Pipeline, refused: Refused, name: str, lost: bool
+) -> None:
+    path, (script, command) = copied.root / name, CHANGED[name]
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(bytes(content)[: -8 if lost else None])
+    said = refused(script, vouched=False)
+    assert f"{path.name} {'has' if lost else 'was changed'}" in said
+    assert said.rstrip().endswith(command if lost else f"{command} --force")
 
 
 def snapshot(root: Path) -> dict[str, tuple[int, int]]:
