@@ -137,3 +137,21 @@ def test_approaches_lie_side_by_side(copied: Pipeline, no_figures: None) -> None
     assert (own.paths.reward_analysis / "honest.json").is_file()
     assert io.read_json(own.paths.reward_model("honest") / "metrics.json")["approach"] == "pku_safe"
     assert {d: (d / "run.json").read_bytes() for d in stamps} == stamps
+
+
+def test_a_reward_model_that_lost_its_calibration_is_calibrated_and_not_trained(
+    copied: Pipeline, no_figures: None
+) -> None:
+    folder = copied.paths.reward_model("helpful")
+    kept = {p: io.file_sha256(p) for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")}
+    record, calibration = folder / "run.json", folder / "calibration.json"
+    wanted = io.read_json(calibration)
+    for damage in (
+        lambda: calibration.unlink(),
+        lambda: io.write_json(calibration, wanted | {"source": "x"}),
+    ):
+        damage()
+        train_reward_model(copied.reward_models(), objective="helpful")
+        assert io.read_json(calibration)["calibration"] == wanted["calibration"]
+        same = {p for p, key in kept.items() if p.is_file() and io.file_sha256(p) == key}
+        assert {p for p in kept if p.suffix == ".safetensors"} <= same and record not in same
