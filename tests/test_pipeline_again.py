@@ -140,8 +140,9 @@ def test_approaches_lie_side_by_side(copied: Pipeline, no_figures: None) -> None
 
 
 def test_a_reward_model_that_lost_its_calibration_is_calibrated_and_not_trained(
-    copied: Pipeline, no_figures: None
+    copied: Pipeline, no_figures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("prmd.rewards.backbone.run_training", None)
     folder = copied.paths.reward_model("helpful")
     kept = {p: io.file_sha256(p) for p in folder.rglob("*") if p.suffix in (".safetensors", ".json")}
     record, calibration = folder / "run.json", folder / "calibration.json"
