@@ -13,12 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.errors import DataError
+from prmd.models.chat_templates import render, template_fingerprint
 from prmd.models.tokenization import (
     PrefixRow,
     TokenizedPairs,
     Tokens,
-    render,
-    template_fingerprint,
     tokenize_pairs,
     tokenize_prompt,
     tokenize_response,
