@@ -31,7 +31,10 @@ def dotted_keys_of_file(path: Path) -> list[str]:
 
 @pytest.mark.parametrize(("name", "kind"), CONFIG_FILES.items())
 def test_shipped_file_is_the_defaults(name: str, kind: type[BaseModel]) -> None:
-    assert load_config(CONFIG_DIR / name, kind) == kind()
+    """But for the pairs of a step, which a file that changes the batch, written before there was this key, need not follow."""
+    sections = {RewardModelConfig: [], EvaluationConfig: ["judges.training"]}.get(kind, ["training"])
+    keys = [f"{section}.pairs_per_step=null" for section in (*sections, "reward_model_config.training")]
+    assert load_config(CONFIG_DIR / name, kind, keys) == kind()
 
 
 @pytest.mark.parametrize(("name", "kind"), CONFIG_FILES.items())
@@ -112,7 +115,10 @@ def test_policy_files_keep_the_learning_rates_apart() -> None:
     reward, policy = load_config(CONFIG_DIR, RewardModelConfig), load_config(CONFIG_DIR, PolicyConfig)
     assert (reward.training.learning_rate, policy.training.learning_rate) == (1e-5, 5e-7)
     for config in (reward, policy):
-        assert config.training.pairs_per_device * config.training.gradient_accumulation_steps == 32
+        training = config.training
+        assert (
+            training.pairs_per_device * training.gradient_accumulation_steps == training.pairs_per_step == 32
+        )
     assert load_config(QUICKSTART, EvaluationConfig).generation.max_new_tokens == 48
 
 

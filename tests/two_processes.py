@@ -25,7 +25,7 @@ from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import dpo_loss
 from prmd.training.arguments import training_arguments
-from prmd.training.batches import plan_batches, total_steps
+from prmd.training.batches import TrainingPlan, plan_training
 from prmd.training.checkpoints import ShareCheckpoints, newest_complete
 from prmd.training.trainer import PairData, PairLoss, PairTrainer
 
@@ -48,14 +48,8 @@ def loss(logps: torch.Tensor, columns: dict[str, torch.Tensor]) -> PairLoss:
 
 
 def training_arguments_of(
-    directory: Path, *, accumulation: int, steps: int, bf16: bool, optimizer: OptimizerNames
+    directory: Path, training: TrainingConfig, plan: TrainingPlan, *, bf16: bool, optimizer: OptimizerNames
 ) -> TrainingArguments:
-    training = TrainingConfig(
-        pairs_per_device=ROWS_PER_BATCH,
-        gradient_accumulation_steps=accumulation,
-        logging_steps=1,
-        warmup_ratio=0.0,
-    )
     arguments = training_arguments(
         training,
         directory=directory,
@@ -63,7 +57,8 @@ def training_arguments_of(
         optimizer="adamw_float32",
         bf16=bf16,
         seed=0,
-        steps=steps,
+        steps=plan.steps,
+        accumulation=plan.size.accumulation,
     )
     arguments.optim = optimizer
     return arguments
@@ -79,29 +74,22 @@ def train(
     resume: bool = False,
 ) -> PairTrainer:
     rows, held_out = random_rows(21, 0), random_rows(3, 1)
-    batches_per_step = pairs_per_step // ROWS_PER_BATCH
-    plan = plan_batches(
-        [row.shared_length for row in rows],
-        list(range(len(rows))),
-        rows_per_batch=ROWS_PER_BATCH,
-        batches_per_step=batches_per_step,
-        seed=3,
-        world_size=world_size(),
+    training = TrainingConfig(
+        pairs_per_device=ROWS_PER_BATCH, pairs_per_step=pairs_per_step, logging_steps=1, warmup_ratio=0.0
     )
-    steps, accumulation = total_steps(plan, batches_per_step), batches_per_step // world_size()
+    lengths = [row.shared_length for row in rows]
+    plan = plan_training(lengths, list(range(len(rows))), training, seed=3, processes=world_size())
     torch.manual_seed(0)
     trainer = PairTrainer(
         model or SequenceLogps(LlamaForCausalLM(tiny_config())),
-        training_arguments_of(
-            directory, accumulation=accumulation, steps=steps, bf16=bf16, optimizer=optimizer
-        ),
+        training_arguments_of(directory, training, plan, bf16=bf16, optimizer=optimizer),
         data=PairData(rows, {"offset": torch.linspace(-1, 1, len(rows))}),
-        plan=plan,
+        plan=plan.batches,
         eval_data=PairData(held_out, {"offset": torch.zeros(len(held_out))}),
         loss_function=loss,
         tokenizer=load_tokenizer_from(directory / "tokenizer"),
         eval_tokens=10_000,  # one group of held-out pairs, fewer than processes
-        callbacks=[ShareCheckpoints({2: "66", steps: "end"})],
+        callbacks=[ShareCheckpoints({2: "66", plan.steps: "end"})],
     )
     trainer.train(resume_from_checkpoint=str(directory / "checkpoint-2") if resume else None)
     return trainer

@@ -24,7 +24,7 @@ from prmd.inference.scoring import score_rows
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import get_device
 from prmd.training.arguments import training_arguments
-from prmd.training.batches import plan_batches, total_steps
+from prmd.training.batches import plan_training
 from prmd.training.trainer import LossFunction, PairData, PairTrainer
 
 MAX_NEW_TOKENS = 24
@@ -110,9 +110,7 @@ def fit(
         warmup_ratio=0.05,
         logging_steps=10**6,
     )
-    plan = plan_batches(
-        [row.shared_length for row in data.rows], stream, rows_per_batch=batch, batches_per_step=1, seed=seed
-    )
+    plan = plan_training([row.shared_length for row in data.rows], stream, training, seed=seed, processes=1)
     arguments = training_arguments(
         training,
         directory=directory,
@@ -120,13 +118,14 @@ def fit(
         optimizer="adamw_float32",
         bf16=False,
         seed=seed,
-        steps=total_steps(plan, 1),
+        steps=plan.steps,
+        accumulation=plan.size.accumulation,
     )
     trainer = PairTrainer(
         model,
         arguments,
         data=data,
-        plan=plan,
+        plan=plan.batches,
         eval_data=None,
         loss_function=loss,
         tokenizer=tokenizer,

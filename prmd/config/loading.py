@@ -383,4 +383,8 @@ def _over_defaults(default: BaseModel, given: Any) -> Any:
     for key, value in given.items():
         inner = getattr(default, key, None)
         completed[key] = _over_defaults(inner, value) if isinstance(inner, BaseModel) else value
+    if given.get("pairs_per_step") and "gradient_accumulation_steps" not in given:
+        step, pairs = completed["pairs_per_step"], completed.get("pairs_per_device")
+        if all(isinstance(count, int) and count > 0 for count in (step, pairs)):  # else refused by the schema
+            completed["gradient_accumulation_steps"] = math.ceil(step / pairs)
     return completed

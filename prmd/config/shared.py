@@ -115,6 +115,7 @@ class TrainingConfig(Section):
     learning_rate: PositiveFloat = 1e-5
     pairs_per_device: PositiveInt = 4
     gradient_accumulation_steps: PositiveInt = 8
+    pairs_per_step: PositiveInt | None = None
     epochs: PositiveFloat = 3.0
     max_pairs: PositiveInt | None = None
     max_length: PositiveInt = 512

@@ -23,7 +23,7 @@ from prmd.pessimism.losses import edpo_member_losses, edpo_select, implicit_marg
 from prmd.policies.inputs import MethodInputs
 from prmd.policies.targets import policy_loss
 from prmd.runtime import get_runtime
-from prmd.training.batches import MicroBatch, plan_batches
+from prmd.training.batches import MicroBatch, plan_training
 from prmd.training.trainer import Columns, LossFunction, PairData, PairLoss
 
 HELD_OUT = -1
@@ -50,21 +50,19 @@ def choosing_members(
         ConfigError: as `refuse_sharded`.
     """
     refuse_sharded()
-    inputs, world_size = _by_position(inputs), get_runtime().world_size
-    batches_per_step = training.gradient_accumulation_steps * world_size
-    plan = plan_batches(  # the one `run_training` makes of the same arguments
+    inputs = _by_position(inputs)
+    plan = plan_training(  # the one `run_training` makes of the same arguments
         [row.shared_length for row in inputs.train.rows],
         inputs.stream,
-        rows_per_batch=training.pairs_per_device,
-        batches_per_step=batches_per_step,
+        training,
         seed=seed,
-        world_size=world_size,
+        processes=get_runtime().world_size,
     )
     selection = MemberSelection(
         [_without_samples(row) for row in inputs.train.rows],
         inputs.train.columns,
-        plan,
-        batches_per_step=batches_per_step,
+        plan.batches,
+        batches_per_step=plan.size.batches,
         policy=policy,
         pad_id=pad_id,
     )
@@ -152,7 +150,7 @@ class MemberSelection:
         device, training = next(model.parameters()).device, model.training
         model.eval()  # dropout would choose by chance
         total, count = torch.zeros(()), 0
-        for micro in self.steps[step]:
+        for micro in (micro for micro in self.steps[step] if micro.weight):
             losses = self._member_losses(model, micro.rows, device)
             total, count = total.to(device) + len(micro.rows) * losses, count + len(micro.rows)
         model.train(training)

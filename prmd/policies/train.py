@@ -60,10 +60,14 @@ from prmd.report import figures
 from prmd.rewards.reward_model import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
 from prmd.training.checkpoints import copy_model, name_checkpoints
+from prmd.training.fingerprints import calibration_keys, training_keys
 from prmd.training.run import TrainingRun, check_training, run_training
 from prmd.training.trainer import LossFunction
 
 logger = logging.getLogger(__name__)
+
+Keys = tuple[str, ...]
+"""Today's fingerprint of a policy, and behind it those that earlier versions gave it."""
 
 
 def train_baseline_dpo(config: PolicyConfig, *, force: bool = False, dry_run: bool = False) -> Path:
@@ -107,7 +111,7 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
     folders = PolicyFolders(
         config.paths, shared.model, config.run_name, force, partial(finish_run, config=config)
     )
-    key = partial(_fingerprint, tokenizer=tokenizer, **settings, **how)
+    key = partial(_fingerprints, tokenizer=tokenizer, **settings, **how)
     if SOUP in methods:
         _check_soup(folders, key, being_trained=trained)
     rewarded = any(POLICY_METHODS[method].reads_rewards for method in trained)
@@ -158,22 +162,22 @@ class PolicyFolders:
         """A policy's folder."""
         return self.paths.policy(method, self.run_name)
 
-    def holds(self, method: str, fingerprint: str) -> bool:
+    def holds(self, method: str, fingerprints: Keys) -> bool:
         """Whether a policy is finished and to be reused; says so."""
         directory = self.of(method)
-        if self.force or not is_current(directory, fingerprint):
+        if self.force or not is_current(directory, *fingerprints):
             return False
         logger.info("policy %s: finished before with the same settings, reused: %s", method, directory)
         return True
 
-    def refuse_replacing(self, method: str, fingerprint: str) -> None:
+    def refuse_replacing(self, method: str, fingerprints: Keys) -> None:
         """Refuse to replace a finished policy of other settings unasked.
 
         Raises:
             ConfigError: there is one.
         """
         if not self.force:
-            refuse_replacing(self.of(method), fingerprint, what=f"policy {method}")
+            refuse_replacing(self.of(method), *fingerprints, what=f"policy {method}")
 
     def write(self, method: str, fingerprint: str, make: Callable[[Path, Path], dict[str, Any]]) -> None:
         """Build a policy's folder and publish it.
@@ -199,19 +203,21 @@ class PolicyFolders:
 
 
 def _not_finished(
-    folders: PolicyFolders, methods: Sequence[str], key: Callable[[str], str]
+    folders: PolicyFolders, methods: Sequence[str], key: Callable[[str], Keys]
 ) -> dict[str, str]:
     """The methods to train with their fingerprints; a finished one is reused, one of other settings not replaced unasked."""
     keys = {method: key(method) for method in methods}
     todo = {
-        method: fingerprint for method, fingerprint in keys.items() if not folders.holds(method, fingerprint)
+        method: fingerprints
+        for method, fingerprints in keys.items()
+        if not folders.holds(method, fingerprints)
     }
-    for method, fingerprint in todo.items():
-        folders.refuse_replacing(method, fingerprint)
-    return todo
+    for method, fingerprints in todo.items():
+        folders.refuse_replacing(method, fingerprints)
+    return {method: fingerprints[0] for method, fingerprints in todo.items()}
 
 
-def _fingerprint(
+def _fingerprints(
     method: str,
     *,
     tokenizer: PreTrainedTokenizerBase,
@@ -221,8 +227,8 @@ def _fingerprint(
     tuning: TuningConfig,
     training: TrainingConfig,
     models: Sequence[RewardModel] = (),
-) -> str:
-    """Key of everything a finished policy depends on, and of nothing its method does not read.
+) -> Keys:
+    """Key of everything a finished policy depends on, and of nothing its method does not read; then that of earlier versions.
 
     Args:
         models: the reward models of all objectives; may be left out where the method reads no rewards.
@@ -230,11 +236,12 @@ def _fingerprint(
     rewarded = POLICY_METHODS[method].reads_rewards
     splits = [shared.paths.split(objective, split) for objective in OBJECTIVES for split in ("train", "val")]
     data, keys = io.files_sha256(splits), [model.fingerprint for model in models] if rewarded else []
-    read = settings_read(policy, sample_pairs, method)
-    parts = [method, read, as_dict(tuning), as_dict(training), shared.seed]
-    calibration = as_dict(shared.calibration) if rewarded else None
-    return io.fingerprint(
-        [*parts, calibration, reference_key(shared.model, shared.paths, tokenizer), data, keys]
+    read, seed, how = settings_read(policy, sample_pairs, method), shared.seed, as_dict(tuning)
+    base = reference_key(shared.model, shared.paths, tokenizer)
+    calibrations = calibration_keys(shared.calibration) if rewarded else (None, None)
+    return tuple(
+        io.fingerprint([method, read, how, trained, seed, calibration, base, data, keys])
+        for trained, calibration in zip(training_keys(training), calibrations, strict=True)
     )
 
 
@@ -389,18 +396,18 @@ def _distil(
 
 
 # ------------------------------------------------------------------ soup
-def _check_soup(folders: PolicyFolders, key: Callable[[str], str], being_trained: Sequence[str]) -> None:
+def _check_soup(folders: PolicyFolders, key: Callable[[str], Keys], being_trained: Sequence[str]) -> None:
     """Refuse a soup of policies that are not there.
 
     Args:
-        key: method -> the fingerprint it has with the settings of the run.
+        key: method -> the fingerprints it has with the settings of the run.
 
     Raises:
         DataError: one that is not about to be trained is missing, or was trained with other settings.
     """
     for name in SOUP_MEMBERS:
         source = folders.of(name)
-        if name in being_trained or is_current(source, key(name)):
+        if name in being_trained or is_current(source, *key(name)):
             continue
         state = "was trained with other settings or data" if read_run(source) else "is missing"
         members = ", ".join(SOUP_MEMBERS)
@@ -408,7 +415,7 @@ def _check_soup(folders: PolicyFolders, key: Callable[[str], str], being_trained
         raise DataError(f"soup averages {members}, and {source} {state}; train them with: {command}")
 
 
-def _make_soup(folders: PolicyFolders, key: Callable[[str], str], objectives: Mapping[str, float]) -> None:
+def _make_soup(folders: PolicyFolders, key: Callable[[str], Keys], objectives: Mapping[str, float]) -> None:
     """Average the finished per-objective policies; nothing is trained.
 
     Args:
@@ -416,10 +423,10 @@ def _make_soup(folders: PolicyFolders, key: Callable[[str], str], objectives: Ma
     """
     sources, keys = [folders.of(name) for name in SOUP_MEMBERS], [key(name) for name in SOUP_MEMBERS]
     weights = [objectives[POLICY_METHODS[name].objective] for name in SOUP_MEMBERS]
-    fingerprint = io.fingerprint([SOUP, keys, weights])
-    if folders.holds(SOUP, fingerprint):
+    fingerprints = tuple(io.fingerprint([SOUP, list(alike), weights]) for alike in zip(*keys, strict=True))
+    if folders.holds(SOUP, fingerprints):
         return
-    folders.refuse_replacing(SOUP, fingerprint)
+    folders.refuse_replacing(SOUP, fingerprints)
     for source in sources:
         command = policy_command(source.name)
         require_artifact(source, what=f"policy {source.name}", command=command, read=EVERYTHING)
@@ -431,4 +438,4 @@ def _make_soup(folders: PolicyFolders, key: Callable[[str], str], objectives: Ma
         shares = ", ".join(f"{w:.3g} {s.name}" for w, s in zip(weights, sources, strict=True))
         return {"notes": [f"the mean of {shares}; nothing was trained"]}
 
-    folders.write(SOUP, fingerprint, make)
+    folders.write(SOUP, fingerprints[0], make)

@@ -16,12 +16,13 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig, DPOTrainer
 
 from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
+from prmd.errors import ConfigError
 from prmd.models.loading import load_causal_lm, lora_config
 from prmd.pairs import PreferencePair
 from prmd.policies.pairs import PolicyPairs
 from prmd.runtime import get_device, get_runtime, is_main_process, set_seed
 from prmd.training.arguments import on_one_gpu, reporting_callbacks
-from prmd.training.batches import MicroBatch, plan_batches
+from prmd.training.batches import StepSize, TrainingPlan, plan_training
 from prmd.training.precision import Precision
 from prmd.training.run import choose_precision
 from prmd.training.sharding import RefuseUnsharded, requested_sharding
@@ -30,9 +31,7 @@ TEMPLATE_TAIL = 8
 """Tokens TRL may see beyond ours: it keeps what the template puts behind the end of the turn."""
 
 
-def baseline_rows(
-    pairs: list[PreferencePair], plan: list[MicroBatch]
-) -> list[dict[str, list[dict[str, str]]]]:
+def baseline_rows(pairs: list[PreferencePair], plan: TrainingPlan) -> list[dict[str, list[dict[str, str]]]]:
     """The pairs as TRL's conversational rows, in training order."""
     rows = [
         {
@@ -42,7 +41,7 @@ def baseline_rows(
         }
         for pair in pairs
     ]
-    return [rows[i] for micro in plan for i in micro.rows]
+    return [rows[i] for micro in plan.batches if micro.weight for i in micro.rows]
 
 
 class _OurColumns(TrainerCallback):
@@ -86,13 +85,14 @@ def train_trl_dpo(
     Returns:
         TRL's log rows.
     """
-    rows = baseline_rows(pairs.tokenized.pairs, _batch_plan(pairs, training, shared.seed))
+    plan = _plan(pairs, training, shared.seed)
+    rows = baseline_rows(pairs.tokenized.pairs, plan)
     precision = choose_precision(shared.model, shared.paths, tuning, training, "policy")
     set_seed(shared.seed)
     lora = tuning.method == "lora"
     trainer = DPOTrainer(
         model=load_causal_lm(shared.model, shared.paths, master_weights=precision.master_weights),
-        args=_dpo_arguments(precision, directory, len(rows), beta=beta, training=training, seed=shared.seed),
+        args=_dpo_arguments(precision, directory, plan, beta=beta, training=training, seed=shared.seed),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=lora_config(tuning.lora, task="CAUSAL_LM") if lora else None,
@@ -118,25 +118,45 @@ def _save(trainer: DPOTrainer, tokenizer: PreTrainedTokenizerBase, directory: Pa
         tokenizer.save_pretrained(directory)
 
 
-def _batch_plan(pairs: PolicyPairs, training: TrainingConfig, seed: int) -> list[MicroBatch]:
-    """The micro-batches of our own trainer, so that TRL sees the same pairs in the same order."""
-    world_size = get_runtime().world_size
-    return plan_batches(
+def _plan(pairs: PolicyPairs, training: TrainingConfig, seed: int) -> TrainingPlan:
+    """The plan of our own trainer, so that TRL sees the same pairs in the same steps."""
+    return plan_training(
         [row.shared_length for row in pairs.tokenized.rows],
         pairs.stream,
-        rows_per_batch=training.pairs_per_device,
-        batches_per_step=training.gradient_accumulation_steps * world_size,
+        training,
         seed=seed,
-        world_size=world_size,
+        processes=get_runtime().world_size,
     )
 
 
+def equal_batches(size: StepSize, most: int) -> int:
+    """Pairs of a micro-batch of TRL, whose micro-batches are all of one size: at most `most`, and a divisor of the step.
+
+    Raises:
+        ConfigError: the pairs of a step do not share out among the processes.
+    """
+    own, left = divmod(size.pairs, size.processes)
+    if left:
+        raise ConfigError(
+            f"training.pairs_per_step: got {size.pairs} pairs on {size.processes} processes, wanted a multiple of "
+            f"{size.processes}, because TRL's baseline gives every process as many; set {own * size.processes} or "
+            f"{(own + 1) * size.processes}"
+        )
+    return max(pairs for pairs in range(1, min(most, own) + 1) if own % pairs == 0)
+
+
 def _dpo_arguments(
-    precision: Precision, directory: Path, rows: int, *, beta: float, training: TrainingConfig, seed: int
+    precision: Precision,
+    directory: Path,
+    plan: TrainingPlan,
+    *,
+    beta: float,
+    training: TrainingConfig,
+    seed: int,
 ) -> DPOConfig:
-    """TRL's arguments for the configured training over `rows` pairs in the order given."""
+    """TRL's arguments for the configured training over the pairs of `plan` in their order."""
     on_gpu = get_device().type == "cuda"
-    step_pairs = training.pairs_per_device * training.gradient_accumulation_steps * get_runtime().world_size
+    own = equal_batches(plan.size, training.pairs_per_device)
     eight_bit = precision.optimizer == "adamw_8bit_stochastic"
     arguments = DPOConfig(
         output_dir=str(directory),
@@ -144,12 +164,12 @@ def _dpo_arguments(
         max_length=training.max_length + TEMPLATE_TAIL,
         precompute_ref_log_probs=True,
         num_train_epochs=1,
-        per_device_train_batch_size=training.pairs_per_device,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        per_device_train_batch_size=own,
+        gradient_accumulation_steps=plan.size.pairs // (own * plan.size.processes),
         train_sampling_strategy="sequential",
         learning_rate=precision.learning_rate,
         lr_scheduler_type=training.lr_scheduler,
-        warmup_steps=math.ceil(training.warmup_ratio * math.ceil(rows / step_pairs)),
+        warmup_steps=math.ceil(training.warmup_ratio * plan.steps),
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
         optim="adamw_torch_8bit" if eight_bit else "adamw_torch_fused",

@@ -18,6 +18,7 @@ from prmd.models.tokenization import TokenizedPairs, tokenize_pairs
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.rewards.adapters import resampled
+from prmd.training.fingerprints import calibration_keys, training_keys
 
 MIN_FIT_PAIRS = 2
 """Pairs without which the spread of margins that the heads start from is not defined."""
@@ -49,17 +50,25 @@ class RewardTask:
         """Whether the members are adapters, each trained on a resample of all pairs."""
         return self.config.ensemble.members > 1 and self.config.ensemble.kind == "adapters"
 
-    def fingerprint(self, tokenizer: PreTrainedTokenizerBase) -> str:
-        """Key of everything the finished artifact depends on."""
+    def fingerprints(self, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+        """Key of everything the finished artifact depends on, and behind it the key that earlier versions gave it."""
         paths, values = self.config.paths, as_dict(self.config)
-        kept = ("seed", "tuning", "training", "centering_coefficient", "ensemble", "calibration")
+        kept = {key: values[key] for key in ("seed", "tuning", "centering_coefficient", "ensemble")}
         own = [(self.objective, self.split), (self.objective, "test")]
         calibrating = [(objective, "val") for objective in OBJECTIVES]
         parts = list(dict.fromkeys(own + calibrating))
-        keys = io.files_sha256([paths.split(*part) for part in parts])
-        data = {"/".join(part): key for part, key in zip(parts, keys, strict=True)}
+        digests = io.files_sha256([paths.split(*part) for part in parts])
+        data = {"/".join(part): digest for part, digest in zip(parts, digests, strict=True)}
         base = reference_key(self.config.model, paths, tokenizer)
-        return io.fingerprint([self.objective, base, {key: values[key] for key in kept}, data])
+        keys = zip(
+            training_keys(self.config.training), calibration_keys(self.config.calibration), strict=True
+        )
+        return tuple(
+            io.fingerprint(
+                [self.objective, base, kept | {"training": training, "calibration": calibration}, data]
+            )
+            for training, calibration in keys
+        )
 
 
 @dataclass(frozen=True)

@@ -90,16 +90,16 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
         return task.directory
     data = read_reward_pairs(task)
     tokenizer = load_tokenizer(task.config.model, task.config.paths)
-    fingerprint = task.fingerprint(tokenizer)
+    fingerprints = task.fingerprints(tokenizer)
     rebuild = force and task.split == "train"  # a judge that is current serves a forced evaluation too
     read = EVERYTHING if force else (CALIBRATION_FILE,)
-    if not rebuild and is_current(task.directory, fingerprint, read=read):
+    if not rebuild and is_current(task.directory, *fingerprints, read=read):
         logger.info(
             "%s: finished before with the same settings and data, reused: %s", task.name, task.directory
         )
         return task.directory
     if not force:
-        refuse_replacing(task.directory, fingerprint, what=task.name)
+        refuse_replacing(task.directory, *fingerprints, what=task.name)
     config = task.config
     logger.info("%s: %s", config.model.name, describe_template(tokenizer))
     if task.split == "train":
@@ -109,7 +109,7 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
         task="reward_model",
         directory=task.directory,
     )
-    _build(task, data, tokenizer, fingerprint, force)
+    _build(task, data, tokenizer, fingerprints, force)
     return task.directory
 
 
@@ -133,23 +133,27 @@ def _say_what_would_be_trained(task: RewardTask) -> None:
         )
 
 
-def _keep_backbone(task: RewardTask, partial: Path, fingerprint: str) -> None:
+def _keep_backbone(task: RewardTask, partial: Path, fingerprints: tuple[str, ...]) -> None:
     """A reward model that lost no weights of a training is not trained again: heads and calibration are fit anew."""
     facts = task.directory / "backbone.json"
     best = io.read_json(facts)["best"] if facts.is_file() else ""
     if is_main_process() and best and (task.directory / "checkpoints" / best).is_dir():
-        take_over(task.directory, partial, fingerprint, made_again=FITTED)
+        take_over(task.directory, partial, *fingerprints, made_again=FITTED)
     wait_for_everyone()
 
 
 def _build(
-    task: RewardTask, data: RewardPairs, tokenizer: PreTrainedTokenizerBase, fingerprint: str, force: bool
+    task: RewardTask,
+    data: RewardPairs,
+    tokenizer: PreTrainedTokenizerBase,
+    fingerprints: tuple[str, ...],
+    force: bool,
 ) -> None:
     """Backbone, heads, measurements and calibration, published when everything is there."""
-    clock = start_run()
+    clock, fingerprint = start_run(), fingerprints[0]
     partial = partial_directory(task.directory, fingerprint, force)
     if not force:
-        _keep_backbone(task, partial, fingerprint)
+        _keep_backbone(task, partial, fingerprints)
     facts = train_backbone(task, data, tokenizer, partial)
     if task.has_adapters:
         train_members(task, data, tokenizer, partial)

@@ -68,14 +68,19 @@ def training_arguments(
     bf16: bool,
     seed: int,
     steps: int,
+    accumulation: int,
 ) -> TrainingArguments:
-    """`TrainingArguments` for `PairTrainer`: one pass over the plan, checkpoints and logging by our callbacks."""
+    """`TrainingArguments` for `PairTrainer`: one pass over the plan, checkpoints and logging by our callbacks.
+
+    Args:
+        accumulation: micro-batches of a step on each process, as `batches.plan_training` says.
+    """
     eight_bit = optimizer == "adamw_8bit_stochastic"
     arguments = TrainingArguments(
         output_dir=str(directory),
         num_train_epochs=1,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
+        gradient_accumulation_steps=accumulation,
         learning_rate=learning_rate,
         lr_scheduler_type=training.lr_scheduler,
         warmup_steps=math.ceil(training.warmup_ratio * steps),

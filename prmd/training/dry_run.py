@@ -24,6 +24,7 @@ from prmd.models.loading import load_model_config, load_tokenizer, model_source
 from prmd.models.tokenization import PrefixRow, tokenize_pairs
 from prmd.pairs import PREPARE_COMMAND, PreferencePair
 from prmd.runtime import GIB, free_disk_bytes
+from prmd.training.batches import step_size
 from prmd.training.memory import MemoryPlan, device_memory, plan_generation_memory, plan_memory
 from prmd.training.precision import Precision, eight_bit_precision, resolve_precision
 from prmd.training.rehearsal import Task
@@ -274,7 +275,7 @@ def describe_training(
     describe_inputs(also_read, PREPARE_COMMAND)
     if training.max_pairs:
         rows = min(rows, training.max_pairs)
-    step_pairs = training.pairs_per_device * training.gradient_accumulation_steps
+    step_pairs = step_size(training, 1).pairs
     logger.info(
         "would train %s on about %d pairs x %g epochs = %d optimiser steps of %d pairs (%s, %s)",
         *(name, rows, training.epochs, math.ceil(rows * training.epochs / step_pairs), step_pairs),

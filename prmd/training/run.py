@@ -21,7 +21,7 @@ from prmd.models.loading import load_model_config
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
 from prmd.runtime import free_memory, get_runtime, is_main_process, require_disk, wait_for_everyone
 from prmd.training.arguments import reporting_callbacks, training_arguments
-from prmd.training.batches import MicroBatch, plan_batches, total_steps
+from prmd.training.batches import TrainingPlan, plan_training, step_size
 from prmd.training.checkpoints import (
     START_FILE,
     STEPS_FILE,
@@ -110,10 +110,11 @@ def check_training(
         sampled: as for `memory.plan_memory`.
 
     Raises:
-        ConfigError: as `attention_implementation`, `choose_precision`, `refuse_if_stuck` and `require_disk`.
+        ConfigError: as `attention_implementation`, `step_size`, `choose_precision`, `refuse_if_stuck`, `require_disk`.
     """
     model_config = load_model_config(model, paths)
     attention_implementation(model.attention, model_config)
+    step_size(training, get_runtime().world_size)
     precision = choose_precision(model, paths, tuning, training, task, sampled)
     refuse_if_stuck(precision)
     skeleton = meta_model(
@@ -153,23 +154,20 @@ def run_training(
     training, runtime = run.training, get_runtime()
     shared = run.shared
     precision = choose_precision(shared.model, shared.paths, run.tuning, training, run.task, run.sampled)
-    step_batches = training.gradient_accumulation_steps * runtime.world_size
-    plan = plan_batches(
+    plan = plan_training(
         [row.shared_length for row in run.data.rows],
         run.stream,
-        rows_per_batch=training.pairs_per_device,
-        batches_per_step=step_batches,
+        training,
         seed=shared.seed,
-        world_size=runtime.world_size,
+        processes=runtime.world_size,
     )
-    steps_total = total_steps(plan, step_batches)
-    steps = checkpoint_steps(training.checkpoints, steps_total)
+    steps = checkpoint_steps(training.checkpoints, plan.steps)
     _refuse_other_steps(run, precision, plan)
     model = _load(run, precision, on_card=runtime.device.type == "cuda")
     trainer = _trainer(run, model, precision, plan, tokenizer, steps)
     logger.info(
-        "%s: %d pairs, %d optimiser steps of %d pairs, learning rate %g, %s, logs in %s",
-        *(run.name, len(run.stream), steps_total, training.pairs_per_device * step_batches),
+        "%s: %d pairs, %d optimizer steps of %s, learning rate %g, %s, logs in %s",
+        *(run.name, len(run.stream), plan.steps, plan.size.describe()),
         *(precision.learning_rate, precision.optimizer, run.log_directory),
     )
     history = _train(trainer, run, steps)
@@ -177,7 +175,7 @@ def run_training(
     return history, steps
 
 
-def _refuse_other_steps(run: TrainingRun, precision: Precision, plan: Sequence[MicroBatch]) -> None:
+def _refuse_other_steps(run: TrainingRun, precision: Precision, plan: TrainingPlan) -> None:
     """Refuse to continue a training with other steps than it began with, on another number of processes or card.
 
     Raises:
@@ -185,7 +183,7 @@ def _refuse_other_steps(run: TrainingRun, precision: Precision, plan: Sequence[M
     """
     file, world_size = run.directory / STEPS_FILE, get_runtime().world_size
     own = {"processes": world_size, "optimizer": precision.optimizer, "weights": str(precision.weights_dtype)}
-    own |= {"batches": io.fingerprint([batch.rows for batch in plan])}
+    own |= {"steps": io.fingerprint(plan.pairs)}
     if newest_complete(run.directory) is not None and file.is_file():
         before = io.read_json(file)
         if changed := [
@@ -220,7 +218,7 @@ def _trainer(
     run: TrainingRun,
     model: SequenceRewards | SequenceLogps,
     precision: Precision,
-    plan: Sequence[MicroBatch],
+    plan: TrainingPlan,
     tokenizer: PreTrainedTokenizerBase,
     steps: dict[int, str],
 ) -> PairTrainer:
@@ -237,7 +235,8 @@ def _trainer(
         optimizer=precision.optimizer,
         bf16=precision.autocast,
         seed=run.shared.seed,
-        steps=max(steps),
+        steps=plan.steps,
+        accumulation=plan.size.accumulation,
     )
     resumed = newest_complete(run.directory) is not None
     reporting = reporting_callbacks(run.shared.report_to, run.log_directory, run.name, resumed=resumed)
@@ -245,7 +244,7 @@ def _trainer(
         model,
         arguments,
         data=run.data,
-        plan=plan,
+        plan=plan.batches,
         eval_data=run.eval_data,
         loss_function=run.loss_function,
         tokenizer=tokenizer,

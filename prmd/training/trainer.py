@@ -1,6 +1,6 @@
 """The one trainer: reward models, distillation and our DPO all train on prefix-shared pairs through it.
 
-`PairTrainer` is a `transformers.Trainer` over planned micro-batches (`batches.plan_batches`). What differs between
+`PairTrainer` is a `transformers.Trainer` over planned micro-batches (`batches.plan_training`). What differs between
 trainings is data: the wrapped model's output (rewards or log-probabilities), columns per pair, and a loss function.
 Checkpoint names are in `checkpoints`; the losses themselves in `pessimism.losses`.
 """
@@ -177,7 +177,8 @@ class PairTrainer(Trainer):
         result = self.pair_loss(model, inputs)
         if not torch.isfinite(result.loss).all():
             raise FloatingPointError(self._describe_bad_pairs(inputs["pair_index"], result.loss.detach()))
-        self._means.add(result.metrics)
+        if inputs["weight"] > 0:  # else its pairs count elsewhere
+            self._means.add(result.metrics)
         processed, padding = padding_share(inputs)
         self._tokens, self._padding = self._tokens + processed, self._padding + padding
         return result.loss.mean() * inputs["weight"]

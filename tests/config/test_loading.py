@@ -152,6 +152,17 @@ def test_a_section_given_in_part_keeps_the_defaults_of_its_own_file(folder: Path
 
 
 # ------------------------------------------------------------------ mistakes
+def test_the_accumulation_follows_from_the_pairs_of_a_step_unless_it_is_given(folder: Path) -> None:
+    text = (
+        "reward_model_config: reward_model_config.yaml\ntraining: {pairs_per_step: 24, pairs_per_device: 5}\n"
+    )
+    write(folder / "policy_config.yaml", text)
+    config = load_config(folder, PolicyConfig)
+    assert (config.training.pairs_per_step, config.training.gradient_accumulation_steps) == (24, 5)
+    given = load_config(folder, PolicyConfig, ["training.gradient_accumulation_steps=3"])
+    assert given.training.gradient_accumulation_steps == 3  # refused where a training begins
+
+
 def test_all_mistakes_of_all_files_at_once_with_their_lines(folder: Path) -> None:
     write(
         folder / "base.yaml",

@@ -1,11 +1,4 @@
-"""Collated batches against plain loops, and plans of batches: every index once, exact mean weights, little padding."""
-
-import gzip
-import json
-import re
-from collections import Counter
-from fractions import Fraction
-from pathlib import Path
+"""Collated batches against plain loops, and groups of scoring: every index once, little padding."""
 
 import pytest
 import torch
@@ -15,30 +8,6 @@ from model_families import rows_of
 
 from prmd.models.prefix_rows import PADDING, attention_mask, collate_rows, padding_share, plan_scoring
 from prmd.models.tokenization import PrefixRow
-from prmd.training.batches import plan_batches
-
-HH = Path(__file__).resolve().parents[3] / "shared" / "data" / "hh-rlhf"
-PLANS = {
-    "n": st.integers(1, 60),
-    "rows_per_batch": st.integers(1, 5),
-    "accumulation": st.integers(1, 4),
-    "world_size": st.integers(1, 3),
-    "seed": st.integers(0, 3),
-}
-
-
-def make_plan(n, rows_per_batch, accumulation, world_size, seed, window_rows=16):
-    lengths = [(i * 37) % 23 + 1 for i in range(n)]
-    order = sorted(range(n), key=lambda i: (i * 61) % 101)
-    return plan_batches(
-        lengths,
-        order,
-        rows_per_batch=rows_per_batch,
-        batches_per_step=accumulation * world_size,
-        seed=seed,
-        world_size=world_size,
-        window_rows=window_rows,
-    )
 
 
 # ------------------------------------------------------------------ tensors of a batch
@@ -91,78 +60,7 @@ def test_a_row_with_an_empty_part_is_refused(parts):
         PrefixRow(*parts)
 
 
-# ------------------------------------------------------------------ plans
-@given(**PLANS)
-def test_every_index_is_used_once_and_every_step_but_the_last_is_full(
-    n, rows_per_batch, accumulation, world_size, seed
-):
-    plan = make_plan(n, rows_per_batch, accumulation, world_size, seed)
-    batches_per_step, step_rows = accumulation * world_size, rows_per_batch * accumulation * world_size
-    used = Counter(i for micro in plan for i in micro.rows)
-    assert set(used.values()) <= {1}
-    # one row a micro-batch and a multiple of the processes: a few rows may be left over at the very end
-    assert n - len(used) < world_size
-    if world_size == 1 or (rows_per_batch > 1 and n % step_rows >= rows_per_batch * world_size):
-        assert len(used) == n
-    full = n // step_rows * batches_per_step
-    assert all(len(micro.rows) == rows_per_batch and micro.weight == 1.0 for micro in plan[:full])
-    assert len(plan) % world_size == 0
-    assert len(plan) - full <= batches_per_step
-    assert all(1 <= len(micro.rows) <= rows_per_batch for micro in plan)
-
-
-@given(**PLANS)
-def test_weights_give_the_exact_mean_over_the_rows_of_a_step(
-    n, rows_per_batch, accumulation, world_size, seed
-):
-    plan = make_plan(n, rows_per_batch, accumulation, world_size, seed)
-    per_step = accumulation * world_size
-    for start in range(0, len(plan), per_step):
-        step = plan[start : start + per_step]
-        rows = [i for micro in step for i in micro.rows]
-        mean = Fraction(0)
-        for micro in step:  # what the trainer does: mean over micro-batches of weight x mean over rows
-            weight = Fraction(micro.weight).limit_denominator(10_000)
-            mean += weight * Fraction(sum(i * i for i in micro.rows), len(micro.rows)) / len(step)
-        assert mean == Fraction(sum(i * i for i in rows), len(rows))
-
-
-@given(**PLANS)
-def test_rows_stay_in_their_window_and_the_plan_is_deterministic(
-    n, rows_per_batch, accumulation, world_size, seed
-):
-    arguments = (n, rows_per_batch, accumulation, world_size, seed)
-    plan = make_plan(*arguments)
-    assert plan == make_plan(*arguments)
-    step_rows = rows_per_batch * accumulation * world_size
-    window = max(1, 16 // step_rows) * step_rows
-    order = sorted(range(n), key=lambda i: (i * 61) % 101)
-    flat = [i for micro in plan[: n // step_rows * accumulation * world_size] for i in micro.rows]
-    for start in range(0, len(flat), window):
-        assert sorted(flat[start : start + window]) == sorted(
-            order[start : start + window][: len(flat) - start]
-        )
-
-
-def test_a_stream_of_several_epochs_uses_a_row_once_per_epoch():
-    order = [i for epoch in range(3) for i in sorted(range(11), key=lambda i: (i * (epoch + 3)) % 13)]
-    plan = plan_batches(list(range(11)), order, rows_per_batch=2, batches_per_step=2, seed=1, window_rows=8)
-    assert Counter(i for micro in plan for i in micro.rows) == dict.fromkeys(range(11), 3)
-
-
-def test_seed_changes_the_order_of_batches_and_not_their_rows():
-    plans = [make_plan(60, 2, 2, 1, seed) for seed in (0, 1)]
-    assert plans[0] != plans[1]
-    assert Counter(m.rows for m in plans[0]) == Counter(m.rows for m in plans[1])
-
-
-def test_batches_of_a_window_are_not_sorted_by_length():
-    plan = plan_batches(list(range(512)), list(range(512)), rows_per_batch=4, batches_per_step=4, seed=0)
-    longest = torch.tensor([float(max(micro.rows)) for micro in plan])
-    steps = torch.arange(len(plan)).float()
-    assert torch.corrcoef(torch.stack([steps, longest]))[0, 1].abs() < 0.3
-
-
+# ------------------------------------------------------------------ scoring groups
 @settings(max_examples=40)
 @given(rows=rows_of(max_rows=12), tokens=st.integers(1, 80), share_prompt=st.booleans())
 def test_scoring_groups_hold_every_row_once_within_the_budget(rows, tokens, share_prompt):
@@ -179,42 +77,3 @@ def test_scoring_groups_hold_every_row_once_within_the_budget(rows, tokens, shar
 def test_rows_of_one_length_fill_a_scoring_batch():
     rows = [PrefixRow((1,) * 6, ((2,) * 2, (3,) * 2))] * 10
     assert [len(group) for group in plan_scoring(rows, tokens_per_batch=45)] == [4, 4, 2]
-
-
-# ------------------------------------------------------------------ padding
-def hh_rows(subset: str, limit: int) -> list[PrefixRow]:
-    """Rows with about one token per word or mark, which keeps the spread of real lengths."""
-
-    def tokens(text: str) -> tuple[int, ...]:
-        return tuple(2 for _ in re.findall(r"\w+|[^\w\s]", text))
-
-    rows = []
-    with gzip.open(HH / subset / "train.jsonl.gz", "rt", encoding="utf-8") as stream:
-        for _, line in zip(range(limit), stream, strict=False):
-            pair = json.loads(line)
-            cut = pair["chosen"].rfind("\n\nAssistant:") + len("\n\nAssistant:")
-            prompt, chosen, rejected = (
-                tokens(text) for text in (pair["chosen"][:cut], pair["chosen"][cut:], pair["rejected"][cut:])
-            )
-            rows.append(PrefixRow(prompt or (2,), (chosen or (2,), rejected or (2,))))
-    return rows
-
-
-@pytest.mark.skipif(not HH.is_dir(), reason="HH-RLHF is not on this machine")
-@pytest.mark.parametrize("subset", ["harmless-base", "helpful-base"])
-@pytest.mark.parametrize(("rows_per_batch", "accumulation"), [(4, 8), (2, 16)])
-def test_padding_of_real_lengths_is_at_most_five_per_cent(subset, rows_per_batch, accumulation):
-    rows = hh_rows(subset, 2000)
-    lengths = [row.shared_length for row in rows]
-    plan = plan_batches(
-        lengths, list(range(len(rows))), rows_per_batch=rows_per_batch, batches_per_step=accumulation, seed=42
-    )
-    processed = padding = 0
-    for micro in plan:
-        widest = max(lengths[i] for i in micro.rows)
-        processed += widest * len(micro.rows)
-        padding += sum(widest - lengths[i] for i in micro.rows)
-    assert padding / processed <= 0.05
-    used = len(rows) // rows_per_batch * rows_per_batch
-    unsorted = [max(lengths[i : i + rows_per_batch]) * rows_per_batch for i in range(0, used, rows_per_batch)]
-    assert 1 - sum(lengths[:used]) / sum(unsorted) > 0.15  # without the buckets

@@ -13,15 +13,16 @@ from tiny_workspace import reward_model_config, write_prepared
 
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
+from prmd.errors import ConfigError
 from prmd.models.loading import load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
 from prmd.pairs import PreferencePair
 from prmd.policies import trl_baseline
 from prmd.policies.pairs import PolicyPairs
 from prmd.policies.targets import policy_loss
-from prmd.policies.trl_baseline import baseline_rows, train_trl_dpo
+from prmd.policies.trl_baseline import baseline_rows, equal_batches, train_trl_dpo
 from prmd.training import run as training_run
-from prmd.training.batches import MicroBatch, plan_batches
+from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_training
 from prmd.training.run import TrainingRun, run_training
 from prmd.training.trainer import PairData
 
@@ -57,8 +58,8 @@ def pair(i: int) -> PreferencePair:
 
 
 def test_rows_follow_the_plan_and_are_messages() -> None:
-    plan = [MicroBatch((2, 0)), MicroBatch((1,)), MicroBatch((2, 2))]
-    rows = baseline_rows([pair(i) for i in range(3)], plan)
+    batches = [MicroBatch((2, 0)), MicroBatch((1,)), MicroBatch((1,), weight=0.0), MicroBatch((2, 2))]
+    rows = baseline_rows([pair(i) for i in range(3)], planned(batches))
     assert [row["chosen"][0]["content"] for row in rows] == ["c2", "c0", "c1", "c2", "c2"]
     assert rows[0] == {
         "prompt": [{"role": "user", "content": "q2"}],
@@ -80,6 +81,25 @@ def train(
         directory=directory,
         log_directory=log_directory,
     )
+
+
+def planned(batches: list[MicroBatch]) -> TrainingPlan:
+    return TrainingPlan(StepSize(5, 3), batches, [[2, 0, 1, 2, 2]])
+
+
+@pytest.mark.parametrize(
+    ("size", "most", "expected"),
+    [(StepSize(32, 8), 4, 4), (StepSize(32, 11), 3, 2), (StepSize(32, 4, 2), 4, 4), (StepSize(6, 1), 8, 6)],
+)
+def test_batches_of_trl_divide_a_step(size: StepSize, most: int, expected: int) -> None:
+    assert equal_batches(size, most) == expected
+
+
+def test_a_step_that_trl_cannot_share_out_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"got 32 pairs on 3 processes, wanted a multiple of 3.*set 30 or 33"
+    ):
+        equal_batches(StepSize(32, 3, 3), 4)
 
 
 class CaughtError(Exception):
@@ -106,13 +126,13 @@ def test_trl_gets_the_pairs_in_the_order_our_trainer_sees_them(
     config: PolicyConfig, pairs: PolicyPairs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = caught_arguments(config, pairs, monkeypatch)
-    plans: list[list[MicroBatch]] = []
+    plans: list[TrainingPlan] = []
 
-    def caught_plan(*arguments: Any, **keywords: Any) -> list[MicroBatch]:
-        plans.append(plan_batches(*arguments, **keywords))
+    def caught_plan(*arguments: Any, **keywords: Any) -> TrainingPlan:
+        plans.append(plan_training(*arguments, **keywords))
         raise CaughtError
 
-    monkeypatch.setattr(training_run, "plan_batches", caught_plan)
+    monkeypatch.setattr(training_run, "plan_training", caught_plan)
     tokenized = pairs.tokenized
     run = TrainingRun(
         name="t", directory=config.paths.policies, shared=config.shared, tuning=config.tuning, training=config.training,
@@ -123,7 +143,7 @@ def test_trl_gets_the_pairs_in_the_order_our_trainer_sees_them(
     )  # fmt: skip
     with pytest.raises(CaughtError):
         run_training(run, load_tokenizer(config.shared.model, config.paths))
-    ours = [tokenized.pairs[i] for micro in plans[0] for i in micro.rows]
+    ours = [tokenized.pairs[i] for micro in plans[0].batches for i in micro.rows]
     dataset = found["train_dataset"]
     assert len(dataset) == len(ours) == 30
     for row, expected in zip(dataset, ours, strict=True):
@@ -144,7 +164,9 @@ def test_trl_gets_the_pairs_in_the_order_our_trainer_sees_them(
 def test_prompts_are_fitted_so_that_no_response_is_cut(config: PolicyConfig, pairs: PolicyPairs) -> None:
     assert pairs.tokenized.truncated > 0
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    for row in baseline_rows(pairs.tokenized.pairs, [MicroBatch(tuple(range(len(pairs.tokenized.pairs))))]):
+    for row in baseline_rows(
+        pairs.tokenized.pairs, planned([MicroBatch(tuple(range(len(pairs.tokenized.pairs))))])
+    ):
         for side in ("chosen", "rejected"):
             whole = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=True, return_dict=False)
             assert len(whole) <= config.training.max_length + trl_baseline.TEMPLATE_TAIL

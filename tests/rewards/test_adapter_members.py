@@ -213,7 +213,7 @@ def test_the_kind_is_part_of_the_fingerprint_and_the_base_of_the_members(
     config, folder, _, _ = finished
     tokenizer = load_reward_model(folder, shared=config).tokenizer
     heads = config.model_copy(update={"ensemble": EnsembleConfig(members=MEMBERS)})
-    keys = [RewardTask(c, "helpful", "train", folder, ()).fingerprint(tokenizer) for c in (config, heads)]
+    keys = [RewardTask(c, "helpful", "train", folder, ()).fingerprints(tokenizer)[0] for c in (config, heads)]
     assert keys[0] != keys[1]
     other = config.model.model_copy(update={"name": str(tiny_causal_lm(tmp_path / "other", seed=5))})
     with pytest.raises(DataError, match="belongs to reward model"):

@@ -72,7 +72,7 @@ def test_fingerprint_covers_what_the_artifact_depends_on(config: RewardModelConf
     tokenizer = load_tokenizer(config.model, config.paths)
 
     def key(changed_config: RewardModelConfig) -> str:
-        return task_of(changed_config).fingerprint(tokenizer)
+        return task_of(changed_config).fingerprints(tokenizer)[0]
 
     first = key(config)
     different = [
@@ -100,9 +100,9 @@ def test_fingerprint_covers_what_the_artifact_depends_on(config: RewardModelConf
 
 def test_an_edited_template_is_another_reward_model(config: RewardModelConfig) -> None:
     tokenizer = load_tokenizer(config.model, config.paths)
-    first = task_of(config).fingerprint(tokenizer)
+    first = task_of(config).fingerprints(tokenizer)[0]
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant: ")
-    assert task_of(config).fingerprint(tokenizer) != first
+    assert task_of(config).fingerprints(tokenizer)[0] != first
 
 
 # ------------------------------------------------------------------ refused before a model is loaded

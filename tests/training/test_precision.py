@@ -170,6 +170,7 @@ def _trainer(directory: Path, steps: int = 4) -> Trainer:
         bf16=False,
         seed=1,
         steps=steps,
+        accumulation=1,
     )
     arguments.save_strategy, arguments.save_steps, arguments.max_steps = "steps", 2, steps
     inputs = torch.randn(steps, 64, generator=torch.Generator().manual_seed(2))

@@ -161,6 +161,22 @@ def test_four_pairs_at_once_are_one_pair_four_times(shared: RewardModelConfig, t
     assert first["rewards/margins"] == pytest.approx(second["rewards/margins"], rel=1e-4)
 
 
+def test_the_device_decides_no_step(shared: RewardModelConfig, tmp_path: Path) -> None:
+    """10 pairs in steps of 4, with a short last one: 4 x 1, 3 x 2, 1 x 4 learn the same."""
+    curves = []
+    for pairs in (4, 3, 1):
+        training = TrainingConfig(
+            **{**TRAINING.model_dump(exclude={"gradient_accumulation_steps"}), "pairs_per_device": pairs},
+        ).model_copy(update={"pairs_per_step": 4})
+        run = a_run(shared, tmp_path / str(pairs), training=training, stream=list(range(10)))
+        curves.append(train(run)[0])
+    for name in ("loss", "grad_norm", "eval_loss"):
+        first, *others = [[row[name] for row in curve if name in row] for curve in curves]
+        assert len(first) == (4 if name == "eval_loss" else 3) and len(set(first)) > 1
+        for other in others:
+            assert other == pytest.approx(first, rel=2e-4)
+
+
 def test_a_short_last_step_weighs_its_pairs_alike(shared: RewardModelConfig, tmp_path: Path) -> None:
     """Three pairs in micro-batches of two are cut 1 + 2: the gradient must be that of the three at once."""
     results = []
@@ -221,12 +237,13 @@ def test_other_steps_than_it_began_with_do_not_continue_a_training(
     shared: RewardModelConfig, tmp_path: Path
 ) -> None:
     train(a_run(shared, tmp_path / "run"))
-    halved = TRAINING.model_copy(update={"gradient_accumulation_steps": 1, "pairs_per_device": 4})
+    halved = TRAINING.model_copy(update={"gradient_accumulation_steps": 1})
     with pytest.raises(
-        ConfigError, match=r"are of a training with batches .* \(now .*continue with that, or give --force"
+        ConfigError, match=r"are of a training with steps .* \(now .*continue with that, or give --force"
     ):
         train(a_run(shared, tmp_path / "run", training=halved))
-    _, steps = train(a_run(shared, tmp_path / "run"))  # finished, and so it stays
+    at_once = TRAINING.model_copy(update={"gradient_accumulation_steps": 1, "pairs_per_device": 4})
+    _, steps = train(a_run(shared, tmp_path / "run", training=at_once))  # finished, and so it stays
     name_checkpoints(tmp_path / "run", steps)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "logs"]
 

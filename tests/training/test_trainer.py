@@ -21,7 +21,7 @@ from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import bradley_terry_loss, distillation_loss, dpo_loss, implicit_margins
 from prmd.training.arguments import on_one_gpu, training_arguments
-from prmd.training.batches import plan_batches, total_steps
+from prmd.training.batches import plan_training
 from prmd.training.trainer import PairData, PairLoss, PairTrainer
 
 BETA = 0.1
@@ -89,13 +89,6 @@ def trainer_of(model, data, tokenizer, directory, **changes):
         "optimizer": OptimizerNames.SGD,
         "eval_tokens": 8192,
     } | changes
-    plan = plan_batches(
-        [row.shared_length for row in data.rows],
-        list(range(len(data.rows))),
-        rows_per_batch=options["rows_per_batch"],
-        batches_per_step=options["accumulation"],
-        seed=1,
-    )
     training = TrainingConfig(
         learning_rate=LEARNING_RATE,
         pairs_per_device=options["rows_per_batch"],
@@ -105,6 +98,8 @@ def trainer_of(model, data, tokenizer, directory, **changes):
         max_grad_norm=1e9,
         logging_steps=options["logging_steps"],
     )
+    lengths = [row.shared_length for row in data.rows]
+    plan = plan_training(lengths, list(range(len(data.rows))), training, seed=1, processes=1)
     arguments = training_arguments(
         training,
         directory=directory,
@@ -112,19 +107,22 @@ def trainer_of(model, data, tokenizer, directory, **changes):
         optimizer="adamw_float32",
         bf16=False,
         seed=0,
-        steps=total_steps(plan, options["accumulation"]),
+        steps=plan.steps,
+        accumulation=plan.size.accumulation,
     )
     arguments.optim = options["optimizer"]
-    return PairTrainer(
+    trainer = PairTrainer(
         model,
         arguments,
         data=data,
-        plan=plan,
+        plan=plan.batches,
         eval_data=options["eval_data"],
         loss_function=options["loss"],
         tokenizer=tokenizer,
         eval_tokens=options["eval_tokens"],
     )
+    trainer.step_pairs = plan.pairs
+    return trainer
 
 
 def step_by_hand(model, rows, loss_of):
@@ -187,10 +185,10 @@ def test_a_last_step_of_fewer_pairs_is_their_mean_too(tokenizer, tmp_path, n):
     expected = [
         step_by_hand(
             by_hand,
-            [data.rows[i] for micro in trainer.plan[k : k + 2] for i in micro.rows],
+            [data.rows[i] for i in step],
             dpo_by_hand(data),
         )
-        for k in (0, 2)
+        for step in trainer.step_pairs
     ]
     assert_same_parameters(ours, by_hand, causal())
     logs = [row for row in trainer.state.log_history if "loss" in row]
@@ -256,8 +254,7 @@ def test_logged_metrics_are_means_over_pairs_and_not_over_batches(tokenizer, tmp
         1,
         2,
     ]  # the third step is not logged: 11 pairs, 4 a step, every second
-    per_step = [[i for micro in trainer.plan[k : k + 2] for i in micro.rows] for k in (0, 2, 4)]
-    for row, indices in zip(logs, per_step, strict=False):
+    for row, indices in zip(logs, trainer.step_pairs, strict=False):
         assert row["value"] == pytest.approx(float(values[indices].mean()), rel=1e-6)
         assert 0 <= row["padding_share"] < 1
         assert row["tokens_per_second"] > 0
