@@ -21,9 +21,10 @@ from typing import Any, NoReturn
 
 from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config.masking import masked
-from prmd.errors import UserError
+from prmd.errors import StoppedError, UserError
 
 USER_ERROR_STATUS = 2
+INTERRUPTED_STATUS = 130
 logger = logging.getLogger("prmd.run")
 
 
@@ -132,12 +133,16 @@ def forgive_console() -> None:
 
 @contextmanager
 def user_errors_exit(advice: str = "") -> Iterator[None]:
-    """Turn a `UserError` into its line on stderr, `advice` below it, and exit status 2."""
+    """Turn a `UserError` into its line on stderr, `advice` below it, and exit status 2; Ctrl-C into a line and 130."""
     try:
         yield
     except UserError as error:
         print(f"{error}\n{advice}".rstrip(), file=sys.stderr)
         raise SystemExit(USER_ERROR_STATUS) from None
+    except (StoppedError, KeyboardInterrupt) as stop:
+        said = str(stop) or "stopped; what is finished is kept, and the same command goes on from there"
+        print(said, file=sys.stderr)
+        raise SystemExit(getattr(stop, "status", INTERRUPTED_STATUS)) from None
 
 
 def check_setup(arguments: Sequence[str] | None = None) -> int:

@@ -13,5 +13,17 @@ class ConfigError(UserError):
     """A configuration, command line or set-up that cannot work."""
 
 
+class StoppedError(Exception):
+    """The user stopped a training that goes on where it was; the message says how.
+
+    Attributes:
+        status: what the process exits with.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class DataError(UserError):
     """A row, file or artifact that is missing, malformed or does not belong here."""

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -26,6 +27,8 @@ from prmd.runtime import progress
 _MIB = 1 << 20
 _DIGITS = 16
 """Hexadecimal digits of a sha256 in a file's name."""
+_LEFTOVER = re.compile(r"\..+\.((?P<process>\d+)\.tmp|former)")
+"""Names of `atomic_path` and `publish_directory` for what is on its way."""
 Identity = tuple[Path, int, int, int]
 """What tells one state of a file from another: path, inode, size and time of its last change (ns)."""
 
@@ -61,6 +64,7 @@ def replace(source: Path, target: Path, attempts: int = 5) -> None:
 def publish_directory(source: Path, target: Path) -> None:
     """Move the finished directory `source` to `target`, replacing a former one without a moment of half of each."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    sweep_temporaries(source, of_living=True)
     former = target.with_name(f".{target.name}.former")
     if former.exists():
         shutil.rmtree(former)
@@ -239,6 +243,35 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         raise DataError(
             f"{path}: not readable as safetensors ({error}); delete it and run its stage again"
         ) from error
+
+
+def make_durable(files: Iterable[Path]) -> None:
+    """Have the system put files, and their names in their folders, on the disk: they then outlast a loss of power."""
+    files = list(files)
+    for path in files:
+        with path.open("r+b") as stream:
+            os.fsync(stream.fileno())
+    folders = {folder for path in files for folder in (path.parent, path.parent.parent)}
+    for folder in folders if os.name == "posix" else ():  # Windows has no descriptors of folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sweep_temporaries(folder: Path, *, of_living: bool = False) -> None:
+    """Delete below `folder` what dead processes left of writes that they did not finish.
+
+    Args:
+        of_living: that of living processes too, where nobody writes any more.
+    """
+    for path in list(folder.rglob(".*")):
+        found = _LEFTOVER.fullmatch(path.name)
+        if found and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        elif found and (of_living or not psutil.pid_exists(int(found["process"] or 0))):
+            path.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:

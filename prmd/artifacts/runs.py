@@ -22,7 +22,15 @@ import yaml
 from pydantic import BaseModel
 
 from prmd.artifacts import locks
-from prmd.artifacts.io import copy_file, file_sha256, publish_directory, read_json, write_json, write_text
+from prmd.artifacts.io import (
+    copy_file,
+    file_sha256,
+    publish_directory,
+    read_json,
+    sweep_temporaries,
+    write_json,
+    write_text,
+)
 from prmd.artifacts.manifest import Files, changed_file, damaged_files, list_files, lost_file
 from prmd.artifacts.paths import PROJECT_ROOT, ArtifactPaths
 from prmd.errors import ConfigError, DataError
@@ -220,7 +228,7 @@ def partial_directory(final: Path, fingerprint: str, force: bool) -> Path:
     """The directory in which `final` is built, until `publish` moves it there; its lock is held from here to there.
 
     What an interrupted run left is kept when it was building the same thing, so that training resumes; otherwise, or
-    with `force`, it is emptied. In a distributed run process 0 does this and the others wait.
+    with `force`, it is emptied, and said so. In a distributed run process 0 does this and the others wait.
 
     Raises:
         ConfigError: another run builds it, or has just finished it.
@@ -237,8 +245,14 @@ def partial_directory(final: Path, fingerprint: str, force: bool) -> Path:
         marker = partial / FINGERPRINT_FILE
         same = marker.exists() and read_json(marker) == {"fingerprint": fingerprint}
         if partial.exists() and (force or not same):
+            if not force:
+                logger.info(
+                    "%s: half done with other settings or data, or by an earlier version; starting again",
+                    partial,
+                )
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
+        sweep_temporaries(partial)
         write_json(marker, {"fingerprint": fingerprint})
     wait_for_everyone()
     return partial

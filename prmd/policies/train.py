@@ -59,7 +59,7 @@ from prmd.policies.trl_baseline import train_trl_dpo
 from prmd.report import figures
 from prmd.rewards.reward_model import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
-from prmd.training.checkpoints import copy_model, name_checkpoints
+from prmd.training.checkpoints import Trained, copy_model, drop_checkpoints, name_checkpoints, trained_once
 from prmd.training.fingerprints import calibration_keys, training_keys
 from prmd.training.run import TrainingRun, check_training, run_training
 from prmd.training.trainer import LossFunction
@@ -330,16 +330,22 @@ def _train_baseline(
     tuning: TuningConfig,
     training: TrainingConfig,
 ) -> dict[str, Any]:
-    curve = train_trl_dpo(
-        pairs,
-        tokenizer,
-        shared=shared,
-        beta=policy.beta,
-        tuning=tuning,
-        training=training,
-        directory=folder,
-        log_directory=log_directory,
-    )
+    def train() -> Trained:
+        curve = train_trl_dpo(
+            pairs,
+            tokenizer,
+            shared=shared,
+            beta=policy.beta,
+            tuning=tuning,
+            training=training,
+            directory=folder,
+            log_directory=log_directory,
+        )
+        return curve, {}
+
+    curve, _ = trained_once(folder, train)
+    if is_main_process():
+        drop_checkpoints(folder)
     return {"curve": curve}
 
 
@@ -387,7 +393,7 @@ def _distil(
         task="policy",
         sampled=gamma_lengths(policy, [method], shared.calibration.max_new_tokens),
     )
-    history, steps = run_training(run, tokenizer)
+    history, steps = trained_once(folder, lambda: run_training(run, tokenizer))
     if is_main_process():
         name_checkpoints(folder, steps)
         copy_model(folder / "checkpoints" / "end", folder)

@@ -5,8 +5,10 @@ It gets the pairs that every method gets, in the same order and the same batches
 `max_length` so that it cuts no response.
 """
 
+import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,23 @@ from prmd.pairs import PreferencePair
 from prmd.policies.pairs import PolicyPairs
 from prmd.runtime import get_device, get_runtime, is_main_process, set_seed
 from prmd.training.arguments import on_one_gpu, reporting_callbacks
-from prmd.training.batches import StepSize, TrainingPlan, plan_training
+from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_training
+from prmd.training.checkpoints import ShareCheckpoints, checkpoint_steps, newest_complete
 from prmd.training.precision import Precision
-from prmd.training.run import choose_precision
+from prmd.training.run import choose_precision, refuse_other_steps
 from prmd.training.sharding import RefuseUnsharded, requested_sharding
+from prmd.training.stopping import StopRequests
 
+logger = logging.getLogger(__name__)
+
+NAME = "policy baseline_dpo (TRL)"
 TEMPLATE_TAIL = 8
 """Tokens TRL may see beyond ours: it keeps what the template puts behind the end of the turn."""
 
 
-def baseline_rows(pairs: list[PreferencePair], plan: TrainingPlan) -> list[dict[str, list[dict[str, str]]]]:
+def baseline_rows(
+    pairs: list[PreferencePair], batches: Sequence[MicroBatch]
+) -> list[dict[str, list[dict[str, str]]]]:
     """The pairs as TRL's conversational rows, in training order."""
     rows = [
         {
@@ -41,7 +50,7 @@ def baseline_rows(pairs: list[PreferencePair], plan: TrainingPlan) -> list[dict[
         }
         for pair in pairs
     ]
-    return [rows[i] for micro in plan.batches if micro.weight for i in micro.rows]
+    return [rows[i] for micro in batches if micro.weight for i in micro.rows]
 
 
 class _OurColumns(TrainerCallback):
@@ -80,14 +89,20 @@ def train_trl_dpo(
     directory: Path,
     log_directory: Path,
 ) -> list[dict[str, float]]:
-    """Train with TRL and save the policy (adapter or full weights) to `directory`.
+    """Train with TRL and save the policy (adapter or full weights) to `directory`; resumes what was interrupted.
 
     Returns:
         TRL's log rows.
+
+    Raises:
+        StoppedError: as `StopRequests.heard`.
     """
     plan = _plan(pairs, training, shared.seed)
-    rows = baseline_rows(pairs.tokenized.pairs, plan)
+    rows = baseline_rows(pairs.tokenized.pairs, plan.batches)
     precision = choose_precision(shared.model, shared.paths, tuning, training, "policy")
+    resume, stops = newest_complete(directory), StopRequests()
+    refuse_other_steps(directory, precision, plan, resumed=resume is not None)
+    shares = ShareCheckpoints(checkpoint_steps(training.checkpoints, plan.steps), evaluates=False)
     set_seed(shared.seed)
     lora = tuning.method == "lora"
     trainer = DPOTrainer(
@@ -99,12 +114,17 @@ def train_trl_dpo(
         callbacks=[
             _OurColumns(beta, get_runtime().world_size),  # before the loggers: they read its values
             RefuseUnsharded(),
-            *reporting_callbacks(shared.report_to, log_directory, "policy baseline_dpo (TRL)"),
+            shares,
+            stops,
+            *reporting_callbacks(shared.report_to, log_directory, NAME, resumed=resume is not None),
         ],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    trainer.train()
+    if resume is not None:
+        logger.info("%s: resuming from %s", NAME, resume.name)
+    with stops.heard(NAME):
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     _save(trainer, tokenizer, directory)
     return trainer.state.log_history
 

@@ -47,7 +47,7 @@ from prmd.models.sequence_models import SequenceRewards
 from prmd.pairs import PreferencePair, hash_share
 from prmd.rewards.heads import bootstrap_weights
 from prmd.runtime import free_memory
-from prmd.training.checkpoints import PREFIX, copy_model, drop_notes
+from prmd.training.checkpoints import copy_model, drop_checkpoints
 
 logger = logging.getLogger(__name__)
 
@@ -261,10 +261,3 @@ def keep_adapter(folder: Path, best: Path) -> None:
         io.write_json(partial / ADAPTER_CONFIG, values | {"base_model_name_or_path": base.name})
     io.publish_directory(partial, folder / ADAPTER_FOLDER)
     drop_checkpoints(folder)
-
-
-def drop_checkpoints(folder: Path) -> None:
-    """Delete the trainer's checkpoints and notes of a finished member."""
-    drop_notes(folder)
-    for leftover in folder.glob(f"{PREFIX}*"):
-        shutil.rmtree(leftover)

@@ -22,7 +22,6 @@ from prmd.models.loading import add_lora, load_adapted, load_base_classifier, sa
 from prmd.models.sequence_models import SequenceRewards
 from prmd.pessimism.losses import bradley_terry_loss
 from prmd.rewards.adapters import (
-    drop_checkpoints,
     is_trained,
     keep_adapter,
     member_folder,
@@ -31,7 +30,7 @@ from prmd.rewards.adapters import (
 )
 from prmd.rewards.task import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.runtime import free_memory, is_main_process, set_seed, wait_for_everyone
-from prmd.training.checkpoints import best_step, copy_model, name_checkpoints
+from prmd.training.checkpoints import best_step, copy_model, drop_checkpoints, name_checkpoints
 from prmd.training.run import TrainingRun, run_training
 from prmd.training.trainer import Columns, PairData, PairLoss
 
@@ -142,7 +141,7 @@ def _checkpoint_facts(
         for row in history
         if "eval_loss" in row
     ]
-    best = best_step(curve)
+    best = best_step([row for row in curve if row["step"] in steps])
     logger.info("%s: best checkpoint is %r by held-out accuracy", task.name, steps[best])
     return {
         "curve": curve,

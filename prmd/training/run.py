@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
@@ -23,6 +23,7 @@ from prmd.runtime import free_memory, get_runtime, is_main_process, require_disk
 from prmd.training.arguments import reporting_callbacks, training_arguments
 from prmd.training.batches import TrainingPlan, plan_training, step_size
 from prmd.training.checkpoints import (
+    PREFIX,
     START_FILE,
     STEPS_FILE,
     ShareCheckpoints,
@@ -33,6 +34,7 @@ from prmd.training.memory import device_memory, plan_memory, state_bytes
 from prmd.training.precision import Precision, refuse_if_stuck, resolve_precision
 from prmd.training.rehearsal import enable_gradient_checkpointing, meta_model
 from prmd.training.sharding import requested_sharding
+from prmd.training.stopping import StopRequests
 from prmd.training.trainer import LossFunction, PairData, PairTrainer
 
 logger = logging.getLogger(__name__)
@@ -146,10 +148,12 @@ def run_training(
     """Train, evaluating and saving at the shares of `training.checkpoints`; resumes what was interrupted.
 
     Returns:
-        Every logged row (`eval_...` keys are held out) and the names of the checkpoints by step.
+        Every logged row (`eval_...` keys are held out) and the names by step of the checkpoints that are there: of
+        `training.checkpoints`, and none that was left behind before these shares were asked for.
 
     Raises:
         ConfigError: as `refuse_if_stuck`, here on the model's own weights.
+        StoppedError: as `StopRequests.heard`.
     """
     training, runtime = run.training, get_runtime()
     shared = run.shared
@@ -162,35 +166,44 @@ def run_training(
         processes=runtime.world_size,
     )
     steps = checkpoint_steps(training.checkpoints, plan.steps)
-    _refuse_other_steps(run, precision, plan)
+    resume = newest_complete(run.directory)
+    refuse_other_steps(run.directory, precision, plan, resumed=resume is not None)
     model = _load(run, precision, on_card=runtime.device.type == "cuda")
-    trainer = _trainer(run, model, precision, plan, tokenizer, steps)
+    stops = StopRequests()
+    trainer = _trainer(run, model, precision, plan, tokenizer, [ShareCheckpoints(steps), stops], resume)
     logger.info(
         "%s: %d pairs, %d optimizer steps of %s, learning rate %g, %s, logs in %s",
         *(run.name, len(run.stream), plan.steps, plan.size.describe()),
         *(precision.learning_rate, precision.optimizer, run.log_directory),
     )
-    history = _train(trainer, run, steps)
+    with stops.heard(run.name):
+        history = _train(trainer, run, resume, from_start=0 in steps)
+    kept = {step: name for step, name in steps.items() if (run.directory / f"{PREFIX}{step}").is_dir()}
     wait_for_everyone()  # before the main process moves a checkpoint that another is still writing to
-    return history, steps
+    return history, kept
 
 
-def _refuse_other_steps(run: TrainingRun, precision: Precision, plan: TrainingPlan) -> None:
+def refuse_other_steps(directory: Path, precision: Precision, plan: TrainingPlan, *, resumed: bool) -> None:
     """Refuse to continue a training with other steps than it began with, on another number of processes or card.
 
+    Args:
+        resumed: a checkpoint is there to continue from; otherwise the steps are noted for one.
+
     Raises:
-        ConfigError: a checkpoint is there, and `auto` now chooses another optimiser or the batches are others.
+        ConfigError: `auto` now chooses another optimizer, or the steps or processes are others.
     """
-    file, world_size = run.directory / STEPS_FILE, get_runtime().world_size
+    file, world_size = directory / STEPS_FILE, get_runtime().world_size
     own = {"processes": world_size, "optimizer": precision.optimizer, "weights": str(precision.weights_dtype)}
     own |= {"steps": io.fingerprint(plan.pairs)}
-    if newest_complete(run.directory) is not None and file.is_file():
+    if resumed and file.is_file():
         before = io.read_json(file)
         if changed := [
-            f"{name} {before[name]} (now {value})" for name, value in own.items() if before[name] != value
+            f"{name} {before.get(name)} (now {value})"
+            for name, value in own.items()
+            if before.get(name) != value
         ]:
             raise ConfigError(
-                f"{run.directory}: its checkpoints are of a training with {', '.join(changed)}; continue with that, or give "
+                f"{directory}: its checkpoints are of a training with {', '.join(changed)}; continue with that, or give "
                 "--force to start again"
             )
     elif is_main_process():
@@ -220,7 +233,8 @@ def _trainer(
     precision: Precision,
     plan: TrainingPlan,
     tokenizer: PreTrainedTokenizerBase,
-    steps: dict[int, str],
+    callbacks: Sequence[TrainerCallback],
+    resume: Path | None,
 ) -> PairTrainer:
     rows = [*run.data.rows, *(run.eval_data.rows if run.eval_data else ())]
     share_prompt = supports_shared_prompts(model.unwrapped.config, max(row.longest for row in rows))
@@ -238,8 +252,9 @@ def _trainer(
         steps=plan.steps,
         accumulation=plan.size.accumulation,
     )
-    resumed = newest_complete(run.directory) is not None
-    reporting = reporting_callbacks(run.shared.report_to, run.log_directory, run.name, resumed=resumed)
+    reporting = reporting_callbacks(
+        run.shared.report_to, run.log_directory, run.name, resumed=resume is not None
+    )
     return PairTrainer(
         model,
         arguments,
@@ -250,17 +265,20 @@ def _trainer(
         tokenizer=tokenizer,
         share_prompt=share_prompt,
         eval_tokens=run.shared.scoring_tokens,
-        callbacks=[ShareCheckpoints(steps), *reporting],
+        callbacks=[*callbacks, *reporting],
     )
 
 
-def _train(trainer: PairTrainer, run: TrainingRun, steps: dict[int, str]) -> list[dict[str, float]]:
-    resume, start_file = newest_complete(run.directory), run.directory / START_FILE
+def _train(
+    trainer: PairTrainer, run: TrainingRun, resume: Path | None, *, from_start: bool
+) -> list[dict[str, float]]:
+    """Train from a checkpoint or, after its evaluation where that is asked for, from the start."""
+    start_file = run.directory / START_FILE
     if resume is not None:
         logger.info("%s: resuming from %s", run.name, resume.name)
-    elif 0 in steps:
+    elif from_start:
         metrics = trainer.evaluate()
-        trainer.save_start(run.directory / "checkpoint-0")
+        trainer.save_start(run.directory / f"{PREFIX}0")
         if is_main_process():
             io.write_json(start_file, {"step": 0, **metrics})
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)

@@ -24,7 +24,6 @@ from prmd.models.prefix_rows import collate_rows, padding_share, plan_scoring
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import get_device
 from prmd.training.batches import MicroBatch
-from prmd.training.checkpoints import mark_complete
 from prmd.training.sharding import RefuseUnsharded, in_step, prepare_fsdp
 
 Columns = Mapping[str, Tensor]
@@ -241,11 +240,6 @@ class PairTrainer(Trainer):
             state_dict = {name.removeprefix("model."): value for name, value in state_dict.items()}
         self.model.model.save_pretrained(directory, state_dict=state_dict)
         self.tokenizer.save_pretrained(directory)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            mark_complete(Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         target = model if self.is_fsdp_enabled else self.model.model

@@ -59,7 +59,7 @@ def pair(i: int) -> PreferencePair:
 
 def test_rows_follow_the_plan_and_are_messages() -> None:
     batches = [MicroBatch((2, 0)), MicroBatch((1,)), MicroBatch((1,), weight=0.0), MicroBatch((2, 2))]
-    rows = baseline_rows([pair(i) for i in range(3)], planned(batches))
+    rows = baseline_rows([pair(i) for i in range(3)], batches)
     assert [row["chosen"][0]["content"] for row in rows] == ["c2", "c0", "c1", "c2", "c2"]
     assert rows[0] == {
         "prompt": [{"role": "user", "content": "q2"}],
@@ -81,10 +81,6 @@ def train(
         directory=directory,
         log_directory=log_directory,
     )
-
-
-def planned(batches: list[MicroBatch]) -> TrainingPlan:
-    return TrainingPlan(StepSize(5, 3), batches, [[2, 0, 1, 2, 2]])
 
 
 @pytest.mark.parametrize(
@@ -164,9 +160,7 @@ def test_trl_gets_the_pairs_in_the_order_our_trainer_sees_them(
 def test_prompts_are_fitted_so_that_no_response_is_cut(config: PolicyConfig, pairs: PolicyPairs) -> None:
     assert pairs.tokenized.truncated > 0
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    for row in baseline_rows(
-        pairs.tokenized.pairs, planned([MicroBatch(tuple(range(len(pairs.tokenized.pairs))))])
-    ):
+    for row in baseline_rows(pairs.tokenized.pairs, [MicroBatch(tuple(range(len(pairs.tokenized.pairs))))]):
         for side in ("chosen", "rejected"):
             whole = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=True, return_dict=False)
             assert len(whole) <= config.training.max_length + trl_baseline.TEMPLATE_TAIL

@@ -1,6 +1,7 @@
 """Checkpoints at shares of a training, which one counts, and that a resumed run is the run that was not interrupted."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from prmd.training.checkpoints import (
     best_step,
     checkpoint_steps,
     mark_complete,
+    mean_loss,
     name_checkpoints,
     newest_complete,
 )
@@ -43,19 +45,73 @@ def test_a_checkpoint_is_logged_evaluated_and_saved_at_its_step_alone():
         assert flags == ((True,) * 3 if step in (3, 9) else (False,) * 3)
 
 
-def test_the_newest_complete_checkpoint_counts(tmp_path):
+def a_checkpoint(directory: Path, step: int, *, marked: bool = True) -> Path:
+    folder = directory / f"checkpoint-{step}"
+    folder.mkdir(parents=True)
+    for name in ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        (folder / name).write_text(f"{name} of {step}", encoding="utf-8")
+    if marked:
+        mark_complete(folder)
+    return folder
+
+
+def test_the_newest_whole_checkpoint_counts(tmp_path, caplog):
     assert newest_complete(tmp_path) is None
     for step in (2, 10, 9):
-        folder = tmp_path / f"checkpoint-{step}"
-        folder.mkdir()
-        (folder / "trainer_state.json").touch()
-        if step != 10:
-            mark_complete(folder)
+        a_checkpoint(tmp_path, step, marked=step != 10)
+    (tmp_path / "checkpoint-0").mkdir()  # a model alone, as is an older one whose state was dropped
     assert newest_complete(tmp_path).name == "checkpoint-9"
+    assert caplog.messages == [f"{tmp_path / 'checkpoint-10'} is not resumed from: it was not finished"]
     mark_complete(tmp_path / "checkpoint-10")
     assert newest_complete(tmp_path).name == "checkpoint-10"
-    (tmp_path / "checkpoint-10" / "trainer_state.json").unlink()
-    assert newest_complete(tmp_path).name == "checkpoint-9"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (
+            lambda folder: (folder / "optimizer.pt").write_bytes(b""),
+            "its optimizer.pt has 0 bytes, wanted 17",
+        ),
+        (lambda folder: (folder / "scheduler.pt").unlink(), "its scheduler.pt is missing"),
+        (
+            lambda folder: (folder / "rng_state.pth").write_text("rng_state.pth of 7"),
+            "its rng_state.pth is not",
+        ),
+        (
+            lambda folder: (folder / "COMPLETE").write_bytes(b""),
+            "its COMPLETE is not readable, or of an earlier",
+        ),
+    ],
+)
+def test_a_torn_checkpoint_is_skipped_with_a_line(tmp_path, caplog, damage, said):
+    a_checkpoint(tmp_path, 4)
+    torn = a_checkpoint(tmp_path, 9)
+    damage(torn)
+    assert newest_complete(tmp_path).name == "checkpoint-4"
+    assert len(caplog.messages) == 1 and said in caplog.text and str(torn) in caplog.text
+
+
+def test_the_two_newest_keep_their_state_and_only_planned_ones_their_model(tmp_path):
+    callback = ShareCheckpoints({2: "33", 9: "end"})
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=True)
+    for step in (2, 3, 4, 9):
+        a_checkpoint(tmp_path, step, marked=False)
+        callback.on_save(args, TrainerState(global_step=step), TrainerControl())
+    assert {p.name: (p / "optimizer.pt").exists() for p in tmp_path.iterdir()} == {
+        "checkpoint-2": False,
+        "checkpoint-4": True,
+        "checkpoint-9": True,
+    }
+    assert [p.name for p in (tmp_path / "checkpoint-2").iterdir()] == ["model.safetensors"]
+    name_checkpoints(tmp_path, {2: "33", 9: "end"})
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoints"}
+    assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"33", "end"}
+
+
+def test_mean_loss_is_that_of_every_step():
+    history = [{"step": 1, "loss": 4.0}, {"step": 2, "eval_loss": 9.0}, {"step": 4, "loss": 1.0}]
+    assert mean_loss(history) == pytest.approx((4.0 + 3 * 1.0) / 4)
 
 
 def test_best_is_highest_accuracy_then_lowest_loss_then_latest():

@@ -282,7 +282,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(
         result = loss_of(logps, columns)
         return replace(result, loss=result.loss / 0 * (logps[:, 0] < 0))
 
-    with pytest.raises(FloatingPointError, match=r"step 1 for training pairs \[0, 1\]"):
+    with pytest.raises(FloatingPointError, match=r"step 1 for training pairs \[\d+, \d+\]"):
         train(a_run(shared, tmp_path / "run", loss_function=bad, eval_data=None, training=TRAINING.model_copy(
             update={"checkpoints": (1.0,)}
         )))  # fmt: skip
