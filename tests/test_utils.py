@@ -18,12 +18,16 @@ import json, os, sys
 from pathlib import Path
 sys.path.insert(0, {str(PROJECT_ROOT)!r})
 from prmd.config.policy import PolicyConfig
-from prmd.errors import DataError
+from prmd.errors import DataError, StoppedError
 from utils import run_stage
 
 def small_stage(config: PolicyConfig, *, objective: str, force: bool = False, dry_run: bool = False) -> Path:
     if objective == "data":
         raise DataError("rows.jsonl:3: not JSON; mend this line")
+    if objective == "stopped":
+        raise StoppedError("helpful: stopped; the same command continues from step 3", 143)
+    if objective == "ctrl-c":
+        raise KeyboardInterrupt
     if objective == "bug":
         raise RuntimeError("ours to mend")
     print(json.dumps([config.policy.beta, config.paths.approach, objective, force, dry_run]))
@@ -138,6 +142,17 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_2(small: Path, tmp_path: Pat
     assert done.returncode == 2 and done.stdout == ""
     lines = done.stderr.splitlines()
     assert len(lines) == 2 and "did you mean policy.beta?" in done.stderr and "nonsense" in done.stderr
+
+
+def test_a_stop_is_one_line_and_its_status(small: Path, tmp_path: Path) -> None:
+    done = run(small, "stopped", folder=tmp_path)
+    assert (done.returncode, done.stderr) == (
+        143,
+        "helpful: stopped; the same command continues from step 3\n",
+    )
+    done = run(small, "ctrl-c", folder=tmp_path)
+    assert done.returncode == 130 and done.stderr.startswith("stopped; what is finished is kept")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(small: Path, tmp_path: Path) -> None:

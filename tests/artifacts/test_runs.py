@@ -1,5 +1,6 @@
 """Finished, half-written and interrupted artifacts, and what is known about how they were made."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -111,6 +112,21 @@ def test_partial_directory_is_kept_for_the_same_work_only(tmp_path: Path) -> Non
     (partial / "fingerprint.json").unlink()
     write_text(partial / "of unknown origin", "x")
     assert not (runs.partial_directory(final, "other", force=False) / "of unknown origin").exists()
+
+
+def test_leftovers_of_dead_processes_are_swept_and_never_published(tmp_path: Path) -> None:
+    final = tmp_path / "final"
+    partial = runs.partial_directory(final, "abc", force=False)
+    dead, own = partial / "a" / ".model.json.2147483646.tmp", partial / f".x.json.{os.getpid()}.tmp"
+    dead.parent.mkdir()
+    for path in (dead, own, partial / "a" / ".hidden", partial / "kept.tmp"):
+        path.write_text("half", encoding="utf-8")
+    (partial / "a" / ".33.former").mkdir()
+    runs.partial_directory(final, "abc", force=False)
+    assert own.exists() and not dead.exists() and not (partial / "a" / ".33.former").exists()
+    runs.publish(partial, final)
+    left = {p.name for p in final.rglob("*") if p.is_file()}
+    assert left == {".hidden", "kept.tmp", runs.FINGERPRINT_FILE}
 
 
 def test_published_partial_directory_is_the_finished_artifact(tmp_path: Path) -> None:
