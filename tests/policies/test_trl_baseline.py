@@ -1,5 +1,6 @@
 """What TRL's trainer is given: our pairs, in the order every method sees them, with nothing of a response cut."""
 
+import signal
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,19 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import tiny_causal_lm
 from tiny_policies import trained_on
 from tiny_workspace import reward_model_config, write_prepared
+from transformers import TrainerCallback
 
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
-from prmd.errors import ConfigError
+from prmd.errors import ConfigError, StoppedError
 from prmd.models.loading import load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
 from prmd.pairs import PreferencePair
 from prmd.policies import trl_baseline
 from prmd.policies.pairs import PolicyPairs
 from prmd.policies.targets import policy_loss
+from prmd.policies.train import _trained
 from prmd.policies.trl_baseline import baseline_rows, equal_batches, train_trl_dpo
 from prmd.training import run as training_run
 from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_training
@@ -208,3 +212,43 @@ def test_a_training_keeps_every_response_token_and_logs_what_ours_logs(
     assert list((tmp_path / "logs").glob("events.out.*"))
     first = torch.tensor([row["learning_rate"] for row in rows])
     assert first.max() == pytest.approx(1e-2)
+
+
+def test_a_baseline_goes_on_where_it_was_stopped_and_is_not_trained_twice(
+    config: PolicyConfig, pairs: PolicyPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(trl_baseline, "reporting_callbacks", lambda *arguments, **keywords: [_Halts(halts)])
+    tokenizer = load_tokenizer(config.shared.model, config.paths)
+
+    def trained(name: str) -> list[dict[str, float]]:
+        return train_trl_dpo(config, tokenizer, pairs, tmp_path / name, tmp_path / "logs")
+
+    halts: set[int] = set()
+    whole = trained("whole")
+    halts.add(2)
+    with pytest.raises(StoppedError, match=r"policy baseline_dpo .*stopped; .* continues from step 2"):
+        trained("stopped")
+    halts.clear()
+    resumed = trained("stopped")
+    for name in ("loss", "train_loss"):
+        expected = [row[name] for row in whole if name in row]
+        assert [row[name] for row in resumed if name in row] == pytest.approx(expected, rel=1e-5)
+    ours, theirs = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "stopped"))
+    assert all(torch.allclose(ours[key], theirs[key], atol=1e-6) for key in ours)
+
+    def refused() -> Any:
+        raise AssertionError("trained again")
+
+    first = _trained(tmp_path / "stopped", lambda: (resumed, {5: "end"}))
+    assert _trained(tmp_path / "stopped", refused) == first == (resumed, {5: "end"})
+
+
+class _Halts(TrainerCallback):
+    """Asks its own process to stop, as Ctrl-C does, while these steps are running."""
+
+    def __init__(self, steps: set[int]) -> None:
+        self.steps = steps
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        if state.global_step + 1 in self.steps:
+            signal.raise_signal(signal.SIGINT)
