@@ -23,10 +23,10 @@ from prmd.pairs import PreferencePair
 from prmd.policies import trl_baseline
 from prmd.policies.pairs import PolicyPairs
 from prmd.policies.targets import policy_loss
-from prmd.policies.train import _trained
 from prmd.policies.trl_baseline import baseline_rows, equal_batches, train_trl_dpo
 from prmd.training import run as training_run
 from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_training
+from prmd.training.checkpoints import trained_once
 from prmd.training.run import TrainingRun, run_training
 from prmd.training.trainer import PairData
 
@@ -218,10 +218,9 @@ def test_a_baseline_goes_on_where_it_was_stopped_and_is_not_trained_twice(
     config: PolicyConfig, pairs: PolicyPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(trl_baseline, "reporting_callbacks", lambda *arguments, **keywords: [_Halts(halts)])
-    tokenizer = load_tokenizer(config.shared.model, config.paths)
 
     def trained(name: str) -> list[dict[str, float]]:
-        return train_trl_dpo(config, tokenizer, pairs, tmp_path / name, tmp_path / "logs")
+        return train(config, pairs, tmp_path / name, tmp_path / "logs")
 
     halts: set[int] = set()
     whole = trained("whole")
@@ -239,8 +238,8 @@ def test_a_baseline_goes_on_where_it_was_stopped_and_is_not_trained_twice(
     def refused() -> Any:
         raise AssertionError("trained again")
 
-    first = _trained(tmp_path / "stopped", lambda: (resumed, {5: "end"}))
-    assert _trained(tmp_path / "stopped", refused) == first == (resumed, {5: "end"})
+    first = trained_once(tmp_path / "stopped", lambda: (resumed, {5: "end"}))
+    assert trained_once(tmp_path / "stopped", refused) == first == (resumed, {5: "end"})
 
 
 class _Halts(TrainerCallback):
