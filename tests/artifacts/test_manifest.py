@@ -121,6 +121,20 @@ def test_an_artifact_without_a_list_is_accepted_once(
     assert "model.safetensors was changed" in complaint(tmp_path, *EVERYTHING)
 
 
+def test_what_an_earlier_version_finished_counts_and_is_mended_by_the_key_it_gave(policy: Path) -> None:
+    assert runs.is_current(policy, "today", "abc") and not runs.is_current(policy, "today", "older")
+    io.write_json(policy / "adapter_config.json", {"lora_alpha": 9})
+    assert not runs.is_current(policy, "today", "abc", read=("adapter_*",))
+    runs.refuse_replacing(policy, "today", "abc", what="policy cvar")
+    with pytest.raises(ConfigError, match="other settings"):
+        runs.refuse_replacing(policy, "today", "older", what="policy cvar")
+    partial = runs.partial_directory(policy, "today", force=False)
+    runs.take_over(policy, partial, "today", "abc", made_again=frozenset({"adapter_config.json"}))
+    assert (partial / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert io.read_json(partial / runs.FINGERPRINT_FILE) == {"fingerprint": "today"}
+    locks.let_go(policy)
+
+
 def test_what_the_own_stage_writes_anew_is_vouched_for_again(policy: Path) -> None:
     runs.vouch_again(io.write_json(policy / "adapter_config.json", {"lora_alpha": 16}))
     runs.require_artifact(policy, what="policy cvar", command=COMMAND, read=EVERYTHING)
