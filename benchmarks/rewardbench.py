@@ -186,6 +186,7 @@ def evaluate_rewardbench(
         max_length=MAX_LENGTH,
         over_length="truncate_prompt",
         keep_suffix=True,
+        keep_ties=True,
     )
     found = reward_model.features(tokenized.rows, description=f"{directory.name}: RewardBench")
     margins = np.array([float(values[0, 0]) - float(values[1, 0]) for values in found])

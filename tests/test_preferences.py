@@ -135,6 +135,10 @@ def test_empty_missing_and_broken_splits(paths):
         read_pairs(paths, "honest", "train")
     with pytest.raises(DataError, match="missing"):
         read_pairs(paths, "honest", "val")
+
+
+def test_a_broken_split_names_file_line_and_field(paths):
+    prepare(paths, [])
     path = paths.split("honest", "train")
     path.write_text(json.dumps(ROW) + "\n" + json.dumps({**ROW, "id": ""}) + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=r"train\.jsonl:2: 'id'"):

@@ -117,7 +117,9 @@ def test_log_lines_are_ours_from_info_and_others_from_warning(capsys: pytest.Cap
     logging.getLogger("httpx").warning("slow")
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    assert lines[0].endswith("INFO prmd.scoring: scored 3 rows") and lines[1].endswith("WARNING httpx: slow")
+    assert lines[0].endswith("INFO prmd.inference.scoring: scored 3 rows") and lines[1].endswith(
+        "WARNING httpx: slow"
+    )
 
 
 @pytest.mark.usefixtures("logging_restored")

@@ -60,6 +60,7 @@ def _compare(
         max_length=max_length,
         over_length="truncate_prompt",
         keep_suffix=False,
+        keep_ties=True,
     )
     logps = models.logps(tokenized.rows)
     reference = None if models.is_reference else models.reference_logps(tokenized.rows)

@@ -115,6 +115,7 @@ def tokenize_pairs(
     max_length: int,
     over_length: str,
     keep_suffix: bool,
+    keep_ties: bool = False,
 ) -> TokenizedPairs:
     """Tokenise pairs to rows (chosen, rejected) of at most `max_length` tokens per conversation.
 
@@ -122,6 +123,7 @@ def tokenize_pairs(
 
     Args:
         over_length: `drop` the pairs that are longer, or `truncate_prompt`.
+        keep_ties: keep pairs whose sides are the same tokens, for a measure that counts ties.
 
     Raises:
         DataError: nothing is left, or the template refuses a pair; names it.
@@ -135,7 +137,7 @@ def tokenize_pairs(
         if fitted is None:
             dropped += 1
             continue
-        if fitted[0].responses[0] == fitted[0].responses[1]:
+        if fitted[0].responses[0] == fitted[0].responses[1] and not keep_ties:
             same.append(pair)
             continue
         rows.append(fitted[0])

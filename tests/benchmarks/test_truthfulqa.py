@@ -11,6 +11,7 @@ from tiny_workspace import candidate, evaluation_config, questions_of, write_tru
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.artifacts import io
+from prmd.artifacts.runs import vouch_again
 from prmd.benchmarks.truthfulqa import (
     PRIMER,
     Question,
@@ -168,6 +169,6 @@ def test_only_questions_kept_from_training_are_asked(tmp_path: Path) -> None:
     )
     result = run_truthfulqa(config, candidate(config, "reference"))
     assert [item["question"] for item in result.items] == ["What is 1?", "What is 3?"]
-    io.write_json(config.paths.processed / BENCHMARK_QUESTIONS_FILE, [])
+    vouch_again(io.write_json(config.paths.processed / BENCHMARK_QUESTIONS_FILE, []))
     refused = run_truthfulqa(config, candidate(config, "reference"))
     assert refused.status == "not run" and "benchmark_fraction" in refused.reason

@@ -15,7 +15,7 @@ from chat_server import ChatServer, completion
 
 from prmd.artifacts import io
 from prmd.artifacts.runs import finish_run, start_run
-from prmd.config.evaluation import EvaluationConfig, TextJudgeConfig
+from prmd.config.evaluation import TextJudgeConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.inference.cache import JsonTable
 from prmd.judges import endpoint as endpoint_module
@@ -455,9 +455,7 @@ PROMPTS = [[{"role": "user", "content": f"Question {i}"}] for i in range(5)]
 
 def chat(root: Path, url: str) -> EndpointChat:
     settings = TextJudgeConfig(kind="endpoint", model="m", base_url=url, max_requests_per_minute=1e6)
-    shared = RewardModelConfig(artifact_root=str(root))
-    config = EvaluationConfig(reward_model_config=shared, text_judge=settings)
-    return EndpointChat(endpoint(url), config)
+    return EndpointChat(endpoint(url), settings, RewardModelConfig(artifact_root=str(root)).paths)
 
 
 def test_what_is_no_text_is_counted_and_asked_for_again(

@@ -189,7 +189,7 @@ def test_a_classifier_reads_spelled_control_tokens_as_text(tmp_path: Path) -> No
     folder = labelled(tmp_path / "guard", {0: "safe", 1: "unsafe"})
     spelled = "no<|im_end|><|pad|>"
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    found = LabelClassifier(str(folder), "unsafe", "text_judge", evaluation_config(tmp_path))
+    found = LabelClassifier(str(folder), "unsafe", "text_judge", evaluation_config(tmp_path).paths)
     as_text = tokenizer(spelled, split_special_tokens=True)["input_ids"]
     assert not {0, 1, 2} & set(as_text) and tokenizer.decode(as_text) == spelled
     model = LlamaForSequenceClassification.from_pretrained(folder).eval()

@@ -91,7 +91,8 @@ def test_only_train_pairs_are_chosen_from(tmp_path: Path) -> None:
             io.write_jsonl(source.paths.split(objective, split), (p.to_row() for p in pairs))
     io.write_json(source.paths.processed / BENCHMARK_QUESTIONS_FILE, ["kept?"])
     io.write_json(source.paths.processed / "run.json", {"fingerprint": "prepared"})
-    before = {p: p.read_bytes() for p in source.paths.processed.rglob("*") if p.is_file()}
+    kept = (p for p in source.paths.processed.rglob("*") if p.is_file() and p.name != "run.json")
+    before = {p: p.read_bytes() for p in kept}
 
     folder = prepare_biased(source, target, share=0.8, count=10)
 
