@@ -15,7 +15,7 @@ from chat_server import ChatServer, completion
 
 from prmd.artifacts import io
 from prmd.artifacts.runs import finish_run, start_run
-from prmd.config.evaluation import TextJudgeConfig
+from prmd.config.evaluation import EvaluationConfig, TextJudgeConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.inference.cache import JsonTable
 from prmd.judges import endpoint as endpoint_module
@@ -478,7 +478,7 @@ def test_every_reply_is_on_disk_before_the_next_is_asked_for(tmp_path: Path) -> 
     kept: list[int] = []
 
     def answer(i: int, _: dict) -> tuple:
-        table = JsonTable(client.config.paths.cache("judge", client.fingerprint))
+        table = JsonTable(client.paths.cache("judge", client.fingerprint))
         kept.append(sum(conversation_key(prompt, 7) in table for prompt in PROMPTS))
         return completion("yes")
 
@@ -513,7 +513,7 @@ def test_what_an_earlier_version_kept_that_is_no_text_is_asked_for_again(tmp_pat
             for i, text in enumerate(["kept", [{"type": "text", "text": "list"}], 7])
         ]
         key = io.fingerprint(["endpoint", server.url, "org/judge-7b"])  # as it always was
-        JsonTable(client.config.paths.cache("judge", key)).append(rows)
+        JsonTable(client.paths.cache("judge", key)).append(rows)
         assert client.complete(PROMPTS[:3], max_new_tokens=7) == ["kept", "yes", "yes"]
         assert len(server.requests) == 2
         assert client.complete(PROMPTS[:3], max_new_tokens=7) == ["kept", "yes", "yes"]
@@ -526,7 +526,10 @@ def test_no_file_holds_a_secret_and_another_key_asks_nothing_again(tmp_path: Pat
         client = chat(tmp_path, with_secrets(server.url))
         replies = client.complete(PROMPTS, max_new_tokens=7)
         assert replies == ["yes, *** and *** of ***"] * 5
-        finish_run(tmp_path / "done", config=client.config, inputs={}, fingerprint="f", clock=start_run())
+        config = EvaluationConfig(
+            reward_model_config=RewardModelConfig(artifact_root=str(tmp_path)), text_judge=client.settings
+        )
+        finish_run(tmp_path / "done", config=config, inputs={}, fingerprint="f", clock=start_run())
         files = [path for path in tmp_path.rglob("*") if path.is_file()]
         assert len(files) >= 7 and not any(holds_a_secret(file.read_text("utf-8")) for file in files)
         other = with_secrets(server.url).replace(SECRET, "another").replace(PASSWORD, "another")
