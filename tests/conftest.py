@@ -1,6 +1,8 @@
 """Fixtures that several test modules share: a tiny model, one run of the whole pipeline, copies of it to change."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,18 @@ if TYPE_CHECKING:
     from tiny_tables import Table
 
     from prmd.models.sequence_models import SequenceLogps
+
+
+@pytest.fixture(autouse=True)
+def logging_restored() -> Iterator[None]:
+    """Programs set up logging for their process, which here is that of all tests."""
+    root, ours = logging.getLogger(), logging.getLogger("prmd")
+    handlers, level, own_level = list(root.handlers), root.level, ours.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    ours.setLevel(own_level)
+    logging.captureWarnings(False)
 
 
 @pytest.fixture(scope="session")

@@ -97,18 +97,6 @@ def test_progress_in_a_file_speaks_after_five_seconds_and_then_seldom(
     assert int(first.split("/200")[0].split()[-1]) <= 21  # 5 ms each, at least
 
 
-@pytest.fixture
-def logging_restored() -> None:
-    root, ours = logging.getLogger(), logging.getLogger("prmd")
-    state = (list(root.handlers), root.level, ours.level)
-    yield
-    root.handlers[:], level, own_level = state
-    root.setLevel(level)
-    ours.setLevel(own_level)
-    logging.captureWarnings(False)
-
-
-@pytest.mark.usefixtures("logging_restored")
 def test_log_lines_are_ours_from_info_and_others_from_warning(capsys: pytest.CaptureFixture[str]) -> None:
     runtime.configure_logging()
     runtime.configure_logging()  # a second call must not double the lines
@@ -122,7 +110,6 @@ def test_log_lines_are_ours_from_info_and_others_from_warning(capsys: pytest.Cap
     )
 
 
-@pytest.mark.usefixtures("logging_restored")
 def test_other_processes_only_report_errors(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
