@@ -97,6 +97,9 @@ def test_only_train_pairs_are_chosen_from(tmp_path: Path) -> None:
     folder = prepare_biased(source, target, share=0.8, count=10)
 
     assert {p: p.read_bytes() for p in before} == before
+    record = io.read_json(source.paths.processed / "run.json")
+    assert record["fingerprint"] == "prepared"  # beside it only the list of the files it accepted
+    assert set(record) == {"fingerprint", "files"}
     for objective in OBJECTIVES:
         for split in ("val", "test", "judge"):
             given_split, made = source.paths.split(objective, split), target.paths.split(objective, split)
