@@ -75,6 +75,12 @@ def or_eager(build: Callable[[str], Model], attention: str) -> Model:
         return build("eager")
 
 
+def plain_attention(model_config: Any) -> str:
+    """sdpa, or eager where scores have a soft cap, which sdpa leaves out: older releases offer it to Gemma 2 all the same."""
+    capped = getattr(model_config.get_text_config(), "attn_logit_softcapping", None)
+    return "eager" if capped else "sdpa"
+
+
 def attention_implementation(asked: str, model_config: Any) -> str:
     """The name of the attention a model is to be loaded with.
 
@@ -85,14 +91,15 @@ def attention_implementation(asked: str, model_config: Any) -> str:
     Raises:
         ConfigError: `flex_attention` was asked for and cannot run here.
     """
-    if asked == "sdpa":
-        return "sdpa"
+    plain = plain_attention(model_config)
+    if asked == "sdpa" or plain == "eager":
+        return plain
     if obstacle := _obstacle(model_config.get_text_config()):
         if asked == "flex_attention":
             raise ConfigError(
                 f"model.attention: flex_attention cannot run here: {obstacle}; set model.attention: auto, or sdpa"
             )
-        return "sdpa"
+        return plain
     # rows come in many lengths; past the limit, flex_attention would run uncompiled and hold all scores
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _RECOMPILATIONS)
     always = asked == "flex_attention"

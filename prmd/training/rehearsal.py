@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from prmd.config.shared import LoraConfig
-from prmd.models.attention import or_eager
+from prmd.models.attention import or_eager, plain_attention
 from prmd.models.loading import add_lora
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.runtime import get_device
@@ -180,7 +180,7 @@ def meta_model(
             lambda attention: auto.from_config(
                 config, dtype=dtype, attn_implementation=attention, trust_remote_code=remote
             ),
-            "sdpa",
+            plain_attention(config),
         )
         return (
             add_lora(model, lora, task="SEQ_CLS" if task == "reward_model" else "CAUSAL_LM")
