@@ -1,6 +1,7 @@
 """Sampling responses from a policy: batched, sorted by length, from a recorded seed.
 
-The model's own generation settings are never used: temperature, top-p and length are arguments, so that samples at
+Every sample brings its own noise (`noise`), so batches are a matter of speed: which prompts a table lacks, their order, the
+batch size and the number of processes change no sample but by the rounding of the model's logits. The model's own generation settings are never used: temperature, top-p and length are arguments, so that samples at
 temperature 1 and top-p 1 really come from the policy. The optional engine is in `vllm_engine`; judging and scoring of
 samples are elsewhere.
 """
@@ -13,9 +14,16 @@ from typing import Protocol
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from prmd.inference.cache import JsonTable, tokens_key
+from prmd.inference.noise import KeyedGumbel, sample_key
 from prmd.inference.scoring import gather, place_among_processes, time_to_save
 from prmd.models.chat_templates import read_template, stop_token
 from prmd.models.tokenization import PrefixRow, Tokens
@@ -48,7 +56,7 @@ class Decoding:
     """How responses are sampled.
 
     Attributes:
-        seed: every batch has its own seed, made of this one and of its prompts.
+        seed: every sample has its own noise, made of this one, of its prompt and of its number (`noise.sample_key`).
         temperature: 0 decodes greedily.
         stop: token that ends a response.
         pad: token in front of the shorter prompts of a batch.
@@ -62,10 +70,15 @@ class Decoding:
     stop: int
     pad: int
 
-    def seed_of(self, keys: Sequence[str]) -> int:
-        """The seed of the prompts with these keys, whoever samples them and whatever was sampled before."""
-        digest = hashlib.sha256(f"{self.seed}-{'-'.join(keys)}".encode()).digest()
+    def seed_of(self, key: str) -> int:
+        """The seed of the prompt with this key for an engine, whoever samples it and whatever was sampled before."""
+        digest = hashlib.sha256(f"{self.seed}-{key}".encode()).digest()
         return int.from_bytes(digest[:7], "little")
+
+    def noise_keys(self, prompts: Sequence[Tokens]) -> list[int]:
+        """The key of the noise of every sample of these prompts, those of a prompt together."""
+        keys, numbers = [tokens_key(prompt).hex() for prompt in prompts], range(self.samples_per_prompt)
+        return [sample_key(self.seed, key, number) for key in keys for number in numbers]
 
 
 class Engine(Protocol):
@@ -94,7 +107,10 @@ def generate(
     """Sample `samples_per_prompt` responses to each prompt.
 
     Under several processes each samples its share of the batches, the main one writes the table, and every process
-    returns everything: the same responses as a single process, because a batch brings its own seed.
+    returns everything. A prompt's samples are the same whatever else is sampled: what a table lacks, in batches of any
+    size, in any order and by any number of processes, up to the rounding of the logits, which batches of other shapes may
+    change (visible in bfloat16, hardly in float32). What is in the table is returned as it is, by whichever version it was
+    sampled: a table may hold prompts of an earlier version beside new ones.
 
     Args:
         model: the policy, or an engine that serves it; None where `table` already holds every prompt.
@@ -145,10 +161,9 @@ def _sample_in_turns(
 def _sample(model: nn.Module | Engine, batch: Batch, decoding: Decoding) -> list[Sampled]:
     keys, prompts = [key for key, _ in batch], [prompt for _, prompt in batch]
     if isinstance(model, nn.Module):
-        torch.manual_seed(decoding.seed_of(keys))
         tokens = _generate_batch(model, prompts, decoding)
     else:
-        tokens = model.sample(prompts, [decoding.seed_of([key]) for key in keys], decoding)
+        tokens = model.sample(prompts, [decoding.seed_of(key) for key in keys], decoding)
     return list(zip(keys, tokens, strict=True))
 
 
@@ -161,35 +176,48 @@ def _keep(fresh: list[Sampled], found: dict[str, list[list[int]]], table: JsonTa
 
 @torch.inference_mode()
 def _generate_batch(model: nn.Module, prompts: Sequence[Tokens], decoding: Decoding) -> list[list[list[int]]]:
-    device = next(model.parameters()).device
+    device, n = next(model.parameters()).device, decoding.samples_per_prompt
     width = max(map(len, prompts))
     input_ids = torch.tensor([[decoding.pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
+    noise_keys = torch.tensor(decoding.noise_keys(prompts), device=device)
     settings = _transformers_settings(decoding)
     own = model.generation_config
     model.generation_config = settings  # its defaults would fill every unset field
     try:
-        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
+        output = model.generate(
+            input_ids=input_ids.repeat_interleave(n, dim=0),
+            attention_mask=mask.repeat_interleave(n, dim=0),
+            generation_config=settings,
+            logits_processor=_processors(decoding, noise_keys, width),
+        )
     finally:
         model.generation_config = own
     rows = [_cut(row, decoding.stop) for row in output[:, width:].tolist()]
-    n = decoding.samples_per_prompt
     return [rows[i : i + n] for i in range(0, len(rows), n)]
 
 
 def _transformers_settings(decoding: Decoding) -> GenerationConfig:
-    sampled = decoding.temperature > 0
+    """The argmax of what `_processors` return: with their noise a sample, without any the greedy choice."""
     return GenerationConfig(
         max_new_tokens=decoding.max_new_tokens,
-        do_sample=sampled,
-        temperature=decoding.temperature if sampled else None,
-        top_p=decoding.top_p if sampled else None,
-        top_k=0 if sampled else None,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
         repetition_penalty=1.0,
-        num_return_sequences=decoding.samples_per_prompt,
         eos_token_id=[decoding.stop],
         pad_token_id=decoding.pad,
     )
+
+
+def _processors(decoding: Decoding, noise_keys: torch.Tensor, prompt_width: int) -> LogitsProcessorList:
+    """Temperature, then top-p, then noise; none at temperature 0."""
+    if decoding.temperature == 0:
+        return LogitsProcessorList()
+    warpers = [TemperatureLogitsWarper(decoding.temperature)] if decoding.temperature != 1 else []
+    warpers += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
+    return LogitsProcessorList([*warpers, KeyedGumbel(noise_keys, prompt_width)])
 
 
 def _cut(tokens: list[int], stop: int) -> list[int]:

@@ -1,8 +1,10 @@
 """Sampling with vLLM on Linux, for `generation.generate` (`engine: vllm`); an optional package.
 
-vLLM reads a folder or hub id itself: the base, the base with a policy's LoRA adapter, or a policy's full weights. Its
-kernels round unlike transformers', so the same seed gives other samples of the same distribution, and what is cached is
-keyed by the engine. Who is sampled is in `candidates` and `reference`.
+vLLM reads a folder or hub id itself: the base, the base with a policy's LoRA adapter, or a policy's full weights. Its noise
+is its own and its kernels round unlike transformers', so the same seed gives other samples of the same distribution, and what
+is cached is keyed by the engine. Every sample has a generator of its own, seeded by seed, prompt and number: what else is
+asked, in which order, and what the cache lacks change no noise. Logits do depend on how vLLM batches, so a sample may differ
+where two tokens were nearly even. Who is sampled is in `candidates` and `reference`.
 """
 
 import importlib.util
@@ -90,7 +92,10 @@ class VllmEngine:
     def sample(
         self, prompts: Sequence[Tokens], seeds: Sequence[int], decoding: Decoding
     ) -> list[list[list[int]]]:
-        """As `generation.Engine`; sample i of a prompt has the prompt's seed plus i, by vLLM's own rule."""
+        """As `generation.Engine`; sample i of a prompt has the prompt's seed plus i, by vLLM's own rule.
+
+        Seeds of prompts are 56 digits of a hash, so that no two samples share one.
+        """
         outputs = self._llm.generate(
             [{"prompt_token_ids": list(prompt)} for prompt in prompts],
             [self._parameters(seed, decoding) for seed in seeds],

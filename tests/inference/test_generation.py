@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from prmd import runtime
 from prmd.inference import generation, scoring
-from prmd.inference.cache import JsonTable
+from prmd.inference.cache import JsonTable, tokens_key
 from prmd.inference.generation import GeneratedResponse, generate, sample_rows
 from prmd.models.chat_templates import stop_token
 from prmd.models.loading import load_tokenizer_from
@@ -159,6 +159,39 @@ def test_samples_depend_on_the_seed_alone(model, tokenizer, prompts):
     assert sample(model, tokenizer, prompts, samples_per_prompt=2) == first
     assert sample(model, tokenizer, prompts, samples_per_prompt=2, seed=6) != first
     assert all(a.token_ids != b.token_ids for a, b in first)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_samples_do_not_depend_on_what_is_sampled_beside_them(
+    model, tokenizer, prompts, tmp_path, batch_size
+):
+    whole = sample(model, tokenizer, prompts, samples_per_prompt=2, batch_size=100)
+    assert len({r.token_ids for group in whole for r in group}) == 10
+    arguments = {"samples_per_prompt": 2, "batch_size": batch_size}
+    assert sample(model, tokenizer, prompts[::-1], **arguments)[::-1] == whole
+    # half of the cache is gone
+    table = JsonTable(tmp_path)
+    table.append(
+        [
+            (tokens_key(p).hex(), [r.token_ids for r in g])
+            for p, g in zip(prompts[1::2], whole[1::2], strict=True)
+        ]
+    )
+    assert sample(model, tokenizer, prompts, table=table, **arguments) == whole
+    # neither on how many samples are drawn nor on how long they may get
+    fewer = sample(model, tokenizer, prompts, batch_size=batch_size)
+    assert fewer == [group[:1] for group in whole]
+    for short, long in zip(sample(model, tokenizer, prompts, max_new_tokens=4), fewer, strict=True):
+        assert long[0].token_ids[:4] == short[0].token_ids
+
+
+def test_prompts_of_an_earlier_version_stay_beside_new_ones(model, tokenizer, prompts, tmp_path):
+    whole = sample(model, tokenizer, prompts)
+    JsonTable(tmp_path).append([(tokens_key(prompts[2]).hex(), [[40, 41, 42]])])
+    found = sample(model, tokenizer, prompts, table=JsonTable(tmp_path))
+    assert [r.token_ids for r in found[2]] == [(40, 41, 42)]
+    assert found[:2] + found[3:] == whole[:2] + whole[3:]
+    assert sample(None, tokenizer, prompts, table=JsonTable(tmp_path)) == found
 
 
 def test_a_prompt_given_twice_is_sampled_once(model, tokenizer, prompts):
