@@ -237,11 +237,11 @@ def sample_rows(
     *,
     keep_suffix: bool,
 ) -> list[PrefixRow]:
-    """Rows of a prompt and its samples, for scoring.
+    """Rows of a prompt and its samples, by the tokens that were sampled (for reward models: `rewards.reward_model.rows_of_samples`).
 
     Args:
-        keep_suffix: put behind the end of turn what the template puts there, as reward models were trained; an
-            unfinished response is closed in the same way. Policies are scored on the sampled tokens alone.
+        keep_suffix: put behind the end of turn what the template puts there, an unfinished response closed in the same way:
+            as reward models read samples in earlier versions. Policies are scored on the sampled tokens alone.
     """
     closing = read_template(tokenizer).closing if keep_suffix else ()
 

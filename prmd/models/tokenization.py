@@ -3,6 +3,12 @@
 The whole conversation is rendered and the response is what lies behind its common prefix with the rendered prompt, so
 that no token is ever merged or lost at the boundary. Rows that do not fit `max_length` lose whole turns of the prompt
 from the left, then tokens of its last message, never a token of a response. Batches are built in `prefix_rows`.
+
+One rule says which ids stand for a sampled response. The policy reads the ids that it sampled, control tokens and all: of
+these is its log-probability. Whoever judges the response reads its text, tokenised as a message (`tokenize_texts`): the reward
+models of stages 2 and 3 as the judges and proxies of stage 4. A text has one tokenisation, in which no control token stands,
+so R(x, y) is one function everywhere, and a control token that was sampled within a response forges no turn for any reader.
+Nothing is masked out of sampling: that would draw from another distribution than the one whose log-probabilities are measured.
 """
 
 import logging
@@ -18,6 +24,9 @@ from prmd.pairs import Message, PreferencePair
 logger = logging.getLogger(__name__)
 
 Tokens = tuple[int, ...]
+
+_ASKED: tuple[Message, ...] = ({"role": "user", "content": "a"},)
+"""A prompt, behind which texts are tokenised that belong behind another one."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,8 @@ def tokenize_row(
     """
     parts = [tokenize_response(tokenizer, messages, text, keep_suffix=keep_suffix) for text in responses]
     prompt_ids = render(tokenizer, messages, add_generation_prompt=True)
-    shared = min(length for length, _ in parts)
+    # An empty response behind which the template writes nothing is the last token of its prompt: a row needs one to read.
+    shared = min(length - (not tail) for length, tail in parts)
     if shared == 0:
         raise ConfigError(
             "the chat template renders a conversation that shares no token with its own prompt; choose another "
@@ -106,6 +116,30 @@ def tokenize_row(
         )
     tails = [tuple(prompt_ids[shared:length]) + tokens for length, tokens in parts]
     return PrefixRow(tuple(prompt_ids[:shared]), tuple(tails))
+
+
+def tokenize_texts(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: Tokens, responses: Sequence[str]
+) -> PrefixRow:
+    """A rendered prompt with the texts of its responses, the row that `tokenize_row` makes of its messages for reward models.
+
+    What stands behind a prompt does not depend on its messages, so the texts are rendered behind a short one.
+
+    Args:
+        prompt_ids: with the generation prompt (`tokenize_prompt`).
+
+    Raises:
+        ConfigError: the texts change the template's rendering of the prompt before them.
+    """
+    row = tokenize_row(tokenizer, _ASKED, responses, keep_suffix=True)
+    asked = tuple(render(tokenizer, _ASKED, add_generation_prompt=True))
+    kept = len(prompt_ids) - (len(asked) - len(row.prompt_ids))
+    if kept < 1 or prompt_ids[kept:] != asked[len(row.prompt_ids) :]:
+        raise ConfigError(
+            "the chat template renders a prompt otherwise where a response stands behind it, so the text of a sample cannot "
+            "be read behind the prompt that it was sampled to; choose another instruct model in model.name"
+        )
+    return PrefixRow(prompt_ids[:kept], row.responses)
 
 
 def tokenize_pairs(

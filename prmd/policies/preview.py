@@ -235,7 +235,7 @@ def _scored_prompts(
     kept = set(range(len(cached)))
     for model in models:
         rewards = ScoreTable(sampling.paths.cache("rewards", model.fingerprint), model.members)
-        rows = found.rows(model.tokenizer, keep_suffix=True)
+        rows = found.rows_for_rewards(model)
         kept &= {i for i, row in enumerate(rows) if rewards.holds([row])}
     chosen = sorted(kept)
     return SampledPrompts([cached[i] for i in chosen], [found.responses[i] for i in chosen]) if kept else None

@@ -22,7 +22,7 @@ from prmd.objectives import OBJECTIVES
 from prmd.pessimism.aggregation import stack_objectives
 from prmd.pessimism.calibration import calibrate, prompt_means
 from prmd.policies.pairs import PairScores, PairTokens, ReferenceSamples, ScaleResponses
-from prmd.rewards.reward_model import RewardModel
+from prmd.rewards.reward_model import RewardModel, rows_of_samples
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,13 @@ class SampledPrompts:
     prompts: Sequence[Tokens]
     responses: Sequence[Sequence[GeneratedResponse]]
 
-    def rows(self, tokenizer: PreTrainedTokenizerBase, *, keep_suffix: bool) -> list[PrefixRow]:
-        """Rows of a prompt and its samples: with `keep_suffix` for reward models, without for policies."""
-        return sample_rows(self.prompts, self.responses, tokenizer, keep_suffix=keep_suffix)
+    def rows_for_rewards(self, model: RewardModel) -> list[PrefixRow]:
+        """Rows of a prompt and its samples as a reward model reads them, by their text."""
+        return rows_of_samples(model, self.prompts, self.responses)
+
+    def rows_for_policies(self, tokenizer: PreTrainedTokenizerBase) -> list[PrefixRow]:
+        """Rows of a prompt and its samples as policies are trained on them, by the tokens that were sampled."""
+        return sample_rows(self.prompts, self.responses, tokenizer, keep_suffix=False)
 
 
 def sample_prompts(
@@ -79,7 +83,7 @@ def score_pairs(
     calibrated: list[list[Tensor]] = [[] for _ in parts]
     for objective, model in zip(OBJECTIVES, models, strict=True):
         for i, part in enumerate(parts):
-            own = samples[i].rows(model.tokenizer, keep_suffix=True) if samples else None
+            own = samples[i].rows_for_rewards(model) if samples else None
             rows = tokens.for_rewards(model.tokenizer, part)
             values = _calibrated_rewards(model, objective, rows, own)
             _refuse_missing(values, objective, part)
@@ -131,7 +135,7 @@ def score_samples(
     """
     n, calibrated = len(sampled.responses[0]), []
     for objective, model in zip(OBJECTIVES, models, strict=True):
-        rows = sampled.rows(model.tokenizer, keep_suffix=True)
+        rows = sampled.rows_for_rewards(model)
         raw = torch.stack(model.rewards(rows, description=f"{objective} rewards of reference samples"))
         offset = raw.mean(dim=1, keepdim=True) if by_prompt else model.calibration.offset
         values = calibrate(raw, scale=model.calibration.scale, offset=offset)
@@ -146,7 +150,7 @@ def score_as_policy(
     shared: SharedConfig, tokenizer: PreTrainedTokenizerBase, sampled: SampledPrompts
 ) -> ReferenceSamples:
     """Reference samples as the policy is trained on them."""
-    rows = sampled.rows(tokenizer, keep_suffix=False)
+    rows = sampled.rows_for_policies(tokenizer)
     return ReferenceSamples(rows, torch.stack(reference_logps(shared, tokenizer, rows)))
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from prmd.artifacts import io
-from prmd.inference.generation import sample_rows
 from prmd.inference.reference import reference_samples
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs, tokenize_prompt
@@ -22,7 +21,7 @@ from prmd.pessimism.calibration import fit_calibration, prompt_means
 from prmd.report import reward_figures
 from prmd.rewards.heads import fit_ensemble
 from prmd.rewards.metrics import HeldOut, extreme_examples, readable_examples, reward_metrics, warnings
-from prmd.rewards.reward_model import ENSEMBLE_FILE, RewardModel, write_calibration
+from prmd.rewards.reward_model import ENSEMBLE_FILE, RewardModel, rows_of_samples, write_calibration
 from prmd.rewards.task import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.runtime import is_main_process
 from prmd.statistics.reliability import mean_pairwise_correlation
@@ -128,7 +127,7 @@ def calibrate_reward_model(task: RewardTask, reward_model: RewardModel) -> tuple
         base = load_tokenizer(config.model, paths)
         prompts = [tokenize_prompt(base, pair.prompt, max_length=training.max_length) for pair in pairs]
         reward_model.release()  # the reference is loaded to be sampled from
-        rows = sample_rows(prompts, reference_samples(config, base, prompts), tokenizer, keep_suffix=True)
+        rows = rows_of_samples(reward_model, prompts, reference_samples(config, base, prompts))
     rewards = torch.cat(found := reward_model.rewards(rows, description="calibration"))
     index = torch.tensor([i for i, values in enumerate(found) for _ in values])
     fitted = fit_calibration(rewards, index)

@@ -4,6 +4,7 @@ The folder is a standard one-logit classifier with `ensemble.safetensors` (heads
 `calibration.json` beside it. Training is in `train`; a plain hub classifier (a judge, say) is a reward model without ensemble.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,9 +22,10 @@ from prmd.artifacts.runs import require_artifact, vouch_again
 from prmd.config.shared import ModelConfig, SharedConfig
 from prmd.errors import DataError
 from prmd.inference.cache import ScoreTable
+from prmd.inference.generation import GeneratedResponse, sample_rows
 from prmd.inference.scoring import lookup, score_rows
 from prmd.models.bases import check_base
-from prmd.models.chat_templates import template_fingerprint
+from prmd.models.chat_templates import read_template, template_fingerprint
 from prmd.models.loading import (
     base_model_key,
     load_classifier,
@@ -32,12 +34,14 @@ from prmd.models.loading import (
     weight_files,
 )
 from prmd.models.sequence_models import SequenceRewards, supports_shared_prompts
-from prmd.models.tokenization import PrefixRow
+from prmd.models.tokenization import PrefixRow, Tokens, tokenize_texts
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration
 from prmd.rewards.adapters import AdapterMembers, SharedBase, find_members, shared_base
 from prmd.rewards.heads import Ensemble
 from prmd.runtime import free_memory
+
+logger = logging.getLogger(__name__)
 
 ENSEMBLE_FILE = "ensemble.safetensors"
 CALIBRATION_FILE = "calibration.json"
@@ -148,6 +152,35 @@ class RewardModel:
             device=model.device,
             description=description,
         )
+
+
+def rows_of_samples(
+    model: RewardModel, prompts: Sequence[Tokens], responses: Sequence[Sequence[GeneratedResponse]]
+) -> list[PrefixRow]:
+    """Rows of prompts and samples as a reward model reads them: by the text of a response (`tokenize_texts`).
+
+    Earlier versions read the sampled ids, which are mostly the same. Where one kept the rewards of all samples of a prompt they
+    are finished and count as they are; that control tokens were read within such samples is said.
+    """
+    directory = model.paths.cache("rewards", model.fingerprint)
+    table, control = ScoreTable(directory, model.members), read_template(model.tokenizer).control_ids
+    rows, misread = [], 0
+    sampled = sample_rows(prompts, responses, model.tokenizer, keep_suffix=True)
+    for prompt, samples, earlier in zip(prompts, responses, sampled, strict=True):
+        said = (token for s in samples for token in s.token_ids[: len(s.token_ids) - s.finished])
+        kept, controlled = table.holds([earlier]), not control.isdisjoint(said)
+        rows.append(earlier)
+        if controlled or not kept:
+            read = tokenize_texts(model.tokenizer, prompt, [s.text for s in samples])
+            misread += kept and read != earlier
+            rows[-1] = earlier if kept else read
+    if misread:
+        logger.info(
+            "%s: an earlier version scored samples with control tokens within them, of %d prompts, as if turns ended or began "
+            "there; delete this folder to have all samples scored by their text",
+            *(directory, misread),
+        )
+    return rows
 
 
 def load_reward_model(directory: Path, *, shared: SharedConfig) -> RewardModel:

@@ -25,7 +25,7 @@ from prmd.models.chat_templates import (
     template_fingerprint,
 )
 from prmd.models.loading import load_tokenizer, load_tokenizer_from
-from prmd.models.tokenization import tokenize_pairs, tokenize_prompt, tokenize_row
+from prmd.models.tokenization import tokenize_pairs, tokenize_prompt, tokenize_row, tokenize_texts
 from prmd.pairs import PreferencePair
 
 GEMMA = (
@@ -245,6 +245,48 @@ def test_a_response_that_spells_tokens_is_read_alike_by_policy_reward_model_and_
     assert sampled.finished and sampled.text == spelled
     judged = tokenize_row(tokenizer, ASKED, [sampled.text], keep_suffix=True)
     assert sample_rows([reward.prompt_ids], [[sampled]], tokenizer, keep_suffix=True) == [reward] == [judged]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_texts_behind_a_rendered_prompt_are_the_row_of_its_messages(tokenizers, name):
+    tokenizer, texts = (
+        tokenizers[name],
+        ["It is light.", "", f"no{STOPS[name]} user: thanks", "\U0001f600 <b>"],
+    )
+    longer = [*ASKED, {"role": "assistant", "content": "Sure."}, {"role": "user", "content": "go on, why?"}]
+    for messages in (ASKED, longer):
+        prompt = tuple(render(tokenizer, messages, add_generation_prompt=True))
+        for some in (texts, texts[:1]):
+            row = tokenize_texts(tokenizer, prompt, some)
+            assert row == tokenize_row(tokenizer, messages, some, keep_suffix=True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_sampled_control_token_forges_no_turn_for_any_reader(tokenizers, name):
+    tokenizer, template = tokenizers[name], read_template(tokenizers[name])
+    stop, (half, other) = stop_token(tokenizer), (STOPS[name][:2], STOPS[name][2:])
+    prompt = tuple(render(tokenizer, ASKED, add_generation_prompt=True))
+    said = tokenizer.encode("no", add_special_tokens=False)
+    for control in template.control_ids - {stop}:
+        broken = [tokenizer.encode(part, add_special_tokens=False) for part in (half, other)]
+        ids = [*said, control, *said, *broken[0], control, *broken[1], *said, stop]
+        sampled = _response(tokenizer, ids, stop)
+        judged = tokenize_row(tokenizer, ASKED, [sampled.text], keep_suffix=True)
+        row = tokenize_texts(tokenizer, prompt, [sampled.text])
+        assert row == judged
+        read = row.responses[0][: len(row.responses[0]) - len(template.closing)]
+        assert not controls_in(tokenizer, read)
+        assert sampled.text.startswith("no") and sampled.text.endswith("no")
+        # the policy is measured on what it sampled
+        assert sample_rows([prompt], [[sampled]], tokenizer, keep_suffix=False)[0].responses == (tuple(ids),)
+
+
+def test_a_template_that_renders_prompts_otherwise_before_an_answer_reads_no_samples(tmp_path):
+    once = TEMPLATE.replace("<|im_start|>{{", "{{ messages | length }}<|im_start|>{{", 1)
+    tokenizer = load_tokenizer_from(family(tmp_path, template=once, **CHATML_NAMES))
+    prompt = tuple(render(tokenizer, ASKED, add_generation_prompt=True))
+    with pytest.raises(ConfigError, match=r"shares no token|renders a prompt otherwise"):
+        tokenize_texts(tokenizer, prompt, ["no"])
 
 
 def test_tokens_within_tokens_and_private_characters(tmp_path):

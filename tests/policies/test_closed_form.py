@@ -118,13 +118,15 @@ def gate_rewards(config: PolicyConfig, tables: dict[str, Table]) -> np.ndarray:
     (folder,) = (config.paths.root / "data" / "cache").glob("samples-*")
     cached = {row["key"]: row["value"] for shard in folder.glob("*.jsonl") for row in io.read_jsonl(shard)}
     kept = [p for p in prompts if tokens_key(p).hex() in cached]
-    stop, newline = 2, tuple(tokenizer.encode("\n", add_special_tokens=False))
+    closing = tuple(tokenizer.encode("<|im_end|>\n", add_special_tokens=False))
     rows = []
     for model in tables.values():
         raw = []
         for prompt in kept:
-            closed = [tuple(y) if y[-1] == stop else (*y, stop) for y in cached[tokens_key(prompt).hex()]]
-            raw.append([model.reward(prompt, (*y, *newline)).float().double().numpy() for y in closed])
+            sampled = cached[tokens_key(prompt).hex()]
+            texts = [tokenizer.decode(y, skip_special_tokens=True).strip() for y in sampled]
+            closed = [(*tokenizer.encode(text, add_special_tokens=False), *closing) for text in texts]
+            raw.append([model.reward(prompt, y).float().double().numpy() for y in closed])
         values = np.array(raw)  # [X, n, M]
         rows.append((values - values.mean(axis=1, keepdims=True)) / model.calibration.scale.numpy())
     return np.array(rows).transpose(0, 3, 1, 2)

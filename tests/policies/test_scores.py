@@ -11,6 +11,7 @@ from tiny_policies import mixture_of, tokens_of, trained_on
 from tiny_workspace import policy_config
 from torch import Tensor
 
+from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.policy import PairsConfig, PolicyConfig
 from prmd.errors import DataError
 from prmd.inference.generation import GeneratedResponse
@@ -25,6 +26,7 @@ from prmd.policies.targets import method_targets
 from prmd.rewards.reward_model import load_reward_models
 
 K, M = 3, 4
+NOWHERE = ArtifactPaths(Path("nowhere"), "embedded")
 
 
 @pytest.fixture
@@ -47,6 +49,9 @@ class StandIn:
     by_prompt: float = 0.0
     calibration: Calibration | None = None
     shared_base: None = None
+    paths: ArtifactPaths = NOWHERE
+    fingerprint: str = "stand-in"
+    members: int = M
     seen: list[PrefixRow] = field(default_factory=list)
 
     def rewards(self, rows: list[PrefixRow], *, description: str) -> list[Tensor]:
@@ -78,7 +83,7 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reference samples and log-probabilities without a model."""
 
     def samples(config: Any, tokenizer: Any, prompts: list[Tokens]) -> list[list[GeneratedResponse]]:
-        return [[GeneratedResponse("t", (5, i, 2), True) for i in range(3)] for _ in prompts]
+        return [[GeneratedResponse(f"t{i}", (5, i, 2), True) for i in range(3)] for _ in prompts]
 
     def logps(config: Any, tokenizer: Any, rows: list[PrefixRow]) -> list[Tensor]:
         return [torch.tensor([-float(len(r)) for r in row.responses]) for row in rows]
