@@ -76,3 +76,18 @@ def test_equal_weights_do_not_give_equal_samples(tmp_path: Path) -> None:
     prompts = prompts_of(config)
     samples = [candidate(config, method).samples(prompts) for method in ("reference", "cvar")]
     assert samples[0] != samples[1]
+
+
+def test_neither_batch_size_nor_a_lost_part_of_the_cache_changes_samples(tmp_path: Path) -> None:
+    config = write_workspace(tmp_path, policies=False)
+    prompts = prompts_of(config)
+    candidate(config, "reference").samples(prompts[:3])
+    whole = candidate(config, "reference").samples(prompts)
+    (folder,) = (config.paths.root / "data" / "cache").glob("samples-*")
+    first, _ = sorted(folder.glob("*.jsonl"))
+    one = config.model_copy(update={"generation": config.generation.model_copy(update={"batch_size": 1})})
+    for lost in ([], [first], list(folder.glob("*.jsonl"))):
+        for shard in lost:
+            shard.unlink()
+        assert candidate(one, "reference").samples(prompts) == whole
+    assert list((config.paths.root / "data" / "cache").glob("samples-*")) == [folder]

@@ -104,6 +104,7 @@ def test_samples_are_reused_and_keyed_by_how_they_were_drawn(
     no_model_loads(monkeypatch)
     assert reference_samples(config, tokenizer, prompts) == first
     assert reference_samples(changed(config, "calibration", prompts=9), tokenizer, prompts[1:]) == first[1:]
+    assert reference_samples(changed(config, "calibration", batch_size=1), tokenizer, prompts) == first
 
 
 def test_first_tokens_come_from_the_reference_at_temperature_one(config: RewardModelConfig) -> None:
