@@ -71,6 +71,14 @@ class ArtifactPaths:
     def judge(self, objective: str) -> Path:
         return self.root / "models" / "judges" / self.approach / _component(objective)
 
+    def finished_models(self) -> list[Path]:
+        """Folders of finished reward models, policies and judges, of every approach."""
+        return [record.parent for record in sorted(self.root.glob("models/*/*/*/run.json"))]
+
+    def first_seen(self, key: str) -> Path:
+        """The note of what a model folder held that keeps the key of an earlier version."""
+        return self.root / "data" / "first_seen" / f"{_component(key)}.json"
+
     # caches and logs
     def cache(self, kind: str, key: str) -> Path:
         return self.root / "data" / "cache" / _component(f"{kind}-{key}")

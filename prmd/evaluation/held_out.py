@@ -21,11 +21,10 @@ from prmd.config.evaluation import EvaluationConfig, GenerationConfig
 from prmd.evaluation.metrics import SampledMethod, judge_sanity_checks, method_metrics
 from prmd.evaluation.over_optimisation import best_of_n_curves
 from prmd.evaluation.scores import MemberScores, ReferenceScores, proxy_metrics
-from prmd.inference.candidates import REFERENCE, Candidate, CandidateModels, EvaluationPrompt
+from prmd.inference.candidates import REFERENCE, Candidate, CandidateModels, EvaluationPrompt, policy_key
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER
 from prmd.judges.reward_model import Conversation, Judge, check_scores
-from prmd.models.loading import weights_fingerprint
 from prmd.models.tokenization import tokenize_row
 from prmd.rewards.reward_model import RewardModel
 from prmd.runtime import free_memory
@@ -348,7 +347,7 @@ def checkpoint_candidates(candidate: Candidate) -> list[Candidate]:
             candidate,
             method=f"{candidate.method}@{folder.name}",
             directory=folder,
-            fingerprint=io.fingerprint([candidate.fingerprint, weights_fingerprint(folder)]),
+            fingerprint=policy_key(candidate.fingerprint, folder),
         )
         for folder in kept
     ]

@@ -31,7 +31,8 @@ from prmd.inference.scoring import lookup, score_logps, score_rows
 from prmd.inference.vllm_engine import require_vllm, vllm_engine
 from prmd.models.bases import check_base
 from prmd.models.chat_templates import render
-from prmd.models.loading import load_causal_lm, load_policy, weights_fingerprint
+from prmd.models.identity import model_files
+from prmd.models.loading import load_causal_lm, load_policy
 from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, Tokens, fit_messages
 from prmd.objectives import OBJECTIVES
@@ -107,10 +108,17 @@ def find_candidates(
             what, command = f"policy {name}", policy_command(folder.name)
             require_artifact(folder, what=what, command=command, read=EVERYTHING)
             check_base(folder, model, paths, what=what, command=command)
-            found.append(
-                Candidate(name, folder, io.fingerprint([key, weights_fingerprint(folder)]), approach)
-            )
+            found.append(Candidate(name, folder, policy_key(key, folder), approach))
     return found
+
+
+def policy_key(behind: str, folder: Path) -> str:
+    """Key of a policy's folder or of a checkpoint in it.
+
+    Args:
+        behind: key of the reference, of which a policy may be an adapter; of a checkpoint, that of its policy.
+    """
+    return io.fingerprint([behind, io.fingerprint(model_files(folder))])
 
 
 def evaluation_prompts(

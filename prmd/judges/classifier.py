@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
 from prmd.errors import ConfigError
 from prmd.inference.cache import KEY_BYTES, ScoreTable
 from prmd.judges.chats import short_name
+from prmd.models.identity import earlier_or_whole
 from prmd.models.loading import load_labelled_classifier
 from prmd.runtime import free_memory, progress
 
@@ -70,12 +72,16 @@ class LabelClassifier:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Key of the weights (by content where they are local) and of the label."""
-        folder = Path(self.location)
-        files = [p for p in sorted(folder.glob("*")) if p.suffix in (".safetensors", ".bin", ".json", ".txt")]
-        keys = zip(files, io.files_sha256(files), strict=True)
-        weights = [[path.name, key] for path, key in keys] if folder.is_dir() else self.location
-        return io.fingerprint(["classifier", weights, self.label])
+        """Key of the model (by content where it is local) and of the label."""
+        model: Any = self.location
+        if (folder := Path(self.location)).is_dir():
+            counted = [
+                p for p in sorted(folder.glob("*")) if p.suffix in (".safetensors", ".bin", ".json", ".txt")
+            ]
+            digests = zip(counted, io.files_sha256(counted), strict=True)
+            earlier = [[path.name, digest] for path, digest in digests]
+            model = earlier_or_whole(folder, self.paths, earlier=earlier)
+        return io.fingerprint(["classifier", model, self.label])
 
     def probabilities(self, texts: Sequence[str], requests: Sequence[str] | None = None) -> np.ndarray:
         """P(label) of each text.

@@ -19,6 +19,7 @@ from prmd.artifacts.manifest import EVERYTHING
 from prmd.artifacts.paths import find_user_path, places_tried, stage_command
 from prmd.artifacts.runs import read_run, require_artifact
 from prmd.errors import ConfigError, DataError
+from prmd.models.identity import weight_files
 from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.pairs import Message, PreferencePair, hash_share, read_pairs
 from prmd.rewards.reward_model import RewardModel, weights_keys
@@ -64,7 +65,7 @@ class RewardModelJudge:
         objective: what it judges.
         name: how the configuration or the results call it.
         reward_model: its weights are loaded when something really has to be judged.
-        fingerprint: of weights and precision; the template lies in the folder of the weights it was trained with.
+        fingerprint: of what its folder holds, the template included, and of the precision.
         accuracy: on held-out pairs; None until it was measured.
     """
 
@@ -97,8 +98,7 @@ def trained_judge(objective: str, reward_model: RewardModel) -> RewardModelJudge
     name = directory.relative_to(reward_model.paths.root).as_posix()
     check_judge(directory, what=f"the {objective} judge {name}")
     accuracy = io.read_json(directory / "metrics.json")["accuracy"]
-    key = _fingerprint(weights_keys(directory)[0], reward_model)
-    return RewardModelJudge(objective, name, reward_model, key, accuracy)
+    return RewardModelJudge(objective, name, reward_model, _fingerprint(reward_model), accuracy)
 
 
 def given_judge(objective: str, name: str, load: Callable[[Path], RewardModel]) -> RewardModelJudge:
@@ -110,21 +110,22 @@ def given_judge(objective: str, name: str, load: Callable[[Path], RewardModel]) 
     """
     directory = judge_folder(name, objective)
     check_judge(directory, what=f"the {objective} judge {name}")
-    weights = weights_keys(directory)[0]  # first, so that a folder without a model says just that
+    weight_files(directory)  # first, so that a folder without a model says just that
     reward_model = load(directory)
     paths = reward_model.paths
     if directory == paths.reward_model(objective).resolve():
         logger.warning(
             "judges.paths.%s: policies are trained on this reward model, its verdicts flatter them", objective
         )
-    judge = RewardModelJudge(objective, name, reward_model, _fingerprint(weights, reward_model))
+    judge = RewardModelJudge(objective, name, reward_model, _fingerprint(reward_model))
     pairs = sorted(read_pairs(paths, objective, "test"), key=lambda p: hash_share("judge card", p.id))
     return replace(judge, accuracy=judge_accuracy(judge, pairs[:CARD_PAIRS]))
 
 
-def _fingerprint(weights: str, reward_model: RewardModel) -> str:
-    """Key of weights and precision."""
-    return io.fingerprint([weights, reward_model.base_model.dtype])
+def _fingerprint(reward_model: RewardModel) -> str:
+    """Key of its folder and of the precision."""
+    files = weights_keys(reward_model.directory, reward_model.paths)[0]
+    return io.fingerprint([files, reward_model.base_model.dtype])
 
 
 def check_judge(directory: Path, *, what: str) -> None:

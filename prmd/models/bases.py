@@ -12,17 +12,21 @@ from prmd.artifacts.runs import CONFIG_COPY, read_run
 from prmd.config.loading import kept_model
 from prmd.config.shared import ModelConfig
 from prmd.errors import ConfigError
-from prmd.models.loading import base_model_key, model_source
+from prmd.models.loading import base_content_key, base_model_key, model_source
 
 
 def base_record(model: ModelConfig, paths: ArtifactPaths) -> dict[str, Any]:
-    """What `run.json` keeps among its inputs: name, revision and content key of the base, and what adapters call it."""
+    """What `run.json` keeps among its inputs: name, revision and keys of the base, and what adapters call it.
+
+    By `content` it is also known that a version made it which counts more than weights (`identity`).
+    """
     folder = _last(model_source(model, paths))
     return {
         "name": model.name,
         "revision": model.revision,
         "folder": folder,
         "key": base_model_key(model, paths),
+        "content": base_content_key(model, paths),
     }
 
 
@@ -49,9 +53,16 @@ def check_base(directory: Path, model: ModelConfig, paths: ArtifactPaths, *, wha
         known += [former.name] if former else []
         other = None if _last(named) in map(_last, known) else {"name": named, "revision": None}
     if other:
+        changed = (other["name"], other["revision"]) == (now["name"], now["revision"])
         raise ConfigError(
-            f"{what} was trained from {_shown(other)}, model.name is now {_shown(now)} ({directory}); set model.name (and "
-            f"model.revision) to what it was trained from, or make it again with: {command} --force"
+            f"{what} was trained from {_shown(other)}, "
+            + (
+                "whose weights, configuration or tokenizer have changed since"
+                if changed
+                else f"model.name is now {_shown(now)}"
+            )
+            + f" ({directory}); set model.name (and model.revision) to what it was trained from, or make it again with: "
+            f"{command} --force"
         )
 
 

@@ -31,6 +31,7 @@ from prmd.config.shared import LoraConfig, ModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.models.attention import attention_implementation, or_eager
 from prmd.models.chat_templates import check_template, check_trained_template, set_thinking
+from prmd.models.identity import content_key, model_key
 from prmd.models.pypi_wheel import fetch_model
 from prmd.runtime import get_device, is_main_process, wait_for_everyone
 
@@ -60,36 +61,15 @@ def model_source(model: ModelConfig, paths: ArtifactPaths) -> str:
 
 
 def base_model_key(model: ModelConfig, paths: ArtifactPaths) -> str:
-    """Content key of a base model: the weights of a local folder, or hub id and revision."""
+    """Key of a base model: what a local folder holds (`identity.model_key`), or hub id and revision."""
     source = Path(model_source(model, paths))
-    if not source.is_dir():
-        return io.fingerprint([model.name, model.revision])
-    return io.fingerprint(_weight_files(source) or [str(source)])
+    return model_key(source, paths) if source.is_dir() else io.fingerprint([model.name, model.revision])
 
 
-def weights_fingerprint(folder: Path) -> str:
-    """Content key of the weights in a local folder.
-
-    Raises:
-        DataError: it holds none.
-    """
-    return io.fingerprint(weight_files(folder))
-
-
-def weight_files(folder: Path) -> list[list[str]]:
-    """Name and sha256 of each weight file in a local folder.
-
-    Raises:
-        DataError: there is none.
-    """
-    if found := _weight_files(folder):
-        return found
-    raise DataError(f"{folder}: no .safetensors weights; give a folder saved by save_pretrained")
-
-
-def _weight_files(folder: Path) -> list[list[str]]:
-    files = sorted(folder.glob("*.safetensors"))
-    return [[file.name, key] for file, key in zip(files, io.files_sha256(files), strict=True)]
+def base_content_key(model: ModelConfig, paths: ArtifactPaths) -> str:
+    """The same whatever key an earlier version gave it (`identity.content_key`)."""
+    source = Path(model_source(model, paths))
+    return content_key(source) if source.is_dir() else io.fingerprint([model.name, model.revision])
 
 
 def _convert_wheel(name: str, target: Path) -> None:

@@ -26,12 +26,12 @@ from prmd.inference.generation import GeneratedResponse, sample_rows
 from prmd.inference.scoring import lookup, score_rows
 from prmd.models.bases import check_base
 from prmd.models.chat_templates import read_template, template_fingerprint
+from prmd.models.identity import model_files, weight_files
 from prmd.models.loading import (
     base_model_key,
     load_classifier,
     load_folder_config,
     load_tokenizer_from,
-    weight_files,
 )
 from prmd.models.sequence_models import SequenceRewards, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, Tokens, tokenize_texts
@@ -194,7 +194,7 @@ def load_reward_model(directory: Path, *, shared: SharedConfig) -> RewardModel:
     ensemble = Ensemble.load(ensemble_file) if ensemble_file.is_file() else None
     adapters = find_members(directory)
     rest = [template_fingerprint(tokenizer), base.dtype]
-    keys = [io.fingerprint([key, *rest]) for key in weights_keys(directory)]
+    keys = [io.fingerprint([key, *rest]) for key in weights_keys(directory, paths)]
     if adapters:
         keys[0] = io.fingerprint([keys[0], base_model_key(base, paths)])
     return RewardModel(
@@ -244,19 +244,21 @@ def load_reward_models(shared: SharedConfig) -> list[RewardModel]:
     return [replace(model, shared_base=base) for model in found]
 
 
-def weights_keys(directory: Path) -> tuple[str, str]:
-    """Content keys of the weights in a reward model's folder: of all, its ensemble's included, and of those without it.
+def weights_keys(directory: Path, paths: ArtifactPaths) -> tuple[str, str]:
+    """Content keys of a reward model's folder: of all, its ensemble included, and of what is there without it.
+
+    Args:
+        paths: as for `identity.model_files`.
 
     Raises:
-        DataError: there are none.
+        DataError: it holds no weights.
     """
-    files = weight_files(directory)
-    backbone = [file for file in files if file[0] != ENSEMBLE_FILE]
-    if not backbone:
+    if {name for name, _ in weight_files(directory)} == {ENSEMBLE_FILE}:
         raise DataError(
             f"{directory}: {ENSEMBLE_FILE} without a model beside it; give a trained reward model"
         )
-    adapters = find_members(directory)
+    files, adapters = model_files(directory, paths), find_members(directory)
+    backbone = [file for file in files if file[0] != ENSEMBLE_FILE]
     return io.fingerprint(files + (adapters.keys() if adapters else [])), io.fingerprint(backbone)
 
 
