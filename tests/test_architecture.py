@@ -326,6 +326,17 @@ def test_nothing_runs_code_from_data(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=shown)
+def test_whether_code_of_a_model_runs_is_said_at_every_loading(path: Path) -> None:
+    """Without it transformers asks at the keyboard; adapters hold no code."""
+    for name, call in calls_of(path):
+        if (
+            name in ("from_pretrained", "from_config", "LLM")
+            and ast.unparse(call.func).split(".")[0] != "PeftModel"
+        ):
+            assert "trust_remote_code" in {k.arg for k in call.keywords}, where(path, call)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=shown)
 def test_every_module_and_public_function_says_what_it_is(path: Path) -> None:
     tree = tree_of(path)
     assert ast.get_docstring(tree), f"{path} has no docstring"

@@ -134,7 +134,9 @@ def random_models(
     def make(auto_class: type, **arguments: object) -> PreTrainedModel:
         shape = type(config).from_dict(config.to_dict() | {"pad_token_id": pad_token_id} | arguments)
         with get_device():
-            return auto_class.from_config(shape, dtype=dtype, attn_implementation="sdpa")
+            return auto_class.from_config(
+                shape, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+            )
 
     return Models(
         policy=lambda: make(AutoModelForCausalLM),

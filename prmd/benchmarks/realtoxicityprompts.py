@@ -86,7 +86,7 @@ def run_realtoxicityprompts(config: EvaluationConfig, models: CandidateModels) -
         return BenchmarkResult(reason=why_not_run(None, KEY))
     try:
         data = read_data(settings)
-        scorer = make_scorer(settings, data.texts, config.paths)
+        scorer = make_scorer(settings, data.texts, config.paths, trust=config.shared.model.trust_remote_code)
     except UserError as error:
         return BenchmarkResult(reason=why_not_run(settings.path, KEY, error))
     prompts = chosen_prompts(data.prompts, settings.prompts)

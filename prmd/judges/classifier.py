@@ -53,12 +53,14 @@ class LabelClassifier:
         label: the label that counts; None finds it by its name.
         key: where it is configured, for messages.
         paths: probabilities are cached below this artifact root.
+        trust: whether code that comes with it may run, `model.trust_remote_code`.
     """
 
     source: str
     label: str | None
     key: str
     paths: ArtifactPaths
+    trust: bool = False
 
     @property
     def name(self) -> str:
@@ -105,7 +107,7 @@ class LabelClassifier:
 
     def _fill(self, table: ScoreTable, todo: Sequence[tuple[bytes, tuple[str, ...]]]) -> None:
         try:
-            model, tokenizer = load_labelled_classifier(self.location)
+            model, tokenizer = load_labelled_classifier(self.location, trust=self.trust)
         except (OSError, ValueError) as error:
             detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise ConfigError(

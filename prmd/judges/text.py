@@ -210,13 +210,14 @@ def make_text_judge(config: EvaluationConfig) -> TextJudge | None:
         ConfigError: its file or folder is missing.
         DataError: its file is malformed.
     """
-    settings, paths = config.text_judge, config.paths
+    settings, paths, trust = config.text_judge, config.paths, config.shared.model.trust_remote_code
     if settings.kind == "none":
         return None
     if settings.kind == "strings":
         return StringJudge()
     if settings.kind == "classifier":
-        return ClassifierJudge(LabelClassifier(settings.model or "", settings.label, "text_judge", paths))
+        source = settings.model or ""
+        return ClassifierJudge(LabelClassifier(source, settings.label, "text_judge", paths, trust))
     if settings.kind == "replay":
         file = resolve_user_path(settings.file or "", "text_judge.file", "a file of verdicts", "file")
         return ReplayJudge("replay", ReplayChat(file))
@@ -224,6 +225,8 @@ def make_text_judge(config: EvaluationConfig) -> TextJudge | None:
         chat: Chat = EndpointChat(make_endpoint(settings), settings, paths)
     else:  # an instruct model, in the number format of the policies
         dtype = config.shared.model.dtype
-        model = ModelConfig(source="hub", name=settings.model or "", revision=None, dtype=dtype)
+        model = ModelConfig(
+            source="hub", name=settings.model or "", revision=None, dtype=dtype, trust_remote_code=trust
+        )
         chat = LocalChat(model, paths, config.generation.batch_size)
     return ChatJudge(settings.kind, chat, settings.conversation)

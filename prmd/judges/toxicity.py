@@ -213,20 +213,25 @@ class ClassifierScorer:
 
 
 def make_scorer(
-    settings: RealToxicityPromptsConfig, texts: Sequence[ScoredText], paths: ArtifactPaths
+    settings: RealToxicityPromptsConfig,
+    texts: Sequence[ScoredText],
+    paths: ArtifactPaths,
+    *,
+    trust: bool = False,
 ) -> ToxicityScorer:
     """The scorer of `benchmarks.realtoxicityprompts.scorer`.
 
     Args:
         texts: all texts of the benchmark that have a Perspective score.
         paths: where a classifier keeps its probabilities.
+        trust: as for `LabelClassifier`.
 
     Raises:
         DataError: the substitute has too few texts to be fitted and validated.
     """
     if settings.scorer != SUBSTITUTE:
         key = "benchmarks.realtoxicityprompts.scorer"
-        return ClassifierScorer(LabelClassifier(settings.scorer, settings.scorer_label, key, paths))
+        return ClassifierScorer(LabelClassifier(settings.scorer, settings.scorer_label, key, paths, trust))
     fitted = _in_hash_order([row for row in texts if not _is_held_out(row)])[:MAX_FITTED_TEXTS]
     held_out = validation_texts(texts)
     if len(fitted) < LEAST_TEXTS or not _has_both_classes(held_out):

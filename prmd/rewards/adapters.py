@@ -125,7 +125,7 @@ def shared_base(model: ModelConfig, paths: ArtifactPaths, directories: Sequence[
         return None
     formats = {
         load_model_config(model, paths).dtype,
-        *(load_folder_config(d).dtype for d in directories),
+        *(load_folder_config(d, trust=model.trust_remote_code).dtype for d in directories),
     }
     return SharedBase(model, paths, directories) if formats == {getattr(torch, model.dtype)} else None
 

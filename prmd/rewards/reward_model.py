@@ -84,7 +84,10 @@ class RewardModel:
 
     @cached_property
     def _merged(self) -> PreTrainedModel:
-        return load_classifier(self.directory, self.base_model.dtype, attention=self.base_model.attention)
+        base = self.base_model
+        return load_classifier(
+            self.directory, base.dtype, attention=base.attention, trust=base.trust_remote_code
+        )
 
     def release(self) -> None:
         """Free the memory of the weights; a base that others share stays until it is released itself."""
@@ -115,7 +118,8 @@ class RewardModel:
 
     def features(self, rows: Sequence[PrefixRow], *, description: str) -> list[Tensor]:
         """[r_0, h] of every response, cached: one float32 [n_responses, 1 + d] tensor per row."""
-        width = 1 + load_folder_config(self.directory).get_text_config().hidden_size
+        config = load_folder_config(self.directory, trust=self.base_model.trust_remote_code)
+        width = 1 + config.get_text_config().hidden_size
         table = ScoreTable(self.paths.cache("features", self.backbone_fingerprint), width)
 
         def values(features: Tensor, base: Tensor) -> Tensor:
@@ -189,7 +193,8 @@ def load_reward_model(directory: Path, *, shared: SharedConfig) -> RewardModel:
     Raises:
         DataError: no weights, or a calibration that belongs to other ones; a missing head when it first scores.
     """
-    tokenizer, base, paths = load_tokenizer_from(directory), shared.model, shared.paths
+    base, paths = shared.model, shared.paths
+    tokenizer = load_tokenizer_from(directory, trust=base.trust_remote_code)
     ensemble_file = directory / ENSEMBLE_FILE
     ensemble = Ensemble.load(ensemble_file) if ensemble_file.is_file() else None
     adapters = find_members(directory)

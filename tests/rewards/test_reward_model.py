@@ -145,8 +145,9 @@ def test_the_checkpoint_is_loaded_with_the_configured_attention_and_freed(tmp_pa
     config = config.model_copy(update={"model": config.model.model_copy(update={"attention": "sdpa"})})
     model, asked, real = load_reward_model(folder, shared=config), [], rewards_reward_model.load_classifier
 
-    def load(directory, dtype, *, attention):
+    def load(directory, dtype, *, attention, trust):
         asked.append((directory, dtype, attention))
+        assert trust is False
         return real(directory, dtype, attention=attention)
 
     monkeypatch.setattr(rewards_reward_model, "load_classifier", load)
