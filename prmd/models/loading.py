@@ -31,6 +31,7 @@ from prmd.config.shared import LoraConfig, ModelConfig
 from prmd.errors import ConfigError, DataError
 from prmd.models.attention import attention_implementation, or_eager
 from prmd.models.chat_templates import check_template, check_trained_template, set_thinking
+from prmd.models.classifiers import provide_classifier
 from prmd.models.identity import content_key, model_key
 from prmd.models.pypi_wheel import fetch_model
 from prmd.runtime import get_device, is_main_process, wait_for_everyone
@@ -212,8 +213,10 @@ def _load(
     device: torch.device | None = None,
     **arguments: Any,
 ) -> PreTrainedModel:
-    source = model_source(model, paths)
-    attention = attention_implementation(model.attention, load_model_config(model, paths))
+    source, config = model_source(model, paths), load_model_config(model, paths)
+    if auto_class is AutoModelForSequenceClassification:
+        provide_classifier(config)
+    attention = attention_implementation(model.attention, config)
     try:
         loaded = _load_model(
             auto_class,
@@ -252,10 +255,12 @@ def load_classifier(
     Raises:
         DataError: the folder has no trained `score` head (a base model, or an adapter without its head).
     """
+    config = load_folder_config(directory, trust=trust)
+    provide_classifier(config)
     loaded, info = _load_model(
         AutoModelForSequenceClassification,
         directory,
-        attention=attention_implementation(attention, load_folder_config(directory, trust=trust)),
+        attention=attention_implementation(attention, config),
         trust=trust,
         dtype=getattr(torch, dtype),
         output_loading_info=True,

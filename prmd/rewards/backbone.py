@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
+from prmd.models.classifiers import save_code
 from prmd.models.loading import add_lora, load_adapted, load_base_classifier, save_merged
 from prmd.models.sequence_models import SequenceRewards
 from prmd.pessimism.losses import bradley_terry_loss
@@ -181,3 +182,4 @@ def _save_best(task: RewardTask, tokenizer: PreTrainedTokenizerBase, partial: Pa
         save_merged(load_adapted(base, best), tokenizer, partial, dtype=config.model.dtype)
     else:
         copy_model(best, partial)
+    save_code(partial)

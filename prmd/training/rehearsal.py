@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prmd.config.shared import LoraConfig
 from prmd.models.attention import or_eager, plain_attention
+from prmd.models.classifiers import provide_classifier
 from prmd.models.loading import add_lora
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.runtime import get_device
@@ -174,6 +175,7 @@ def meta_model(
     auto: Any = AutoModelForCausalLM
     if task == "reward_model":
         auto, config.num_labels = AutoModelForSequenceClassification, 1
+        provide_classifier(config)
     remote = type(config).__module__.startswith("transformers_modules")  # code the configuration came with
     with torch.device("meta"):
         model = or_eager(
