@@ -1,6 +1,6 @@
 """Pessimistic reward model distillation: the library behind the numbered scripts.
 
-Rooms, each importing only those before it: errors, objectives; pessimism, statistics; runtime; artifacts; config; pairs;
+Rooms, each importing only those before it: errors, objectives; pessimism, statistics; runtime; artifacts; config; pairs, features;
 report; models; data, training, inference; rewards; policies, judges; benchmarks; evaluation; setup_check.
 
 Read five files first, in this order: `pairs.py` (a preference pair), `pessimism/aggregation.py` (R(x, y) of all members),

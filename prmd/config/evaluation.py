@@ -11,6 +11,7 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 from prmd.config.masking import MASK, address_fault, masked_address
 from prmd.config.shared import (
     Approach,
+    DebiasConfig,
     ModelConfig,
     PositiveFloat,
     PositiveInt,
@@ -27,6 +28,7 @@ class JudgeConfig(Section):
     model: ModelConfig | None = None
     tuning: TuningConfig = TuningConfig(method="lora")
     training: TrainingConfig = TrainingConfig(epochs=1.0, max_pairs=4000, checkpoints=(1.0,))
+    debias: DebiasConfig = DebiasConfig()
 
     @field_validator("paths")
     @classmethod

@@ -138,6 +138,40 @@ class TrainingConfig(Section):
         return value
 
 
+Feature = Literal[
+    "length",
+    "list_items",
+    "refusal",
+    "questions",
+    "digits",
+    "first_person",
+    "hedges",
+    "markdown",
+    "emoji",
+]
+"""What `debias.features` may name; `features.MEANINGS` says what each is."""
+
+
+class DebiasConfig(Section):
+    features: dict[str, tuple[Feature, ...]] = Field(default_factory=dict)
+    strength: Fraction = 1.0
+
+    @field_validator("features")
+    @classmethod
+    def features_name_objectives(
+        cls, value: dict[str, tuple[Feature, ...]]
+    ) -> dict[str, tuple[Feature, ...]]:
+        check_objectives(value, "debias.features names")
+        for objective, features in value.items():
+            if len(set(features)) < len(features):
+                raise ValueError(f"features of {objective} must be named once each, got {list(features)}")
+        return value
+
+    def of(self, objective: str) -> tuple[Feature, ...]:
+        """The features held to be a bias of this objective's labels; none: it is trained on the labels as they are."""
+        return self.features.get(objective, ())
+
+
 class EnsembleConfig(Section):
     kind: Literal["heads", "adapters"] = "heads"
     members: PositiveInt = 20
@@ -145,6 +179,7 @@ class EnsembleConfig(Section):
     # A weaker anchor lets heads fit on few pairs pull their mean below r_0: benchmarks/ensemble_choice.py.
     anchor: float = Field(default=100.0, ge=0.0)
     prior_scale: PositiveFloat = 0.5
+    debias_strengths: tuple[Fraction, Fraction] = (0.0, 1.0)
 
 
 class CalibrationConfig(Section):
@@ -180,6 +215,7 @@ class RewardModelConfig(SharedConfig):
     tuning: TuningConfig = TuningConfig()
     training: TrainingConfig = TrainingConfig()
     centering_coefficient: float = Field(default=0.01, ge=0.0)
+    debias: DebiasConfig = DebiasConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
 
     @model_validator(mode="after")

@@ -14,10 +14,11 @@ from prmd.artifacts.paths import resolve_user_path
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import ModelConfig
 from prmd.errors import ConfigError
+from prmd.features import refuses
 from prmd.judges.chats import Chat, EndpointChat, LocalChat, ReplayChat
 from prmd.judges.classifier import LabelClassifier
 from prmd.judges.endpoint import make_endpoint
-from prmd.judges.rubrics import JAILBREAK, REFUSAL, JudgeItem, Rubric, Verdict, item_key, refuses
+from prmd.judges.rubrics import JAILBREAK, REFUSAL, JudgeItem, Rubric, Verdict, item_key
 from prmd.pairs import Message
 
 VERDICT_TOKENS = 16
