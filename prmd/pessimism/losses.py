@@ -11,23 +11,29 @@ from torch import Tensor
 
 
 def bradley_terry_loss(
-    *, chosen_rewards: Tensor, rejected_rewards: Tensor, centering_coefficient: float = 0.01
+    *,
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    centering_coefficient: float = 0.01,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Bradley-Terry negative log-likelihood with a penalty that keeps rewards centred on zero.
 
-    ``-log sigmoid(r_chosen - r_rejected) + c * (r_chosen + r_rejected)**2``
+    ``-log sigmoid(r_chosen - r_rejected + o) + c * (r_chosen + r_rejected)**2``
 
     Args:
         chosen_rewards: rewards of the preferred responses, [B].
         rejected_rewards: rewards of the other responses, [B].
         centering_coefficient: c >= 0; zero leaves plain Bradley-Terry, whose rewards drift by a constant.
+        offsets: o of each pair, the log-odds that are explained without the rewards (`debias.bias_offsets`), [B].
 
     Returns:
         Loss of each pair in nats, [B].
 
     Source: Bradley-Terry as Eq. 2 of arXiv:2305.18290; the centring term is that of arXiv:2312.09244.
     """
-    likelihood = -F.logsigmoid(chosen_rewards - rejected_rewards)
+    margins = chosen_rewards - rejected_rewards
+    likelihood = -F.logsigmoid(margins if offsets is None else margins + offsets.to(margins.dtype))
     return likelihood + centering_coefficient * (chosen_rewards + rejected_rewards).square()
 
 

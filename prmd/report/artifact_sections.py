@@ -14,9 +14,21 @@ from prmd.artifacts.paths import ArtifactPaths, reward_model_command, stage_comm
 from prmd.config.evaluation import BenchmarksConfig
 from prmd.errors import DataError
 from prmd.objectives import OBJECTIVES
-from prmd.report.tables import NOTHING, Table, as_text, flat, format_number, format_seconds, with_mark
+from prmd.report.tables import (
+    DOWN,
+    NOTHING,
+    UP,
+    Table,
+    as_text,
+    flat,
+    format_estimate,
+    format_number,
+    format_seconds,
+    with_mark,
+)
 
 Section = dict[str, Any]
+SIGNIFICANT = 0.05
 
 
 def load(path: Path) -> Any:
@@ -151,7 +163,78 @@ def reward_models_section(paths: ArtifactPaths) -> Section:
         "Held-out test pairs; brackets: 95 % intervals. Length only: the longer response is called better."
     )
     table = Table(("measure", *present), rows, caption) if present else None
-    return {"table": table, "missing": lacking, "examples": examples}
+    return {
+        "table": table,
+        "debias": _debias_table(present),
+        "scan": _scan_table(present),
+        "missing": lacking,
+        "examples": examples,
+    }
+
+
+def _debias_table(models: dict[str, dict[str, Any]]) -> Table | None:
+    """What was held to be a bias of which labels, and what debiasing reached; None where nothing was named."""
+    rows = tuple(
+        (
+            f"{objective}: {name}",
+            format_estimate(one["share"]),
+            *(format_estimate(one[column]) for column in ("sign", "size")),
+            _asked_and_reached(found),
+            format_number(one["slope"]),
+            _from_to(one["member_slopes"]),
+            with_mark(metrics.get("accuracy")),
+            with_mark(one["balanced_accuracy"]),
+        )
+        for objective, metrics in models.items()
+        if (found := metrics.get("debias"))
+        for name, one in found["features"].items()
+    )
+    columns = (
+        *("feature", "chosen has more", "b, having more", "b, size", "strength of members: asked, reached"),
+        *("slope of the reward model", "slopes of members", "accuracy", "accuracy, balanced by the feature"),
+    )
+    caption = (
+        "Features held to be a bias of the labels (debias.features). Chosen has more: share of the training pairs that differ. "
+        "b: log-odds with which the feature alone predicts the label, the size in root mean squares. Strength: 0 keeps all of "
+        "it in the margins, 1 none; reached: on held-out pairs, first and last member. Slope: of held-out margins on the "
+        "size. Balanced: the chosen response has more in half of the pairs; a model that follows the feature alone gets ½."
+    )
+    return Table(columns, rows, caption) if rows else None
+
+
+def _asked_and_reached(found: dict[str, Any]) -> str:
+    return f"{_from_to(found['member_strengths'])}, {_from_to(found['member_strengths_reached'])}"
+
+
+def _from_to(values: list[Any]) -> str:
+    first, last = (format_estimate(values[i]) for i in (0, -1))
+    return first if len(values) == 1 else f"{first} to {last}"
+
+
+def _scan_table(models: dict[str, dict[str, Any]]) -> Table | None:
+    """How often the chosen response has more of each feature, named or not."""
+    scans = {
+        objective: metrics["feature_scan"]
+        for objective, metrics in models.items()
+        if metrics.get("feature_scan")
+    }
+    names = tuple(dict.fromkeys(name for scan in scans.values() for name in scan))
+    rows = tuple(
+        (name.replace("_", " "), *(_scanned(scan.get(name)) for scan in scans.values())) for name in names
+    )
+    caption = (
+        "Share of the training pairs that differ in a feature in which the chosen response has more of it. ↑ ↓: p < .05 for ½ "
+        "after Holm's correction over the features. A strong association is a bias of the labels or what the objective asks "
+        "for; only a person knows."
+    )
+    return Table(("feature", *scans), rows, caption) if rows else None
+
+
+def _scanned(share: dict[str, Any] | None) -> str:
+    if not share:
+        return NOTHING
+    mark = "" if share["p_holm"] >= SIGNIFICANT else UP if share["value"] > 0.5 else DOWN
+    return f"{format_estimate(share)} {mark}".rstrip() + f" (n = {share['n']})"
 
 
 def _sizes(metrics: dict[str, Any]) -> str:
@@ -198,6 +281,7 @@ def _raw_and_calibrated(key: str, digits: int) -> Any:
 _REWARD_ROWS = (
     ("accuracy of the reward model", _accuracy("accuracy")),
     ("accuracy of the mean member", _accuracy("mean_member_accuracy")),
+    ("the same, the longer chosen in half", lambda m: with_mark(m.get("length_balanced_accuracy"))),
     ("accuracy of length only", _accuracy("length_only_accuracy")),
     (
         "expected calibration error, raw / calibrated rewards",

@@ -1,8 +1,8 @@
 """Training of a reward model's backbone r_0, and of the members where the ensemble is of adapters.
 
-    L_RM = mean_i [ -log sigma(r_0(x_i, y_w) - r_0(x_i, y_l)) ] + c mean_i (r_0(y_w) + r_0(y_l))^2
+    L_RM = mean_i [ -log sigma(r_0(x_i, y_w) - r_0(x_i, y_l) + s_0 a_i) ] + c mean_i (r_0(y_w) + r_0(y_l))^2
 
-Heads, measurements and calibration, which follow the backbone, are in `fitting`; the order of all of it is in
+a_i is what features that are held to be a bias predict of the label (`debias`), 0 where none is named. Heads, measurements and calibration, which follow the backbone, are in `fitting`; the order of all of it is in
 `train`; the loop itself is `training.trainer.PairTrainer`, run by `training.run`.
 """
 
@@ -21,6 +21,7 @@ from prmd.artifacts import io
 from prmd.models.classifiers import save_code
 from prmd.models.loading import add_lora, load_adapted, load_base_classifier, save_merged
 from prmd.models.sequence_models import SequenceRewards
+from prmd.models.tokenization import TokenizedPairs
 from prmd.pessimism.losses import bradley_terry_loss
 from prmd.rewards.adapters import (
     is_trained,
@@ -29,6 +30,7 @@ from prmd.rewards.adapters import (
     member_seed,
     resampled,
 )
+from prmd.rewards.debias import Debiasing
 from prmd.rewards.task import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.runtime import free_memory, is_main_process, set_seed, wait_for_everyone
 from prmd.training.checkpoints import best_step, copy_model, drop_checkpoints, name_checkpoints
@@ -36,6 +38,9 @@ from prmd.training.run import TrainingRun, run_training
 from prmd.training.trainer import Columns, PairData, PairLoss
 
 logger = logging.getLogger(__name__)
+
+WITH_OFFSET = "eval_rewards/accuracies_with_offset"
+"""Held-out accuracy by margin and offset together, which is what a debiased training maximises."""
 
 
 def epoch_stream(n: int, epochs: float, seed: int) -> list[int]:
@@ -49,12 +54,17 @@ def epoch_stream(n: int, epochs: float, seed: int) -> list[int]:
 
 
 def train_backbone(
-    task: RewardTask, data: RewardPairs, tokenizer: PreTrainedTokenizerBase, partial: Path
+    task: RewardTask,
+    data: RewardPairs,
+    tokenizer: PreTrainedTokenizerBase,
+    partial: Path,
+    debiasing: Debiasing | None = None,
 ) -> dict[str, Any]:
     """Train r_0 into `partial` and return sizes and the curve; an interrupted run that got this far is not repeated."""
     done = partial / "backbone.json"
     if not done.is_file():
-        facts = _train(task, data, tokenizer, partial)
+        strength = debiasing.strength if debiasing else 0.0
+        facts = _train(task, data, tokenizer, partial, debiasing, strength)
         if is_main_process():
             _save_best(task, tokenizer, partial, partial / f"checkpoint-{facts['best_step']}")
             io.write_json(done, facts)
@@ -67,7 +77,11 @@ def train_backbone(
 
 
 def train_members(
-    task: RewardTask, data: RewardPairs, tokenizer: PreTrainedTokenizerBase, partial: Path
+    task: RewardTask,
+    data: RewardPairs,
+    tokenizer: PreTrainedTokenizerBase,
+    partial: Path,
+    debiasing: Debiasing | None = None,
 ) -> None:
     """Train the adapters of the ensemble into `partial/members`, one after the other; finished ones are left alone."""
     config = task.config
@@ -82,6 +96,8 @@ def train_members(
                 replace(data, train=pairs),
                 tokenizer,
                 folder,
+                debiasing,
+                debiasing.strengths[member] if debiasing else 0.0,
             )
             if is_main_process():
                 io.write_json(folder / "training.json", facts)
@@ -93,7 +109,12 @@ def train_members(
 
 
 def _train(
-    task: RewardTask, data: RewardPairs, tokenizer: PreTrainedTokenizerBase, partial: Path
+    task: RewardTask,
+    data: RewardPairs,
+    tokenizer: PreTrainedTokenizerBase,
+    partial: Path,
+    debiasing: Debiasing | None,
+    strength: float,
 ) -> dict[str, Any]:
     """Train and evaluate; the checkpoints stay as the trainer left them."""
     train, val = (
@@ -111,7 +132,12 @@ def _train(
         return SequenceRewards(add_lora(model, config.tuning.lora, task="SEQ_CLS") if lora else model)
 
     def loss(rewards: Tensor, columns: Columns) -> PairLoss:
-        return reward_loss(rewards, config.centering_coefficient)
+        return reward_loss(rewards, config.centering_coefficient, columns.get("offsets"))
+
+    def paired(tokenized: TokenizedPairs) -> PairData:
+        return PairData(
+            tokenized.rows, {"offsets": strength * debiasing.of(tokenized.pairs)} if debiasing else {}
+        )
 
     run = TrainingRun(
         name=task.name,
@@ -119,9 +145,9 @@ def _train(
         shared=config,
         tuning=config.tuning,
         training=config.training,
-        data=PairData(train.rows, {}),
+        data=paired(train),
         stream=epoch_stream(len(train.rows), config.training.epochs, config.seed),
-        eval_data=PairData(val.rows, {}),
+        eval_data=paired(val),
         loss_function=loss,
         load_model=load,
         log_directory=config.paths.logs(*task.log_names),
@@ -137,12 +163,13 @@ def _checkpoint_facts(
     task: RewardTask, history: list[dict[str, float]], steps: dict[int, str]
 ) -> dict[str, Any]:
     """The held-out curve and which of the checkpoints `steps` (step -> name) is best."""
-    curve = [
-        {"step": row["step"], "eval_loss": row["eval_loss"], "eval_accuracy": row["eval_rewards/accuracies"]}
-        for row in history
-        if "eval_loss" in row
+    curve = [_held_out_row(row) for row in history if "eval_loss" in row]
+    chosen_by = [
+        row | {"eval_accuracy": row.get("eval_accuracy_with_offset", row["eval_accuracy"])}
+        for row in curve
+        if row["step"] in steps
     ]
-    best = best_step([row for row in curve if row["step"] in steps])
+    best = best_step(chosen_by)
     logger.info("%s: best checkpoint is %r by held-out accuracy", task.name, steps[best])
     return {
         "curve": curve,
@@ -152,20 +179,35 @@ def _checkpoint_facts(
     }
 
 
-def reward_loss(rewards: Tensor, centering_coefficient: float) -> PairLoss:
-    """Bradley-Terry with centring and what is logged, from rewards [B, 2] of (chosen, rejected)."""
+def _held_out_row(row: dict[str, float]) -> dict[str, float]:
+    known = {"eval_loss": "eval_loss", "eval_accuracy": "eval_rewards/accuracies"}
+    known |= {"eval_accuracy_with_offset": WITH_OFFSET} if WITH_OFFSET in row else {}
+    return {"step": row["step"], **{name: row[key] for name, key in known.items()}}
+
+
+def reward_loss(rewards: Tensor, centering_coefficient: float, offsets: Tensor | None = None) -> PairLoss:
+    """Bradley-Terry with centring and what is logged, from rewards [B, 2] of (chosen, rejected) and offsets s a [B]."""
     chosen, rejected = rewards[:, 0], rewards[:, 1]
     margins = (chosen - rejected).detach()
     metrics = {
         "rewards/chosen": chosen.detach(),
         "rewards/rejected": rejected.detach(),
         "rewards/margins": margins,
-        "rewards/accuracies": (margins > 0).float() + 0.5 * (margins == 0).float(),
+        "rewards/accuracies": _right(margins),
     }
+    if offsets is not None:
+        metrics["rewards/accuracies_with_offset"] = _right(margins + offsets.to(margins.dtype))
     loss = bradley_terry_loss(
-        chosen_rewards=chosen, rejected_rewards=rejected, centering_coefficient=centering_coefficient
+        chosen_rewards=chosen,
+        rejected_rewards=rejected,
+        centering_coefficient=centering_coefficient,
+        offsets=offsets,
     )
     return PairLoss(loss, metrics)
+
+
+def _right(margins: Tensor) -> Tensor:
+    return (margins > 0).float() + 0.5 * (margins == 0).float()
 
 
 def _save_best(task: RewardTask, tokenizer: PreTrainedTokenizerBase, partial: Path, best: Path) -> None:

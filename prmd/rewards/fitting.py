@@ -19,8 +19,16 @@ from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.pessimism.calibration import fit_calibration, prompt_means
 from prmd.report import reward_figures
+from prmd.rewards.debias import Debiasing, scan_features, scan_notes
 from prmd.rewards.heads import fit_ensemble
-from prmd.rewards.metrics import HeldOut, extreme_examples, readable_examples, reward_metrics, warnings
+from prmd.rewards.metrics import (
+    HeldOut,
+    debias_notes,
+    extreme_examples,
+    readable_examples,
+    reward_metrics,
+    warnings,
+)
 from prmd.rewards.reward_model import ENSEMBLE_FILE, RewardModel, rows_of_samples, write_calibration
 from prmd.rewards.task import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.runtime import is_main_process
@@ -49,7 +57,12 @@ def _member_rewards(
     return base[..., None]
 
 
-def fit_heads(task: RewardTask, pairs: Sequence[PreferencePair], reward_model: RewardModel) -> None:
+def fit_heads(
+    task: RewardTask,
+    pairs: Sequence[PreferencePair],
+    reward_model: RewardModel,
+    debiasing: Debiasing | None = None,
+) -> None:
     """Fit the ensemble on pairs the backbone never saw and save it beside the backbone."""
     tokenized = tokenize_reward_pairs(task, pairs, reward_model.tokenizer)
     base, features = _pair_features(reward_model, tokenized, f"{task.objective}: features for the ensemble")
@@ -61,25 +74,32 @@ def fit_heads(task: RewardTask, pairs: Sequence[PreferencePair], reward_model: R
         pair_ids=[pair.id for pair in tokenized.pairs],
         config=task.config.ensemble,
         seed=task.config.seed,
+        offsets=debiasing.of_members(tokenized.pairs) if debiasing else None,
     )
     if is_main_process():
         ensemble.save(reward_model.directory / ENSEMBLE_FILE)
 
 
 def measure(
-    task: RewardTask, data: RewardPairs, reward_model: RewardModel, facts: dict[str, Any]
+    task: RewardTask,
+    data: RewardPairs,
+    reward_model: RewardModel,
+    facts: dict[str, Any],
+    debiasing: Debiasing | None = None,
 ) -> dict[str, Any]:
     """Metrics on the test split; written with figures and examples to `outputs/reward_analysis` for a reward model."""
     tokenized = tokenize_reward_pairs(task, data.test, reward_model.tokenizer)
     base, features = _pair_features(reward_model, tokenized, f"{task.objective}: test pairs")
     members = _member_rewards(reward_model, tokenized, base, features)
     scale = reward_model.calibration.scale if reward_model.calibration else None
-    held_out = HeldOut(tokenized.pairs, tokenized.rows, base, members, scale)
+    bias = debiasing.held_out(tokenized.pairs, reward_model.tokenizer) if debiasing else None
+    held_out = HeldOut(tokenized.pairs, tokenized.rows, base, members, scale, bias)
     metrics = {
         "objective": task.objective,
         "approach": task.config.paths.approach,
         **reward_metrics(held_out),
         **facts,
+        "feature_scan": scan_features(data.train, reward_model.tokenizer),
     }
     accuracy = metrics["accuracy"]
     logger.info(
@@ -89,6 +109,12 @@ def measure(
     )
     if task.split == "train" and is_main_process():
         for note in warnings(metrics, task.objective):
+            logger.warning("%s", note)
+        for note in debias_notes(metrics, task.objective):
+            logger.info("%s", note)
+        for note in scan_notes(
+            metrics["feature_scan"], task.objective, task.config.debias.of(task.objective)
+        ):
             logger.warning("%s", note)
         folder, examples = task.config.paths.reward_analysis, extreme_examples(held_out)
         analysis = io.write_json(folder / f"{task.objective}.json", metrics | examples)

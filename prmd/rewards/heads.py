@@ -104,15 +104,17 @@ def fit_ensemble(
     pair_ids: Sequence[str],
     config: EnsembleConfig,
     seed: int,
+    offsets: Tensor | None = None,
 ) -> Ensemble:
     """Fit M heads on pairs that the backbone never saw.
 
-        L_m = (1/n) sum_i w_{m,i} [-log sigma(r_m(y_w) - r_m(y_l))] + (anchor/n) ||theta_m - theta_m^0||^2
+        L_m = (1/n) sum_i w_{m,i} [-log sigma(r_m(y_w) - r_m(y_l) + s_m a_i)] + (anchor/n) ||theta_m - theta_m^0||^2
 
     Args:
         chosen_features, rejected_features: [n, d] float32.
         chosen_rewards, rejected_rewards: r_0, [n].
         config: members, anchor, and prior_scale (sd of f_m's margin at theta^0 over sd of r_0's margin).
+        offsets: s_m a_i of each member and pair (`debias.Debiasing`), [M, n]; None: 0.
 
     Returns:
         The fitted heads. Sources: arXiv:2402.00396 (epistemic heads), arXiv:1805.07805 (anchored ensembles).
@@ -126,7 +128,8 @@ def fit_ensemble(
     weights["weight3"] = weights["weight3"] * (wanted / prior.clamp_min(1e-12))[:, None, None]
     counts = bootstrap_weights(pair_ids, config.members, seed).to(both.device)
     margins = (chosen_rewards - rejected_rewards).float()
-    fitted = _minimise(weights, chosen, rejected, margins, counts, config.anchor, seed)
+    shifts = None if offsets is None else offsets.float().to(both.device)
+    fitted = _minimise(weights, chosen, rejected, margins, counts, config.anchor, seed, shifts)
     return Ensemble(
         {**{k: v.detach().cpu() for k, v in fitted.items()}, "mean": mean.cpu(), "std": std.cpu()}
     )
@@ -140,6 +143,7 @@ def _minimise(
     counts: Tensor,
     anchor: float,
     seed: int,
+    offsets: Tensor | None,
 ) -> dict[str, Tensor]:
     """Adam on all members at once; their losses share no parameter, so each is minimised on its own."""
     n = len(margins)
@@ -156,6 +160,7 @@ def _minimise(
             chosen_rewards=difference,
             rejected_rewards=torch.zeros_like(difference),
             centering_coefficient=0.0,
+            offsets=None if offsets is None else offsets[:, index],
         )
         penalty = sum((weights[k] - start[k]).square().sum() for k in weights)
         loss = (counts[:, index] * losses).mean(dim=1).sum() + anchor / n * penalty

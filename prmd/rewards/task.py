@@ -6,6 +6,7 @@ Everything is read and refused here before a model is loaded. Training is in `ba
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -54,6 +55,8 @@ class RewardTask:
         """Key of everything the finished artifact depends on, and behind it the key that earlier versions gave it."""
         paths, values = self.config.paths, as_dict(self.config)
         kept = {key: values[key] for key in ("seed", "tuning", "centering_coefficient", "ensemble")}
+        kept["ensemble"] = {k: v for k, v in kept["ensemble"].items() if k != "debias_strengths"}
+        kept |= self._debias_key()
         own = [(self.objective, self.split), (self.objective, "test")]
         calibrating = [(objective, "val") for objective in OBJECTIVES]
         parts = list(dict.fromkeys(own + calibrating))
@@ -69,6 +72,14 @@ class RewardTask:
             )
             for training, calibration in keys
         )
+
+    def _debias_key(self) -> dict[str, Any]:
+        """What decides debiasing; nothing where no feature is named, so that what was finished before stays finished."""
+        debias, ensemble = self.config.debias, self.config.ensemble
+        if not (features := debias.of(self.objective)):
+            return {}
+        strengths = list(ensemble.debias_strengths) if ensemble.members > 1 else None
+        return {"debias": [list(features), debias.strength, strengths]}
 
 
 @dataclass(frozen=True)

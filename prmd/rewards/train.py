@@ -1,7 +1,8 @@
 """Stage 2: a reward model per objective, with its ensemble, calibration, checkpoints and analysis.
 
-    L_RM = mean_i [ -log sigma(r_0(x_i, y_w) - r_0(x_i, y_l)) ] + c mean_i (r_0(y_w) + r_0(y_l))^2
+    L_RM = mean_i [ -log sigma(r_0(x_i, y_w) - r_0(x_i, y_l) + s_0 a_i) ] + c mean_i (r_0(y_w) + r_0(y_l))^2
 
+a_i is 0 unless the configuration names features that are held to be a bias of the labels (`debias`).
 The backbone is trained first (`backbone`); the M heads are then fit on a slice of the training pairs it never saw
 (`fitting`), or M adapters are trained in the same way, each on its own bootstrap of the pairs. The evaluation's
 judges are trained by the same code on the `judge` split (`train_judge`).
@@ -31,6 +32,7 @@ from prmd.models.bases import base_record
 from prmd.models.chat_templates import describe_template
 from prmd.models.loading import load_tokenizer
 from prmd.rewards.backbone import train_backbone, train_members
+from prmd.rewards.debias import DEBIAS_FILE, Debiasing, FittedBias, prepare_debiasing
 from prmd.rewards.fitting import calibrate_reward_model, fit_heads, measure
 from prmd.rewards.reward_model import CALIBRATION_FILE, ENSEMBLE_FILE, load_reward_model
 from prmd.rewards.task import RewardPairs, RewardTask, read_reward_pairs
@@ -40,7 +42,7 @@ from prmd.training.run import check_training
 
 logger = logging.getLogger(__name__)
 
-FITTED = frozenset({ENSEMBLE_FILE, CALIBRATION_FILE, "metrics.json", "config.yaml"})
+FITTED = frozenset({ENSEMBLE_FILE, CALIBRATION_FILE, DEBIAS_FILE, "metrics.json", "config.yaml"})
 """The files of a reward model that are made from its backbone, in minutes."""
 
 
@@ -75,6 +77,7 @@ def train_judge(
         "model": judges.model or shared.model,
         "tuning": judges.tuning,
         "training": judges.training,
+        "debias": judges.debias,  # not that of the reward models: judges see the labels as they are
         "ensemble": shared.ensemble.model_copy(update={"members": 1}),
     }
     task_config = shared.model_copy(update=changes)
@@ -109,7 +112,8 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
         task="reward_model",
         directory=task.directory,
     )
-    _build(task, data, tokenizer, fingerprints, force)
+    debiased = prepare_debiasing(task, data, tokenizer)  # refuses before anything is written
+    _build(task, data, tokenizer, fingerprints, force, *debiased)
     return task.directory
 
 
@@ -125,6 +129,8 @@ def _say_what_would_be_trained(task: RewardTask) -> None:
         task="reward_model",
         output=task.directory,
     )
+    if features := config.debias.of(task.objective):
+        logger.info("would keep out of it what these features predict of the labels: %s", ", ".join(features))
     if task.has_adapters:
         members = config.ensemble.members
         logger.info(
@@ -148,24 +154,28 @@ def _build(
     tokenizer: PreTrainedTokenizerBase,
     fingerprints: tuple[str, ...],
     force: bool,
+    bias: FittedBias | None,
+    debiasing: Debiasing | None,
 ) -> None:
     """Backbone, heads, measurements and calibration, published when everything is there."""
     clock, fingerprint = start_run(), fingerprints[0]
     partial = partial_directory(task.directory, fingerprint, force)
     if not force:
         _keep_backbone(task, partial, fingerprints)
-    facts = train_backbone(task, data, tokenizer, partial)
+    if bias and is_main_process():
+        io.write_json(partial / DEBIAS_FILE, bias.record)
+    facts = train_backbone(task, data, tokenizer, partial, debiasing)
     if task.has_adapters:
-        train_members(task, data, tokenizer, partial)
+        train_members(task, data, tokenizer, partial, debiasing)
     reward_model = load_reward_model(partial, shared=task.config)
     if task.has_heads:
-        fit_heads(task, data.fit, reward_model)
+        fit_heads(task, data.fit, reward_model, debiasing)
         wait_for_everyone()
         reward_model = load_reward_model(partial, shared=task.config)
     if task.split == "train":  # judges are calibrated by the evaluation, on its own samples
         reward_model, correlation = calibrate_reward_model(task, reward_model)
         facts["member_correlation_reference_samples"] = correlation
-    metrics = measure(task, data, reward_model, facts)
+    metrics = measure(task, data, reward_model, facts, debiasing)
     reward_model.release()  # its weights are read from the folder that is about to be moved
     base = base_record(task.config.model, task.config.paths)
     inputs = {"data": fingerprint, "reward_model": reward_model.fingerprint, "base": base}
