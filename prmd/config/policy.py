@@ -22,7 +22,9 @@ from prmd.objectives import OBJECTIVES
 # ------------------------------------------------------------------ policies
 DistilledMethod = Literal["mean", "hard_min", "cvar", "hierarchical", "lcb", "softmin", "maxmin", "edpo"]
 PaperMethod = Literal["paper_eq5", "paper_eq6", "paper_eq7", "paper_eq9"]
-LabelMethod = Literal["dpo", "ipo", "modpo", "dpo_helpful", "dpo_harmless", "dpo_honest", "soup"]
+LabelMethod = Literal[
+    "dpo", "rdpo", "dpo_debiased", "ipo", "modpo", "dpo_helpful", "dpo_harmless", "dpo_honest", "soup"
+]
 PolicyMethod = Literal[DistilledMethod, PaperMethod, LabelMethod]
 """What `policy.methods` may name; `policies.methods` says what each is."""
 
@@ -39,6 +41,7 @@ class PolicySection(Section):
     nll_weight: float = Field(default=0.0, ge=0.0)
     gamma: float = Field(default=0.0, ge=0.0)
     ipo_beta: PositiveFloat = 0.1
+    rdpo_alpha: float = Field(default=0.01, ge=0.0)
     within: Literal["mean", "min", "cvar", "lcb", "softmin", "none"] | None = None
     across: Literal["mean", "min", "cvar", "softmin"] | None = None
     alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1

@@ -155,6 +155,23 @@ def dpo_loss(*, implicit_margins: Tensor) -> Tensor:
     return -F.logsigmoid(implicit_margins)
 
 
+def offset_dpo_loss(*, implicit_margins: Tensor, offsets: Tensor) -> Tensor:
+    """DPO whose labels are partly explained without the policy, ``-log sigmoid(implicit margin + offset)``.
+
+    With ``alpha (|y_w| - |y_l|)`` as offset it is length-regularised DPO, with a of `debias.bias_offsets` DPO debiased.
+
+    Args:
+        implicit_margins: [B].
+        offsets: log-odds of the label that need no learning, [B]; cast to the dtype of `implicit_margins`.
+
+    Returns:
+        Loss of each pair in nats, [B].
+
+    Source: Eq. 9 of arXiv:2403.19159 for lengths.
+    """
+    return -F.logsigmoid(implicit_margins + offsets.to(implicit_margins.dtype))
+
+
 def ipo_loss(*, implicit_margins: Tensor, beta: float, ipo_beta: float) -> Tensor:
     """Squared DPO: pull the log-ratio difference of every pair towards the same constant.
 

@@ -8,14 +8,19 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from prmd.artifacts.paths import ArtifactPaths, reward_model_command
+from prmd.artifacts.runs import require_artifact
 from prmd.config.policy import PairsConfig, PolicySection
 from prmd.config.shared import SharedConfig
+from prmd.errors import ConfigError
 from prmd.inference.reference import reference_logps
 from prmd.models.tokenization import PrefixRow
+from prmd.objectives import OBJECTIVES
 from prmd.policies.methods import BASELINE, POLICY_METHODS, reference_sample_count, uses_gamma
 from prmd.policies.notes import label_notes
 from prmd.policies.pairs import (
@@ -49,6 +54,7 @@ from prmd.policies.scores import (
     with_sample_count,
 )
 from prmd.policies.targets import Targets, method_targets
+from prmd.rewards.debias import DEBIAS_FILE, FittedBias, read_bias
 from prmd.rewards.reward_model import RewardModel
 from prmd.training.trainer import PairData
 
@@ -60,7 +66,8 @@ class Prepared:
     """Everything frozen that methods on the same pairs share.
 
     `scores` and `scale` are None when no reward model is needed, `samples` when no method trains on reference samples;
-    `ref_logps` are [n, 2] of training and held-out pairs.
+    `ref_logps` are [n, 2] of training and held-out pairs, `offsets` [n] what features that are held to be a bias predict of their
+    labels, and `debiased` says of which objectives' reward models these were named.
     """
 
     pairs: PolicyPairs
@@ -69,6 +76,8 @@ class Prepared:
     scores: tuple[PairScores, PairScores] | None = None
     scale: ScaleResponses | None = None
     samples: ReferenceSamples | None = None
+    offsets: tuple[Tensor, ...] = ()
+    debiased: Mapping[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +87,7 @@ class MethodInputs:
     Attributes:
         stream: indices into `train` over all epochs.
         targets: None for methods that learn from the labels alone.
+        debiased: `debiased` with the features by objective where what it learns from was debiased; else empty.
     """
 
     train: PairData
@@ -85,6 +95,7 @@ class MethodInputs:
     stream: Sequence[int]
     targets: Targets | None = None
     notes: tuple[str, ...] = field(default=())
+    debiased: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,15 +145,60 @@ def prepare(
         "policies: %d distinct pairs of %s, %d dropped and %d with a shortened prompt at max_length %d",
         *(len(tokenized.rows), source, tokenized.dropped, tokenized.truncated, tokens.max_length),
     )
+    biases = named_biases(methods, shared.paths)
+    debiased = {objective: list(bias.names) for objective, bias in biases.items()}
+    offsets = ()
+    if any(_is_debiased_dpo(method) for method in methods):
+        offsets = tuple(_label_offsets(side, biases, tokens) for side in (pairs, held_out))
+    named: dict[str, Any] = {"offsets": offsets, "debiased": debiased}
     if not any(POLICY_METHODS[method].reads_rewards for method in methods):
         sides = (pairs, held_out) if any(method != BASELINE for method in methods) else ()
         logps = [reference_logps(shared, tokens.tokenizer, side.tokenized.rows) for side in sides]
-        return Prepared(pairs, held_out, tuple(torch.stack(values) for values in logps))
+        return Prepared(pairs, held_out, tuple(torch.stack(values) for values in logps), **named)
     count = reference_sample_count(sample_pairs, shared.calibration)
     trained_on = sample_pairs.reference_samples or any(uses_gamma(policy, method) for method in methods)
-    return _scored(
+    scored = _scored(
         pairs, held_out, models, tokens, shared=shared, sample_count=count, trained_on=bool(trained_on)
     )
+    return replace(scored, **named)
+
+
+def _is_debiased_dpo(method: str) -> bool:
+    return POLICY_METHODS[method].loss == "dpo_debiased"
+
+
+def named_biases(methods: Sequence[str], paths: ArtifactPaths) -> dict[str, FittedBias]:
+    """What debiased the reward models that these methods read, by objective; empty where they read none.
+
+    Raises:
+        DataError: a method takes from the labels what was fitted with the reward models, and one of these is missing.
+        ConfigError: no feature was named for any of them.
+    """
+    taken_out = [method for method in methods if _is_debiased_dpo(method)]
+    if not taken_out and not any(POLICY_METHODS[method].reads_rewards for method in methods):
+        return {}
+    for objective in OBJECTIVES if taken_out else ():
+        command = reward_model_command(objective)
+        what = f"the {objective} reward model"
+        require_artifact(paths.reward_model(objective), what=what, command=command, read=(DEBIAS_FILE,))
+    found = {objective: read_bias(paths.reward_model(objective)) for objective in OBJECTIVES}
+    named = {objective: bias for objective, bias in found.items() if bias}
+    if taken_out and not named:
+        raise ConfigError(
+            f"policy.methods: {taken_out[0]} takes out of the labels what debias.features predict, and no reward model below "
+            f"{paths.reward_model(OBJECTIVES[0]).parent} was trained with any; name some, train them again, or leave it out"
+        )
+    return named
+
+
+def _label_offsets(pairs: PolicyPairs, biases: Mapping[str, FittedBias], tokens: PairTokens) -> Tensor:
+    """a of each pair by the bias of the objective it is labelled for, 0 where none was named, [n]."""
+    offsets = torch.zeros(len(pairs.tokenized.pairs), dtype=torch.float64)
+    for objective, bias in biases.items():
+        own = [i for i, pair in enumerate(pairs.tokenized.pairs) if pair.objective == objective]
+        labelled = [pairs.tokenized.pairs[i] for i in own]
+        offsets[own] = torch.tensor(bias.offsets(labelled, tokens.tokenizer))
+    return offsets
 
 
 def _scored(
@@ -209,6 +265,11 @@ def method_inputs(
         "chosen_length": _chosen_lengths(rows, len(rows) - len(labelled)),
     }
     held = {"ref_logps": prepared.ref_logps[1], "chosen_length": _chosen_lengths(held_rows, 0)}
+    if POLICY_METHODS[method].loss == "rdpo":
+        columns["length_difference"] = _length_differences(rows)
+        held["length_difference"] = _length_differences(held_rows)
+    if _is_debiased_dpo(method):
+        columns["offsets"], held["offsets"] = (values.float() for values in prepared.offsets)
     if targets is not None:
         train_targets, held_targets = targets.columns
         columns |= {name: values.float() for name, values in train_targets.items()}
@@ -216,7 +277,9 @@ def method_inputs(
     if uses_gamma(policy, method):
         rows = with_gamma_samples(rows, trained.prompts, prepared.samples)
     train = PairData(rows, columns)
-    return MethodInputs(train, PairData(held_rows, held), trained.stream, targets, tuple(notes))
+    learns = POLICY_METHODS[method].reads_rewards or _is_debiased_dpo(method)
+    debiased = {"debiased": dict(prepared.debiased)} if learns and prepared.debiased else {}
+    return MethodInputs(train, PairData(held_rows, held), trained.stream, targets, tuple(notes), debiased)
 
 
 def _labelled(prepared: Prepared) -> _Trained:
@@ -263,6 +326,11 @@ def _with_samples(
     prompts = [*labelled.prompts, *(pair.prompt for pair in drawn)]
     stream = merge_streams(labelled.stream, added, seed)
     return _Trained(rows, prompts, scores.ref_logps, stream), scores
+
+
+def _length_differences(rows: Sequence[PrefixRow]) -> Tensor:
+    """|y_w| - |y_l| in tokens, [n]."""
+    return torch.tensor([float(len(row.responses[0]) - len(row.responses[1])) for row in rows])
 
 
 def _chosen_lengths(rows: Sequence[PrefixRow], added: int) -> Tensor:

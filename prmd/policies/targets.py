@@ -26,6 +26,7 @@ from prmd.pessimism.losses import (
     implicit_margins,
     ipo_loss,
     modpo_loss,
+    offset_dpo_loss,
     target_margins,
 )
 from prmd.policies.methods import POLICY_METHODS, aggregation
@@ -201,6 +202,12 @@ LOSSES: dict[str, Callable[[Tensor, Columns, PolicySection], Tensor]] = {
     "paper": _paper,
     "edpo": _edpo,
     "dpo": lambda implicit, columns, policy: dpo_loss(implicit_margins=implicit),
+    "rdpo": lambda implicit, columns, policy: offset_dpo_loss(
+        implicit_margins=implicit, offsets=policy.rdpo_alpha * columns["length_difference"]
+    ),
+    "dpo_debiased": lambda implicit, columns, policy: offset_dpo_loss(
+        implicit_margins=implicit, offsets=columns["offsets"]
+    ),
     "ipo": lambda implicit, columns, policy: ipo_loss(
         implicit_margins=implicit, beta=policy.beta, ipo_beta=policy.ipo_beta
     ),

@@ -41,7 +41,7 @@ from prmd.models.loading import add_lora, load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
 from prmd.objectives import OBJECTIVES
 from prmd.policies.edpo import choosing_members
-from prmd.policies.inputs import MethodInputs, Prepared, method_inputs, prepare
+from prmd.policies.inputs import MethodInputs, Prepared, method_inputs, named_biases, prepare
 from prmd.policies.methods import (
     BASELINE,
     POLICY_METHODS,
@@ -236,6 +236,8 @@ def _fingerprints(
     rewarded = POLICY_METHODS[method].reads_rewards
     splits = [shared.paths.split(objective, split) for objective in OBJECTIVES for split in ("train", "val")]
     data, keys = io.files_sha256(splits), [model.fingerprint for model in models] if rewarded else []
+    if not rewarded:  # of rewards it is in the weights
+        keys = [bias.record for bias in named_biases([method], shared.paths).values()]
     read, seed, how = settings_read(policy, sample_pairs, method), shared.seed, as_dict(tuning)
     base = reference_key(shared.model, shared.paths, tokenizer)
     calibrations = calibration_keys(shared.calibration) if rewarded else (None, None)
@@ -398,7 +400,7 @@ def _distil(
         name_checkpoints(folder, steps)
         copy_model(folder / "checkpoints" / "end", folder)
     described = describe_targets(inputs.targets, policy.margin_clip) if inputs.targets else {}
-    return {**described, "notes": list(inputs.notes), "curve": history}
+    return {**described, **inputs.debiased, "notes": list(inputs.notes), "curve": history}
 
 
 # ------------------------------------------------------------------ soup

@@ -51,6 +51,7 @@ def gradient_of(method: str, scores: PairScores, scale: ScaleResponses) -> torch
     generator = torch.Generator().manual_seed(3)
     logps = (scores.ref_logps + 4 * torch.randn(N, 2, generator=generator)).requires_grad_()
     columns |= {"ref_logps": scores.ref_logps, "chosen_length": torch.ones(N)}
+    columns |= {name: 9 * torch.randn(N, generator=generator) for name in ("length_difference", "offsets")}
     policy_loss(logps, columns, policy, kind=POLICY_METHODS[method].loss).loss.sum().backward()
     return logps.grad
 
@@ -135,6 +136,8 @@ READ = {
     "edpo": {"gamma", "margin_clip", "kl_target"},
     "ipo": {"ipo_beta", "beta", "nll_weight"},
     "dpo": {"beta", "nll_weight", "weights"},
+    "rdpo": {"beta", "nll_weight", "weights", "rdpo_alpha"},
+    "dpo_debiased": {"beta", "nll_weight", "weights"},
     "modpo": {"weights", "beta"},
     BASELINE: {"beta", "weights"},
 }
@@ -143,14 +146,14 @@ NOT_READ = {
     "hard_min": {"alpha", "cvar_estimator", "kappa", "eta"},
     "paper_eq6": {"alpha", "loss", "level", "huber_delta"},
     "edpo": {"alpha", "loss", "level"},
-    "dpo": {"kl_target", "gamma", "alpha", "ipo_beta", "loss", "margin_clip"},
+    "dpo": {"kl_target", "gamma", "alpha", "ipo_beta", "loss", "margin_clip", "rdpo_alpha"},
     "dpo_honest": {"weights", "kl_target"},
     BASELINE: {"nll_weight", "gamma", "kl_target"},
 }
 CHANGED: dict[str, Any] = {
     "loss": "bce", "level": "margin", "reward_scale": 2.0, "kl_target": 1.0, "gamma": 0.1, "nll_weight": 0.2, "beta": 0.3,
     "weights": {"helpful": 0.5, "harmless": 0.25, "honest": 0.25}, "margin_clip": 3.0, "alpha": 0.4, "kappa": 3.0, "eta": 5.0,
-    "cvar_estimator": "gaussian", "ipo_beta": 0.5, "huber_delta": 0.3,
+    "cvar_estimator": "gaussian", "ipo_beta": 0.5, "rdpo_alpha": 0.5, "huber_delta": 0.3,
 }  # fmt: skip
 
 

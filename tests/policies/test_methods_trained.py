@@ -19,12 +19,14 @@ from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
 from prmd.errors import ConfigError, DataError
 from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
-from prmd.policies import preview
+from prmd.policies import inputs as inputs_module
+from prmd.policies import preview, train
 from prmd.policies.edpo import MemberSelection
 from prmd.policies.train import train_pessimistic
+from prmd.rewards.debias import DEBIAS_FILE
 
 DISTILLED = ("mean", "maxmin", "edpo", "paper_eq5", "paper_eq9")
-ALL = (*DISTILLED, "dpo", "ipo", "modpo", "dpo_helpful", "dpo_harmless", "dpo_honest", "soup")
+ALL = (*DISTILLED, "dpo", "rdpo", "ipo", "modpo", "dpo_helpful", "dpo_harmless", "dpo_honest", "soup")
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,60 @@ def test_a_finished_method_is_reused_until_a_setting_that_it_reads_changes(
     train_pessimistic(other(methods=("ipo", "dpo"), gamma=0.5))  # neither reads gamma
     with pytest.raises(ConfigError, match=r"policy ipo: .*give --force"):
         train_pessimistic(other(methods=("dpo", "ipo"), ipo_beta=0.3))
+
+
+def write_bias(config: PolicyConfig, objective: str, b: float | None) -> None:
+    """A finished reward model's folder with b of refusals, or none, and nothing else."""
+    folder = config.paths.reward_model(objective)
+    ends = {"value": b, "low": b, "high": b}
+    features = {"questions": {"rms": 1.0, "sign": ends, "size": ends, "share": None}} if b is not None else {}
+    if features:
+        io.write_json(folder / DEBIAS_FILE, {"objective": objective, "features": features, "left_out": {}})
+    io.write_json(folder / "run.json", {"fingerprint": objective})
+
+
+def test_dpo_takes_out_of_each_label_what_the_features_of_its_objective_predict(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = PolicySection(methods=("dpo_debiased",))
+    config = table_config(tmp_path, tiny_base, policy=policy, pairs=PairsConfig())
+    write_prepared(config.paths, pairs=6)
+    for split in ("train", "val"):  # every second pair's chosen response asks twice
+        path = config.paths.split("harmless", split)
+        rows = io.read_jsonl(path)
+        for row in rows[::2]:
+            row["chosen"][0]["content"] += "??"
+        io.write_jsonl(path, rows)
+    with pytest.raises(DataError, match="the helpful reward model is missing"):
+        train_pessimistic(config)
+    for objective in OBJECTIVES:
+        write_bias(config, objective, None)
+    with pytest.raises(ConfigError, match=r"dpo_debiased takes out .* no reward model"):
+        train_pessimistic(config)
+    write_bias(config, "harmless", 0.4)
+    seen: list[Any] = []
+    original = train.method_inputs
+    monkeypatch.setattr(
+        train, "method_inputs", lambda *a, **k: seen.append((a[1], original(*a, **k))) or seen[-1][1]
+    )
+    train_pessimistic(config)
+    prepared, inputs = seen[0]
+    pairs = prepared.pairs.tokenized.pairs
+    expected = [
+        0.4 * (1 + 2) if p.objective == "harmless" and p.chosen.endswith("??") else 0.0 for p in pairs
+    ]
+    assert inputs.train.columns["offsets"].tolist() == pytest.approx(expected) and sum(expected) > 0
+    assert metrics_of(config, "dpo_debiased")["debiased"] == {"harmless": ["questions"]}
+    write_bias(config, "harmless", 0.5)
+    with pytest.raises(ConfigError, match=r"policy dpo_debiased: .*give --force"):
+        train_pessimistic(config)
+
+
+def test_rdpo_reads_lengths_in_tokens(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [PrefixRow((1,), ((2,) * 7, (3,) * 4)), PrefixRow((1,), ((2,), (3,) * 4))]
+    assert inputs_module._length_differences(rows).tolist() == [3.0, -3.0]
+    first = curve_of(trained.config, "rdpo")[0]["loss"]
+    assert first != pytest.approx(np.log(2), abs=1e-4)  # lengths of these pairs differ
 
 
 def test_a_soup_without_its_policies_names_the_command(

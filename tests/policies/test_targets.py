@@ -135,6 +135,21 @@ def test_ipo_pulls_every_pair_to_the_same_difference() -> None:
     assert loss.tolist() == pytest.approx([(2.0 - 2.0) ** 2, (-1.0 - 2.0) ** 2], abs=1e-4)
 
 
+def test_length_and_bias_are_added_to_the_margin_of_dpo() -> None:
+    """The formulas anew: -log sigma(Delta + alpha (|y_w| - |y_l|)), of arXiv:2403.19159, and -log sigma(Delta + a)."""
+    logps, ref = torch.tensor([[-3.0, -9.0], [-5.0, -4.0]]), torch.tensor([[-4.0, -8.0], [-5.0, -5.0]])
+    margins = 0.3 * np.array([(-3 + 4) - (-9 + 8), (-5 + 5) - (-4 + 5)])
+    columns = {"ref_logps": ref, "chosen_length": torch.ones(2)}
+    columns |= {"length_difference": torch.tensor([12.0, -7.0]), "offsets": torch.tensor([-1.5, 2.0])}
+    policy = PolicySection(beta=0.3, rdpo_alpha=0.05)
+    for kind, offset in (("rdpo", [0.6, -0.35]), ("dpo_debiased", [-1.5, 2.0]), ("dpo", [0.0, 0.0])):
+        found = policy_loss(logps, columns, policy, kind=kind)
+        assert found.loss.tolist() == pytest.approx(np.log1p(np.exp(-(margins + offset))).tolist(), rel=1e-5)
+        assert found.metrics["rewards/margins"].tolist() == pytest.approx(margins.tolist(), abs=1e-5)
+    plain = policy_loss(logps, columns, PolicySection(beta=0.3, rdpo_alpha=0.0), kind="rdpo").loss
+    assert torch.equal(plain, policy_loss(logps, columns, policy, kind="dpo").loss)
+
+
 def test_gamma_adds_the_likelihood_of_the_reference_samples() -> None:
     scores = random_scores(7, n=3)
     samples = torch.tensor([[-4.0, -6.0], [-1.0, -2.0], [-8.0, -8.0]])
