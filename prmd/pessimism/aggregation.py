@@ -33,7 +33,7 @@ class Aggregation:
         within: operator over the members of one objective, one of `WITHIN`; "none" leaves every member an atom of
             the operator across.
         across: operator over objectives (or atoms), one of `ACROSS`; "mean", "cvar" and "softmin" weigh objective k
-            by lambda_k, "min" does not.
+            by lambda_k, "min" does not; all of them leave out an objective of weight zero.
         alpha: tail share of CVaR, in (0, 1].
         cvar_estimator: "empirical" or "gaussian".
         kappa: standard deviations that "lcb" subtracts, >= 0.
@@ -147,7 +147,8 @@ def robust_rewards(calibrated_rewards: Tensor, *, aggregation: Aggregation, weig
     Args:
         calibrated_rewards: [K, M, ...] in calibrated units.
         aggregation: operators and their parameters.
-        weights: objective weights lambda, [K], >= 0, sum 1.
+        weights: objective weights lambda, [K], >= 0, sum 1. An objective of weight zero is left out altogether, of a
+            minimum too, whatever its rewards are.
 
     Returns:
         [...], in the dtype of `calibrated_rewards`.
@@ -157,10 +158,14 @@ def robust_rewards(calibrated_rewards: Tensor, *, aggregation: Aggregation, weig
 
     Source: Eqs. (P6)-(P9) of the AT-PRMD draft, lifted from margins to rewards so that the optimum is a policy.
     """
-    _check_rewards(calibrated_rewards)
+    _check_shape(calibrated_rewards)
     shares = check_weights(weights, calibrated_rewards.shape[0], calibrated_rewards.device)
+    kept = shares > 0
+    _check_finite(calibrated_rewards, kept)
     n_members = calibrated_rewards.shape[1]
     values = calibrated_rewards.double()
+    if not bool(kept.all()):  # a minimum reads no weights, so what has none must not be there
+        values, shares = values[kept], shares[kept]
     if aggregation.within == "none":
         atoms, atom_weights = values.flatten(0, 1), shares.repeat_interleave(n_members) / n_members
     else:
@@ -185,10 +190,15 @@ def _combine(values: Tensor, operator: str, weights: Tensor, parameters: Aggrega
     return mean
 
 
-def _check_rewards(rewards: Tensor) -> None:
+def _check_shape(rewards: Tensor) -> None:
     if rewards.ndim < 2 or 0 in rewards.shape[:2]:
         raise ValueError(f"calibrated rewards must be [K, M, ...], got {list(rewards.shape)}")
+
+
+def _check_finite(rewards: Tensor, kept: Tensor) -> None:
+    """Raise a ValueError where a reward of an objective that is `kept`, [K], is not finite."""
     bad = ~torch.isfinite(rewards)
+    bad[~kept] = False
     if bool(bad.any()):
         objective, member = (int(i) for i in bad.nonzero()[0, :2])
         raise ValueError(

@@ -116,6 +116,27 @@ def settings_read(policy: PolicySection, pairs: PairsConfig, method: str) -> dic
     return values | {name: getattr(policy, name) for name in names}
 
 
+def reward_keys(policy: PolicySection, method: str, models: Sequence[str]) -> list[list[str]]:
+    """Keys of the reward models that a method's rewards come from, among those of all objectives.
+
+    They are those of the objectives of positive weight, and of those it holds to a threshold. Earlier versions counted all;
+    where a weight of 0 changed nothing else of R, their list is the second one, so that what is finished stays so.
+    """
+    held = policy.constraints if _is_distilled(method) else {}
+    read = [k for k, name in enumerate(OBJECTIVES) if policy.weights[name] > 0 or name in held]
+    keys = [models[k] for k in read if models]
+    if keys == [*models] or _reads_no_weights(policy, method):
+        return [keys]
+    return [keys, [*models]]
+
+
+def _reads_no_weights(policy: PolicySection, method: str) -> bool:
+    """Whether the weights say no more of R than which objectives are part of it: it is a minimum, or solves for its own."""
+    if POLICY_METHODS[method].reward is None:
+        return False
+    return method == "maxmin" or aggregation(policy, method).across == "min"
+
+
 def unread_settings(policy: PolicySection, method: str) -> tuple[str, ...]:
     """The settings of what is optimised that were changed from their default and that this method does not read."""
     read = {*_READ[POLICY_METHODS[method].loss]}

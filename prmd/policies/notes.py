@@ -20,7 +20,7 @@ from prmd.pessimism.aggregation import (
 from prmd.pessimism.draft_equations import PAPER_METHODS, negative_target_share, paper_margins
 from prmd.policies.methods import POLICY_METHODS, aggregation, unread_settings
 from prmd.policies.pairs import PairScores
-from prmd.policies.robust_reward import objective_weights
+from prmd.policies.robust_reward import objective_weights, weighted_objectives
 from prmd.statistics.reliability import mean_pairwise_correlation
 
 
@@ -48,6 +48,7 @@ def coinciding_methods(
     shape = (n_objectives, n_members, 64)
     probe = torch.randn(shape, generator=generator, dtype=torch.float64)
     own = torch.rand(n_objectives, generator=generator, dtype=torch.float64) + 0.1
+    own = own * (weights > 0)
     own_weights = {"maxmin": own / own.sum()}
     results = {
         name: robust_rewards(probe, aggregation=aggregation, weights=own_weights.get(name, weights))
@@ -85,7 +86,7 @@ def coincidence_notes(
             reasons.append("one member per objective")
         elif atoms is not None and atoms <= 1:
             reasons.append(f"its CVaR averages {atoms:.3g} <= 1 members")
-        if n_objectives == 1:
+        if int((weights > 0).sum()) == 1:
             reasons.append("one objective")
         notes.append(f"{name} = {', '.join(others)}" + (f": {'; '.join(reasons)}" if reasons else ""))
     return notes
@@ -103,11 +104,11 @@ def method_notes(policy: PolicySection, method: str, train: PairScores, targets:
         targets: its target margins, [n].
     """
     kind, (k, m) = POLICY_METHODS[method].loss, train.rewards.shape[:2]
-    notes = _unread(policy, method)
+    notes = [*_unread(policy, method), *_without_weight(policy, method)]
     if kind == "distil":
         notes += _same_rewards(policy, method, k, m)
     if kind in ("distil", "paper", "edpo"):
-        notes += _same_margins(policy, method, k, m)
+        notes += _same_margins(policy, method, m)
         notes += _one_model(policy, method, train.rewards)
     if method == "paper_eq5" and policy.loss == "squared":
         notes.append("paper_eq5: wherever no target is clipped its gradient is that of mean")
@@ -138,6 +139,19 @@ def _unread(policy: PolicySection, method: str) -> list[str]:
     return [f"{method} does not read {', '.join(names)}"] if names else []
 
 
+def _without_weight(policy: PolicySection, method: str) -> list[str]:
+    """What weights of zero leave of a method that reads rewards; nothing where all are positive."""
+    kept = [OBJECTIVES[k] for k in weighted_objectives(policy)]
+    if len(kept) == len(OBJECTIVES):
+        return []
+    out = ", ".join(objective for objective in OBJECTIVES if objective not in kept)
+    notes = [f"weight 0 leaves {out} out of {method}"]
+    if len(kept) == 1:
+        notes.append(f"{kept[0]} has all the weight, so {method} combines nothing across objectives")
+        notes += ["modpo = dpo: one objective"] if method == "modpo" else []
+    return notes
+
+
 def _same_rewards(policy: PolicySection, method: str, k: int, m: int) -> list[str]:
     """Methods whose R is the same on an ensemble of this size."""
     weights = objective_weights(policy)
@@ -147,16 +161,16 @@ def _same_rewards(policy: PolicySection, method: str, k: int, m: int) -> list[st
     return [note for note in notes if note.startswith(f"{method} = ")]
 
 
-def _same_margins(policy: PolicySection, method: str, k: int, m: int) -> list[str]:
+def _same_margins(policy: PolicySection, method: str, m: int) -> list[str]:
     """Methods whose targets of each objective are the same, among those that aggregate margins."""
-    generator = torch.Generator().manual_seed(0)
-    probe = torch.randn(k, m, 64, generator=generator, dtype=torch.float64)
+    generator, kept = torch.Generator().manual_seed(0), weighted_objectives(policy)
+    probe = torch.randn(len(kept), m, 64, generator=generator, dtype=torch.float64)
     estimator = {"alpha": policy.alpha, "cvar_estimator": policy.cvar_estimator}
     rows = {name: paper_margins(probe, method=name, **estimator) for name in PAPER_METHODS}
     if m == 1:
         rows["edpo"] = probe[:, 0]
     if policy.level == "margin" and policy.loss == "squared" and method != "maxmin":
-        weights = objective_weights(policy)
+        weights = objective_weights(policy)[kept]
         for name in {*policy.methods, method} & set(METHODS) - {"maxmin"}:
             chosen = aggregation(policy, name)
             rows[name] = robust_rewards(probe, aggregation=chosen, weights=weights)[None]
@@ -167,6 +181,8 @@ def _same_margins(policy: PolicySection, method: str, k: int, m: int) -> list[st
         if own is not None and other != method and row.shape == own.shape and torch.allclose(row, own)
     ]
     reason = "one member per objective" if m == 1 else "the same worst case of the margins"
+    if len(kept) == 1 and m > 1:
+        reason = "one objective"
     if m > 1 and "paper_eq6" in (method, *same) and "paper_eq7" in (method, *same):
         reason = f"CVaR averages {policy.alpha * m:.3g} <= 1 members"
     return [f"{method} = {', '.join(sorted(same))}: {reason}"] if same else []
@@ -177,7 +193,7 @@ def _one_model(policy: PolicySection, method: str, rewards: Tensor) -> list[str]
     if rewards.shape[1] == 1 or (aggregation(policy, method).within == "mean" and method != "edpo"):
         return []
     margins, notes = rewards[..., 0] - rewards[..., 1], []
-    for objective, own in zip(OBJECTIVES, margins, strict=False):
+    for objective, own in ((OBJECTIVES[k], margins[k]) for k in weighted_objectives(policy)):
         if own.shape[1] < 2 or bool((own.std(dim=1) == 0).any()):
             continue
         correlation = mean_pairwise_correlation(own)

@@ -52,6 +52,11 @@ def objective_weights(policy: PolicySection) -> Tensor:
     return torch.tensor([policy.weights[objective] for objective in OBJECTIVES], dtype=torch.float64)
 
 
+def weighted_objectives(policy: PolicySection) -> list[int]:
+    """Indices of the objectives of positive weight, which alone are part of R."""
+    return [k for k, objective in enumerate(OBJECTIVES) if policy.weights[objective] > 0]
+
+
 def solve_reward(policy: PolicySection, method: str, scale: ScaleResponses) -> RobustReward:
     """R of a method: its weights, then its multipliers, then its scale, each from the same scored responses.
 
@@ -91,14 +96,16 @@ def objective_rewards(rewards: Tensor, chosen: Aggregation) -> Tensor:
 
 
 def _maxmin_weights(policy: PolicySection, chosen: Aggregation, scale: ScaleResponses) -> tuple[Tensor, str]:
-    samples = _samples(scale, "maxmin")
+    samples, kept = _samples(scale, "maxmin"), weighted_objectives(policy)
     budget = usable_kl_target(policy.kl_target, samples.shape[-1])
     try:
-        solution = solve_maxmin(objective_rewards(samples, chosen), beta=policy.beta, kl_target=budget)
+        solution = solve_maxmin(objective_rewards(samples[kept], chosen), beta=policy.beta, kl_target=budget)
     except ValueError as error:
         raise ConfigError(f"policy.methods: maxmin: {error}") from error
-    found = _named(dict(enumerate(solution.weights.tolist())))
-    return solution.weights, f"maxmin weights {found}, {_solved_at(policy, budget, samples)}"
+    weights = torch.zeros(len(OBJECTIVES), dtype=torch.float64)
+    weights[kept] = solution.weights
+    found = _named(dict(zip(kept, solution.weights.tolist(), strict=True)))
+    return weights, f"maxmin weights {found}, {_solved_at(policy, budget, samples)}"
 
 
 def _multipliers(

@@ -32,7 +32,12 @@ from prmd.pessimism.losses import (
 from prmd.policies.methods import POLICY_METHODS, aggregation
 from prmd.policies.notes import cvar_atoms, method_notes
 from prmd.policies.pairs import PairScores, ScaleResponses
-from prmd.policies.robust_reward import RobustReward, objective_weights, solve_reward
+from prmd.policies.robust_reward import (
+    RobustReward,
+    objective_weights,
+    solve_reward,
+    weighted_objectives,
+)
 from prmd.training.trainer import Columns, PairLoss
 
 __all__ = ["Targets", "aggregation", "describe_targets", "method_targets", "policy_loss"]
@@ -104,24 +109,35 @@ def _distil_columns(
 def _paper_columns(
     policy: PolicySection, method: str, reward: RobustReward, scores: PairScores
 ) -> dict[str, Tensor]:
-    pair_margins = scores.rewards[..., 0] - scores.rewards[..., 1]
+    pair_margins = _weighted_margins(policy, scores)
     rows = paper_margins(
         pair_margins, method=method, alpha=policy.alpha, cvar_estimator=policy.cvar_estimator
     )
     targets = _clipped(policy, reward, rows)
-    mean = targets[0] if len(targets) == 1 else objective_weights(policy) @ targets
+    mean = targets[0] if len(targets) == 1 else _positive_weights(policy) @ targets
     return {"target_margins": mean, "objective_targets": targets.T.contiguous()}
 
 
 def _edpo_columns(
     policy: PolicySection, method: str, reward: RobustReward, scores: PairScores
 ) -> dict[str, Tensor]:
-    targets = _clipped(policy, reward, scores.rewards[..., 0] - scores.rewards[..., 1])
-    mean = objective_weights(policy) @ targets.mean(dim=1)
+    targets = _clipped(policy, reward, _weighted_margins(policy, scores))
+    mean = _positive_weights(policy) @ targets.mean(dim=1)
     return {"target_margins": mean, "member_targets": targets.permute(2, 0, 1).contiguous()}
 
 
 _COLUMNS = {"distil": _distil_columns, "paper": _paper_columns, "edpo": _edpo_columns}
+
+
+def _weighted_margins(policy: PolicySection, scores: PairScores) -> Tensor:
+    """Reward margins of the K' objectives of positive weight, [K', M, n]."""
+    rewards = scores.rewards[weighted_objectives(policy)]
+    return rewards[..., 0] - rewards[..., 1]
+
+
+def _positive_weights(policy: PolicySection) -> Tensor:
+    """Their weights, float64 [K']."""
+    return objective_weights(policy)[weighted_objectives(policy)]
 
 
 def _modpo_columns(policy: PolicySection, scores: PairScores) -> dict[str, Tensor]:
@@ -178,7 +194,7 @@ def _paper(implicit: Tensor, columns: Columns, policy: PolicySection) -> Tensor:
     return paper_loss(
         implicit_margins=implicit,
         objective_targets=columns["objective_targets"].T,
-        weights=objective_weights(policy).to(implicit.device),
+        weights=_positive_weights(policy).to(implicit.device),
     )
 
 
@@ -193,7 +209,7 @@ def _edpo(implicit: Tensor, columns: Columns, policy: PolicySection) -> Tensor:
         implicit_margins=implicit,
         member_targets=members,
         selected=selected,
-        weights=objective_weights(policy),
+        weights=_positive_weights(policy),
     )
 
 

@@ -49,6 +49,7 @@ from prmd.policies.methods import (
     SOUP_MEMBERS,
     check_methods,
     reference_sample_count,
+    reward_keys,
     settings_read,
 )
 from prmd.policies.pairs import PairTokens, PolicyPairs, Split, read_splits, training_mixture
@@ -235,14 +236,17 @@ def _fingerprints(
     """
     rewarded = POLICY_METHODS[method].reads_rewards
     splits = [shared.paths.split(objective, split) for objective in OBJECTIVES for split in ("train", "val")]
-    data, keys = io.files_sha256(splits), [model.fingerprint for model in models] if rewarded else []
-    if not rewarded:  # of rewards it is in the weights
-        keys = [bias.record for bias in named_biases([method], shared.paths).values()]
+    data = io.files_sha256(splits)
+    if rewarded:
+        every = reward_keys(policy, method, [model.fingerprint for model in models])
+    else:  # what a method takes from the labels; of rewards it is in the weights
+        every = [[bias.record for bias in named_biases([method], shared.paths).values()]]
     read, seed, how = settings_read(policy, sample_pairs, method), shared.seed, as_dict(tuning)
     base = reference_key(shared.model, shared.paths, tokenizer)
     calibrations = calibration_keys(shared.calibration) if rewarded else (None, None)
     return tuple(
         io.fingerprint([method, read, how, trained, seed, calibration, base, data, keys])
+        for keys in every
         for trained, calibration in zip(training_keys(training), calibrations, strict=True)
     )
 
