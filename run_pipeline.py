@@ -100,7 +100,10 @@ def conclude(paths: ArtifactPaths, seconds: dict[str, float]) -> None:
     if is_main_process():
         write_step_result(paths, "run_pipeline", {"seconds": seconds})
     say("\nwin rate against the reference, 95 % interval")
-    say(comparison_table(read_json(paths.metrics / "comparison.json")["rows"]))
+    comparison = read_json(paths.metrics / "comparison.json")
+    say(comparison_table(comparison["rows"]))
+    for left_out in comparison.get("missing") or []:
+        say(f"{left_out['method']}: not evaluated: {left_out['reason']}")
     say(f"\nreport: {paths.report}")
 
 

@@ -27,3 +27,7 @@ class StoppedError(Exception):
 
 class DataError(UserError):
     """A row, file or artifact that is missing, malformed or does not belong here."""
+
+
+class NotFiniteError(DataError):
+    """NaN or infinity in a model's weights, or in what is computed with it; the message names the model, or the rows."""

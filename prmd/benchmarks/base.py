@@ -38,6 +38,7 @@ class BenchmarkResult:
         judge: the judge's card; None where nothing was judged.
         samples: what was generated, one row per response, in a file of its own.
         judgements: what the judge said, one row per verdict, in a file of its own.
+        not_finite: it did not run because numbers of the candidate are NaN or infinite.
     """
 
     reason: str | None = None
@@ -48,6 +49,7 @@ class BenchmarkResult:
     judge: dict[str, Any] | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
     judgements: list[dict[str, Any]] = field(default_factory=list)
+    not_finite: bool = False
 
     @property
     def status(self) -> str:

@@ -17,7 +17,8 @@ from prmd.artifacts.runs import read_run
 from prmd.benchmarks import BENCHMARKS, COMPANIONS, benchmark_names
 from prmd.benchmarks.base import BenchmarkResult, content_key
 from prmd.config.evaluation import EvaluationConfig
-from prmd.inference.candidates import Candidate, CandidateModels
+from prmd.errors import NotFiniteError
+from prmd.inference.candidates import REFERENCE, Candidate, CandidateModels
 from prmd.judges.endpoint import EndpointError
 
 logger = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ def run_benchmarks(
                 )
             else:
                 _run_one(name, partial(BENCHMARKS[name], config, models), path, config.paths.approach, key)
-            results.append(io.read_json(path))
+            results.append({"not_finite": False, **io.read_json(path)})
     return results
 
 
@@ -85,19 +86,26 @@ def _is_finished(path: Path, key: str) -> bool:
     return found["status"] == "done" and found["fingerprint"] == key
 
 
-def _stoppable(benchmark: Callable[[], BenchmarkResult]) -> BenchmarkResult:
-    """A benchmark whose judge stops answering did not run; samples and verdicts are kept for the next run."""
+def _stoppable(benchmark: Callable[[], BenchmarkResult], method: str) -> BenchmarkResult:
+    """A benchmark did not run whose judge stops answering (samples and verdicts are kept for the next run), or whose policy
+    is not finite; a reference that is not finite stops everything.
+    """
     try:
         return benchmark()
     except EndpointError as error:
         return BenchmarkResult(reason=f"judging stopped: {error}")
+    except NotFiniteError as error:
+        if method == REFERENCE:
+            raise
+        logger.warning("policy %s is left out: %s", method, error)
+        return BenchmarkResult(reason=str(error), not_finite=True)
 
 
 def _run_one(
     name: str, benchmark: Callable[[], BenchmarkResult], path: Path, approach: str, key: str
 ) -> None:
     method, started = path.stem, time.monotonic()
-    result = _stoppable(benchmark)
+    result = _stoppable(benchmark, method)
     if result.reason is None:
         rows = {"items": result.items, "samples": result.samples, "judgements": result.judgements}
         for kind in (kind for kind, found in rows.items() if found):
@@ -119,4 +127,6 @@ def _run_one(
         "seconds": round(seconds, 2),
         "fingerprint": key,
     }
+    if result.not_finite:
+        record["not_finite"] = True
     io.write_json(path, record)

@@ -122,14 +122,15 @@ def answer_logps(
     models: CandidateModels, rows: Sequence[PrefixRow], paths: ArtifactPaths, *, tokens_per_batch: int
 ) -> list[Tensor]:
     """log p of every answer of every question, nats, the primer processed once for all of them."""
-    table = ScoreTable(paths.cache("logps", models.candidate.fingerprint), 1)
+    candidate = models.candidate
+    table = ScoreTable(paths.cache("logps", candidate.fingerprint), 1, model=candidate.method)
     return score_logps_behind_primer(
         None if table.holds(rows) else models.policy,
         rows,
         table=table,
         pad_id=models.tokenizer.pad_token_id,
         tokens_per_batch=tokens_per_batch,
-        description=f"{models.candidate.method}: TruthfulQA",
+        description=f"{candidate.method}: TruthfulQA",
     )
 
 

@@ -31,7 +31,7 @@ from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import ModelConfig, SharedConfig
-from prmd.errors import DataError, UserError
+from prmd.errors import DataError, NotFiniteError, UserError
 from prmd.evaluation.comparison import compare_benchmarks, compare_methods
 from prmd.evaluation.held_out import Evaluation, evaluate_methods, is_finished, write_frontier
 from prmd.inference.candidates import Candidate, evaluation_prompts, find_candidates, policy_folders
@@ -64,6 +64,7 @@ def compute_metrics(config: EvaluationConfig, *, force: bool = False, dry_run: b
     Raises:
         DataError: the data is not prepared, or a judge cannot tell the reference samples apart.
         ConfigError: a model or a judge cannot be loaded.
+        NotFiniteError: as `evaluate_methods`; a policy among others that are finite is left out and named.
     """
     target = config.paths.metrics / "comparison.json"
     if dry_run:
@@ -82,16 +83,19 @@ def compute_metrics(config: EvaluationConfig, *, force: bool = False, dry_run: b
     reward_models = _reward_models(config.shared)
     evaluation = Evaluation.of(config, tokenizer, prompts, judges, candidates[0], reward_models)
     todo = [c for c in candidates if force or not is_finished(evaluation, c)]
+    unusable: dict[str, str] = {}
     if todo:
         (config.paths.metrics / RUN_FILE).unlink(missing_ok=True)
-        evaluate_methods(evaluation, todo)
+        unusable = evaluate_methods(evaluation, todo, policies=[c.method for c in candidates[1:]])
+    candidates = [c for c in candidates if c.method not in unusable]
     write_frontier(evaluation, candidates)
-    comparison, table = _compare(evaluation, candidates, target)
+    comparison, table = _compare(evaluation, candidates, target, unusable)
     inputs = {c.method: c.fingerprint for c in candidates}
     key = evaluation.fingerprint
     finish_run(target.parent, config=config, inputs=inputs, fingerprint=key, clock=clock)
-    summary = {"rows": comparison["rows"], "seconds": round(clock.seconds(), 1)}
-    summary["methods_reused"] = len(candidates) - len(todo)
+    summary = {"rows": comparison["rows"], "missing": comparison["missing"]}
+    summary["seconds"] = round(clock.seconds(), 1)
+    summary["methods_reused"] = len(candidates) + len(unusable) - len(todo)
     write_step_result(config.paths, "compute_metrics", {"artifact": str(target), **summary})
     _log_table(table)
     build_report(config.paths)
@@ -123,13 +127,18 @@ def _reward_models(shared: SharedConfig) -> tuple[RewardModel, ...]:
 
 
 def _compare(
-    evaluation: Evaluation, candidates: Sequence[Candidate], target: Path
+    evaluation: Evaluation, candidates: Sequence[Candidate], target: Path, unusable: dict[str, str]
 ) -> tuple[dict[str, Any], Table]:
-    """Write the comparison and its tables; it, and the table of all methods."""
+    """Write the comparison and its tables; it, and the table of all methods.
+
+    Args:
+        unusable: policies that are left out, with the reason.
+    """
     folder = target.parent
     metrics = [io.read_json(folder / f"{c.method}.json") for c in candidates]
     rewards = {m["method"]: _sample_rewards(folder / m["samples"], list(m["objectives"])) for m in metrics}
     comparison = compare_methods(metrics, rewards, evaluation.resampling)
+    comparison["missing"] = [{"method": method, "reason": reason} for method, reason in unusable.items()]
     io.write_json(target, comparison)
     section = headline_section(evaluation.paths)
     table, tables = section["table"], [section["table"], *section["tables"].values()]
@@ -157,7 +166,8 @@ def _log_table(table: Table) -> None:
 def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bool = False) -> Path:
     """Run the benchmarks of `benchmarks.run` on the reference and every finished policy.
 
-    What cannot run is written as "not run" with its reason; nothing is skipped silently.
+    What cannot run is written as "not run" with its reason; nothing is skipped silently. So is a policy whose numbers are
+    not finite.
 
     Args:
         force: compute finished results anew (log-probabilities of the same weights are still taken from the cache).
@@ -165,6 +175,9 @@ def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bo
 
     Returns:
         `outputs/benchmarks`, with `<name>/<approach>/<method>.json` and `<method>.items.jsonl`.
+
+    Raises:
+        NotFiniteError: the reference is not finite, or no policy is.
     """
     target = config.paths.outputs / "benchmarks"
     if dry_run:
@@ -183,6 +196,7 @@ def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bo
             config, candidate, reference=candidates[0], tokenizer=tokenizer, force=force
         )
     ]
+    _refuse_if_none_is_usable(results, [c.method for c in candidates[1:]])
     inputs = {c.method: c.fingerprint for c in candidates}
     for name in benchmark_names(config.benchmarks.run):
         key = io.fingerprint([result["fingerprint"] for result in results if result["name"] == name])
@@ -195,6 +209,13 @@ def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bo
     write_step_result(config.paths, "benchmark_eval", {"artifact": str(target), **summary})
     build_report(config.paths)
     return target
+
+
+def _refuse_if_none_is_usable(results: Sequence[dict[str, Any]], policies: Sequence[str]) -> None:
+    wrong = {r["method"]: r["reason"] for r in results if r["not_finite"]}
+    done = {r["method"] for r in results if r["status"] == "done"}
+    if wrong and set(policies) <= set(wrong) - done:
+        raise NotFiniteError(f"no policy can be evaluated: {'; '.join(dict.fromkeys(wrong.values()))}")
 
 
 def _compare_benchmarks(paths: ArtifactPaths, resampling: Resampling) -> None:

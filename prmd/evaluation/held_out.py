@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.evaluation import EvaluationConfig, GenerationConfig
+from prmd.errors import NotFiniteError
 from prmd.evaluation.metrics import SampledMethod, judge_sanity_checks, method_metrics
 from prmd.evaluation.over_optimisation import best_of_n_curves
 from prmd.evaluation.scores import MemberScores, ReferenceScores, proxy_metrics
@@ -167,10 +168,26 @@ def is_finished(evaluation: Evaluation, candidate: Candidate) -> bool:
     return same
 
 
-def evaluate_methods(evaluation: Evaluation, todo: Sequence[Candidate]) -> None:
-    """Write the files of `todo`; the reference is sampled (or read from the cache) in any case."""
+def evaluate_methods(
+    evaluation: Evaluation, todo: Sequence[Candidate], *, policies: Sequence[str]
+) -> dict[str, str]:
+    """Write the files of `todo`; the reference is sampled (or read from the cache) in any case.
+
+    Args:
+        policies: all that take part in the comparison, those that were evaluated before included.
+
+    Returns:
+        What is left out, with the reason: policies whose weights or probabilities are not finite.
+
+    Raises:
+        NotFiniteError: those of the reference are not, or of no policy they are.
+    """
     wanted = [evaluation.reference, *(c for c in todo if c.method != REFERENCE)]
-    runs = [sample(evaluation, candidate) for candidate in wanted]
+    runs, unusable = sample_usable(evaluation, wanted)
+    for method in unusable:
+        _forget(evaluation, method)  # what was measured of other weights under its name
+    if unusable and set(policies) <= set(unusable):
+        raise NotFiniteError(f"no policy can be evaluated: {'; '.join(unusable.values())}")
     verdicts = judge_runs(evaluation, runs)
     own = [run for run in runs if evaluation.ensembles(run.candidate)]
     rewards = dict(zip((run.candidate.method for run in own), _member_rewards(evaluation, own), strict=True))
@@ -179,6 +196,33 @@ def evaluate_methods(evaluation: Evaluation, todo: Sequence[Candidate]) -> None:
             metrics, calibrated = measure(evaluation, run, raw, runs[0], verdicts)
             metrics |= _proxies(evaluation, run, rewards, metrics, calibrated)
             _write_method(evaluation, run, metrics, calibrated)
+    return unusable
+
+
+def sample_usable(
+    evaluation: Evaluation, candidates: Sequence[Candidate]
+) -> tuple[list[Run], dict[str, str]]:
+    """Sample the reference and the policies that can be sampled; of each other one the reason, which a warning says.
+
+    Raises:
+        NotFiniteError: the reference itself is not finite.
+    """
+    runs, unusable = [], {}
+    for candidate in candidates:
+        try:
+            runs.append(sample(evaluation, candidate))
+        except NotFiniteError as error:
+            if candidate.method == REFERENCE:
+                raise
+            unusable[candidate.method] = str(error)
+            logger.warning("policy %s is left out, the others are evaluated: %s", candidate.method, error)
+    return runs, unusable
+
+
+def _forget(evaluation: Evaluation, method: str) -> None:
+    folder = evaluation.paths.metrics
+    for path in (folder / f"{method}.json", folder / "samples" / f"{method}.jsonl"):
+        path.unlink(missing_ok=True)
 
 
 def sample(evaluation: Evaluation, candidate: Candidate) -> Run:
@@ -362,7 +406,8 @@ def _frontier(evaluation: Evaluation, candidates: Sequence[Candidate]) -> dict[s
         "frontier: %d checkpoints of %d policies answer %d prompts each",
         *(len(several) - len(stages), len(stages), len(evaluation.prompts)),
     )
-    runs = [sample(evaluation, candidate) for candidate in (evaluation.reference, *(s for _, s in several))]
+    runs, unusable = sample_usable(evaluation, [evaluation.reference, *(stage for _, stage in several)])
+    several = [(method, stage) for method, stage in several if stage.method not in unusable]
     verdicts = judge_runs(evaluation, runs)
     measured = [
         measure(evaluation, run, raw, runs[0], verdicts)[0]

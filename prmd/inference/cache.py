@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from prmd.artifacts import io
-from prmd.errors import DataError
+from prmd.errors import DataError, NotFiniteError
 from prmd.models.tokenization import PrefixRow
 
 logger = logging.getLogger(__name__)
@@ -58,18 +58,22 @@ def _whole_shards(directory: Path, suffix: str) -> Iterator[Path]:
 
 
 class ScoreTable:
-    """Float32 rows of fixed width by key, in safetensors shards."""
+    """Float32 rows of fixed width by key, in safetensors shards.
 
-    def __init__(self, directory: Path, width: int) -> None:
+    Whatever a model says of a response passes through here on its way to the rest, so that it is finite is checked here.
+    """
+
+    def __init__(self, directory: Path, width: int, *, model: str = "") -> None:
         """Open or begin a table.
 
         Args:
             width: numbers per row (members, or 1 for log-probabilities).
+            model: whose numbers these are, for people.
 
         Raises:
             DataError: a shard does not have this width.
         """
-        self.directory, self.width = directory, width
+        self.directory, self.width, self.model = directory, width, model or directory.name
         self._rows: dict[bytes, np.ndarray] = {}
         for shard in _whole_shards(directory, ".safetensors"):
             tensors = io.read_tensors(shard)
@@ -100,13 +104,15 @@ class ScoreTable:
         """Add rows [n, width] as one new shard (`write=False`: in memory alone, for a process that is not the main one).
 
         Raises:
-            DataError: a value is not finite.
+            NotFiniteError: a value is NaN or infinite.
         """
         if not keys:
             return
-        if not torch.isfinite(values).all():
-            raise DataError(
-                f"{self.directory.name}: {int((~torch.isfinite(values)).sum())} scores are not finite; nothing was cached"
+        if bad := int((~torch.isfinite(values)).sum()):
+            rows = int((~torch.isfinite(values)).any(dim=1).sum())
+            raise NotFiniteError(
+                f"{self.model}: {bad} scores are not finite; nothing was cached of {rows} of {len(keys)} responses that it "
+                "gives NaN or infinity; train it again, or set another model.dtype"
             )
         array = values.float().cpu().numpy()
         if write:

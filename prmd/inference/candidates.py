@@ -260,7 +260,8 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
 
     def logps(self, rows: Sequence[PrefixRow]) -> list[Tensor]:
         """log pi(y|x) of every response: one [n_responses] float32 tensor per row, nats."""
-        table = ScoreTable(self.shared.paths.cache("logps", self.candidate.fingerprint), 1)
+        place = self.shared.paths.cache("logps", self.candidate.fingerprint)
+        table = ScoreTable(place, 1, model=self.candidate.method)
         return score_logps(
             None if table.holds(rows) else self.policy,
             rows,
@@ -280,7 +281,7 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
         """(exact KL, k1, k3) of every sampled response: one [n_responses, 3] float32 tensor per prompt, nats."""
         rows = sample_rows([p.token_ids for p in prompts], responses, self.tokenizer, keep_suffix=False)
         key = io.fingerprint([self.candidate.fingerprint, self.reference.fingerprint, "k3"])
-        table = ScoreTable(self.shared.paths.cache("kl", key), 3)
+        table = ScoreTable(self.shared.paths.cache("kl", key), 3, model=self.candidate.method)
         if table.holds(rows):
             return [lookup(table, row) for row in rows]
         longest = max(row.longest for row in rows)

@@ -16,12 +16,14 @@ import torch
 from torch import nn
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
 
+from prmd.errors import NotFiniteError
 from prmd.inference.cache import JsonTable, tokens_key
 from prmd.inference.noise import KeyedGumbel, sample_key
 from prmd.inference.scoring import gather, place_among_processes, time_to_save
@@ -122,6 +124,9 @@ def generate(
 
     Returns:
         For each prompt, in order, its responses.
+
+    Raises:
+        NotFiniteError: the model's next-token probabilities are NaN.
     """
     stop, pad = stop_token(tokenizer), tokenizer.pad_token_id
     decoding = Decoding(samples_per_prompt, max_new_tokens, seed, temperature, top_p, stop, pad)
@@ -155,7 +160,15 @@ def _sample_in_turns(
     rank, world = place_among_processes()
     for turn in progress(range(0, len(batches), world), -(-len(batches) // world), description):
         batch = batches[turn + rank] if turn + rank < len(batches) else []
-        yield gather(_sample(model, batch, decoding) if batch else [])
+        own: list[Sampled] = []
+        wrong: list[str] = []
+        try:
+            own = _sample(model, batch, decoding) if batch else own
+        except NotFiniteError as error:
+            wrong.append(f"{description}: {error}")
+        if said := gather(wrong):  # every process hears of it, and none waits for the others
+            raise NotFiniteError(said[0])
+        yield gather(own)
 
 
 def _sample(model: nn.Module | Engine, batch: Batch, decoding: Decoding) -> list[Sampled]:
@@ -172,6 +185,19 @@ def _keep(fresh: list[Sampled], found: dict[str, list[list[int]]], table: JsonTa
     if table is not None:
         table.append(fresh, write=is_main_process())
     return []
+
+
+class _RefuseNotFinite(LogitsProcessor):
+    """Looks at the logits of every token: NaN would end a sampling with a library's error, and a greedy one silently."""
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        bad = ~torch.isfinite(scores.amax(dim=-1))  # -inf alone is a token that cannot be said
+        if bool(bad.any()):
+            raise NotFiniteError(
+                f"the next-token logits of {int(bad.sum())} of {len(bad)} responses are not finite "
+                f"behind {input_ids.shape[1]} tokens; train the policy again, or set another model.dtype"
+            )
+        return scores
 
 
 @torch.inference_mode()
@@ -212,12 +238,12 @@ def _transformers_settings(decoding: Decoding) -> GenerationConfig:
 
 
 def _processors(decoding: Decoding, noise_keys: torch.Tensor, prompt_width: int) -> LogitsProcessorList:
-    """Temperature, then top-p, then noise; none at temperature 0."""
+    """A look at the logits, then temperature, top-p and noise, none of these at temperature 0."""
     if decoding.temperature == 0:
-        return LogitsProcessorList()
+        return LogitsProcessorList([_RefuseNotFinite()])
     warpers = [TemperatureLogitsWarper(decoding.temperature)] if decoding.temperature != 1 else []
     warpers += [TopPLogitsWarper(decoding.top_p)] if decoding.top_p < 1 else []
-    return LogitsProcessorList([*warpers, KeyedGumbel(noise_keys, prompt_width)])
+    return LogitsProcessorList([_RefuseNotFinite(), *warpers, KeyedGumbel(noise_keys, prompt_width)])
 
 
 def _cut(tokens: list[int], stop: int) -> list[int]:

@@ -97,7 +97,8 @@ def reference_logps(
         rows: tokenised for policies (`keep_suffix=False`).
     """
     model, paths = shared.model, shared.paths
-    table = ScoreTable(paths.cache("logps", reference_key(model, paths, tokenizer)), width=1)
+    place = paths.cache("logps", reference_key(model, paths, tokenizer))
+    table = ScoreTable(place, width=1, model=f"model.name: {model.name}")
     return score_logps(
         None if table.holds(rows) else load_causal_lm(model, paths).eval(),
         rows,

@@ -97,7 +97,7 @@ class LabelClassifier:
         Raises:
             ConfigError: it cannot be loaded, or no label is known to count.
         """
-        table = ScoreTable(self.paths.cache("labels", self.fingerprint), 1)
+        table = ScoreTable(self.paths.cache("labels", self.fingerprint), 1, model=self.source)
         inputs = [(t,) for t in texts] if requests is None else list(zip(requests, texts, strict=True))
         keys = [_key(texts) for texts in inputs]
         todo = {key: texts for key, texts in zip(keys, inputs, strict=True) if key not in table}

@@ -7,6 +7,7 @@ are float32 in every precision.
 
 import json
 import logging
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from prmd.artifacts import io, locks
 from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
 from prmd.config.shared import LoraConfig, ModelConfig
-from prmd.errors import ConfigError, DataError
+from prmd.errors import ConfigError, DataError, NotFiniteError
 from prmd.models.attention import attention_implementation, or_eager
 from prmd.models.chat_templates import check_template, check_trained_template, set_thinking
 from prmd.models.classifiers import provide_classifier
@@ -229,7 +231,40 @@ def _load(
         )
     except (OSError, ValueError) as error:
         raise _explain(error, source) from error
-    return loaded.to(device or get_device())
+    loaded = loaded.to(device or get_device())
+    refuse_not_finite(loaded, f"model.name: {model.name}", "take another copy of the model")
+    return loaded
+
+
+def refuse_not_finite(model: nn.Module, name: str, remedy: str, *, adapter: str = "") -> None:
+    """Refuse weights that hold NaN or infinity: every number computed with them would be NaN, or worse, some of them.
+
+    A pass over the weights, without a copy of them. Nothing is looked at in weights that another process reads and spreads.
+
+    Args:
+        name: what the message calls the model.
+        remedy: what to do, for the message.
+        adapter: look at the weights of this adapter alone.
+
+    Raises:
+        NotFiniteError: names the first such tensor and how many there are.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not is_main_process():
+        return
+    named = dict(model.named_parameters())  # a buffer may be a mask of -inf
+    own = {key: tensor for key, tensor in named.items() if not adapter or f".{adapter}." in f"{key}."}
+    bad = [key for key, tensor in own.items() if not _is_finite(tensor)]
+    if bad:
+        raise NotFiniteError(
+            f"{name}: its weights are not finite: {len(bad)} of {len(own)} tensors hold NaN or infinity, the first is "
+            f"{bad[0]}; {remedy}"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.itemsize < 2 or tensor.is_meta or tensor.numel() == 0:
+        return True
+    return all(bool(torch.isfinite(end)) for end in tensor.detach().aminmax())  # NaN is the end of both
 
 
 def _load_model(auto_class: Any, source: str | Path, *, attention: str, trust: bool, **arguments: Any) -> Any:
@@ -254,6 +289,7 @@ def load_classifier(
 
     Raises:
         DataError: the folder has no trained `score` head (a base model, or an adapter without its head).
+        NotFiniteError: as `refuse_not_finite`.
     """
     config = load_folder_config(directory, trust=trust)
     provide_classifier(config)
@@ -269,7 +305,11 @@ def load_classifier(
         raise DataError(
             f"{directory}: no trained one-logit 'score' head in this folder; give a trained reward model"
         )
-    return loaded.to(get_device()).eval()
+    loaded = loaded.to(get_device()).eval()
+    refuse_not_finite(
+        loaded, str(directory), "train this reward model again with --force, or give another one"
+    )
+    return loaded
 
 
 def load_labelled_classifier(
@@ -283,6 +323,7 @@ def load_labelled_classifier(
     Raises:
         OSError: it is neither, or cannot be reached.
         ValueError: it is no classifier, or its head is not in the weights.
+        NotFiniteError: as `refuse_not_finite`.
     """
     loaded, info = _load_model(
         AutoModelForSequenceClassification,
@@ -297,7 +338,9 @@ def load_labelled_classifier(
     tokenizer = _pretrained(AutoTokenizer, source, trust=trust)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     loaded.config.pad_token_id = tokenizer.pad_token_id  # a decoder reads the last token that is not padding
-    return loaded.to(get_device()).eval(), tokenizer
+    loaded = loaded.to(get_device()).eval()
+    refuse_not_finite(loaded, source, "take another copy of this classifier, or another one")
+    return loaded, tokenizer
 
 
 def load_folder_config(directory: Path, *, trust: bool = False) -> Any:
@@ -306,15 +349,24 @@ def load_folder_config(directory: Path, *, trust: bool = False) -> Any:
 
 
 def load_policy(directory: Path, model: ModelConfig, paths: ArtifactPaths) -> PreTrainedModel | PeftModel:
-    """A trained policy: a folder with a LoRA adapter for the base model, or with full weights."""
+    """A trained policy: a folder with a LoRA adapter for the base model, or with full weights.
+
+    Raises:
+        NotFiniteError: as `refuse_not_finite`.
+    """
     if (directory / "adapter_config.json").is_file():
-        return PeftModel.from_pretrained(load_causal_lm(model, paths), directory).eval()
+        return load_adapted(load_causal_lm(model, paths), directory).eval()
     trust = model.trust_remote_code
     attention = attention_implementation(model.attention, load_folder_config(directory, trust=trust))
     loaded = _load_model(
         AutoModelForCausalLM, directory, attention=attention, dtype=getattr(torch, model.dtype), trust=trust
     )
-    return loaded.to(get_device()).eval()
+    loaded = loaded.to(get_device()).eval()
+    refuse_not_finite(loaded, str(directory), _TRAIN_AGAIN)
+    return loaded
+
+
+_TRAIN_AGAIN = "train it again with --force, at a lower learning rate"
 
 
 def load_adapted(model: PreTrainedModel | PeftModel, adapter: Path, *, name: str = "default") -> PeftModel:
@@ -322,11 +374,16 @@ def load_adapted(model: PreTrainedModel | PeftModel, adapter: Path, *, name: str
 
     Args:
         name: by which `set_adapter` switches to it; the first one is on from the start.
+
+    Raises:
+        NotFiniteError: as `refuse_not_finite`.
     """
     if isinstance(model, PeftModel):
         model.load_adapter(str(adapter), adapter_name=name)
-        return model
-    return PeftModel.from_pretrained(model, adapter, adapter_name=name)
+    else:
+        model = PeftModel.from_pretrained(model, adapter, adapter_name=name)
+    refuse_not_finite(model, str(adapter), _TRAIN_AGAIN, adapter=name)
+    return model
 
 
 def lora_config(lora: LoraConfig, *, task: str) -> PeftLoraConfig:

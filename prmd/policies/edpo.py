@@ -74,11 +74,12 @@ def _by_position(inputs: MethodInputs) -> MethodInputs:
     index = torch.tensor(list(inputs.stream))
     columns = {name: values[index] for name, values in inputs.train.columns.items()}
     columns["position"] = torch.arange(len(index))
+    names = [inputs.train.name(i) for i in inputs.stream]
     held = {**inputs.held_out.columns, "position": torch.full((len(inputs.held_out.rows),), HELD_OUT)}
     return replace(
         inputs,
-        train=PairData([inputs.train.rows[i] for i in inputs.stream], columns),
-        held_out=PairData(inputs.held_out.rows, held),
+        train=PairData([inputs.train.rows[i] for i in inputs.stream], columns, names),
+        held_out=replace(inputs.held_out, columns=held),
         stream=range(len(index)),
     )
 

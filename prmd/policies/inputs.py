@@ -276,10 +276,13 @@ def method_inputs(
         held |= {name: values.float() for name, values in held_targets.items()}
     if uses_gamma(policy, method):
         rows = with_gamma_samples(rows, trained.prompts, prepared.samples)
-    train = PairData(rows, columns)
+    ids = [pair.id for pair in prepared.pairs.tokenized.pairs]
+    ids += [f"samples of {ids[i]}" for i in trained.prompts[len(ids) :]]
+    train = PairData(rows, columns, ids)
+    held_out = PairData(held_rows, held, [pair.id for pair in prepared.held_out.tokenized.pairs])
     learns = POLICY_METHODS[method].reads_rewards or _is_debiased_dpo(method)
     debiased = {"debiased": dict(prepared.debiased)} if learns and prepared.debiased else {}
-    return MethodInputs(train, PairData(held_rows, held), trained.stream, targets, tuple(notes), debiased)
+    return MethodInputs(train, held_out, trained.stream, targets, tuple(notes), debiased)
 
 
 def _labelled(prepared: Prepared) -> _Trained:

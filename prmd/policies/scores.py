@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from prmd.artifacts.paths import reward_model_command
 from prmd.config.shared import CalibrationConfig, SharedConfig
-from prmd.errors import DataError
 from prmd.inference.generation import GeneratedResponse, sample_rows
 from prmd.inference.reference import reference_logps, reference_samples
 from prmd.models.tokenization import PrefixRow, TokenizedPairs, Tokens
@@ -86,7 +84,6 @@ def score_pairs(
             own = samples[i].rows_for_rewards(model) if samples else None
             rows = tokens.for_rewards(model.tokenizer, part)
             values = _calibrated_rewards(model, objective, rows, own)
-            _refuse_missing(values, objective, part)
             calibrated[i].append(values.permute(2, 0, 1))  # [n, 2, M] -> [M, n, 2]
         model.release()
     _release_base(models)  # before the reference model is loaded
@@ -152,21 +149,6 @@ def score_as_policy(
     """Reference samples as the policy is trained on them."""
     rows = sampled.rows_for_policies(tokenizer)
     return ReferenceSamples(rows, torch.stack(reference_logps(shared, tokenizer, rows)))
-
-
-def _refuse_missing(values: Tensor, objective: str, tokenized: TokenizedPairs) -> None:
-    """Values: calibrated rewards [n, 2, M].
-
-    Raises:
-        DataError: a score is NaN or infinite.
-    """
-    bad = (~torch.isfinite(values)).nonzero()
-    if len(bad):
-        pair, _, member = (int(i) for i in bad[0])
-        raise DataError(
-            f"the {objective} ensemble gives {len(bad)} scores that are NaN or infinite, the first by member {member} for "
-            f"pair {tokenized.pairs[pair].id}; train it again with `{reward_model_command(objective)} --force`"
-        )
 
 
 def _centers(model: RewardModel, rows: Sequence[PrefixRow], objective: str) -> Tensor:

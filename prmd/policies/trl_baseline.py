@@ -29,7 +29,7 @@ from prmd.training.checkpoints import ShareCheckpoints, checkpoint_steps, newest
 from prmd.training.precision import Precision
 from prmd.training.run import choose_precision, refuse_other_steps
 from prmd.training.sharding import RefuseUnsharded, requested_sharding
-from prmd.training.stopping import StopRequests
+from prmd.training.stopping import RefuseNotFinite, StopRequests
 
 logger = logging.getLogger(__name__)
 
@@ -96,15 +96,15 @@ def train_trl_dpo(
 
     Raises:
         StoppedError: as `StopRequests.heard`.
+        NotFiniteError: a gradient is NaN or infinite, or the weights are at the end.
     """
     plan = _plan(pairs, training, shared.seed)
-    rows = baseline_rows(pairs.tokenized.pairs, plan.batches)
+    rows, ids = baseline_rows(pairs.tokenized.pairs, plan.batches), [p.id for p in pairs.tokenized.pairs]
     precision = choose_precision(shared.model, shared.paths, tuning, training, "policy")
-    resume, stops = newest_complete(directory), StopRequests()
+    lora, resume, stops = tuning.method == "lora", newest_complete(directory), StopRequests()
     refuse_other_steps(directory, precision, plan, resumed=resume is not None)
     shares = ShareCheckpoints(checkpoint_steps(training.checkpoints, plan.steps), evaluates=False)
     set_seed(shared.seed)
-    lora = tuning.method == "lora"
     trainer = DPOTrainer(
         model=load_causal_lm(shared.model, shared.paths, master_weights=precision.master_weights),
         args=_dpo_arguments(precision, directory, plan, beta=beta, training=training, seed=shared.seed),
@@ -116,6 +116,7 @@ def train_trl_dpo(
             RefuseUnsharded(),
             shares,
             stops,
+            RefuseNotFinite(NAME, [[ids[i] for i in rows] for rows in plan.pairs]),
             *reporting_callbacks(shared.report_to, log_directory, NAME, resumed=resume is not None),
         ],
     )

@@ -1,6 +1,7 @@
 """What the report says of the evaluation: headline, measures, approaches, closed-form table, benchmarks, samples, limits."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def headline_section(paths: ArtifactPaths) -> Section:
     comparison = load(paths.metrics / "comparison.json")
     if not comparison or not comparison.get("rows"):
         return {"missing": missing(paths, EVALUATE), "rows": []}
-    rows = comparison["rows"]
+    rows, left_out = comparison["rows"], comparison.get("missing") or []
     metrics = {row["method"]: load(paths.metrics / f"{row['method']}.json") or {} for row in rows}
     evaluation = next((m["evaluation"] for m in metrics.values() if m.get("evaluation")), {})
     worst = {
@@ -60,7 +61,9 @@ def headline_section(paths: ArtifactPaths) -> Section:
     return {
         "missing": None,
         "rows": rows,
-        "table": headline_table(rows, worst, _measured_on(paths, evaluation, comparison), marks),
+        "table": _with_left_out(
+            headline_table(rows, worst, _measured_on(paths, evaluation, comparison), marks), left_out
+        ),
         "summary": _summary(rows),
         "judges": judges_table(cards, judging),
         "judge_warnings": judge_warnings(cards, judging),
@@ -72,9 +75,20 @@ def headline_section(paths: ArtifactPaths) -> Section:
             for measure in group(metrics)
         ],
         "samples_per_prompt": evaluation.get("samples_per_prompt"),
-        "notes": [f"{name}: {note}" for name, m in metrics.items() for note in m.get("notes") or []],
+        "notes": [
+            *(f"{one['method']}: not evaluated: {one['reason']}" for one in left_out),
+            *(f"{name}: {note}" for name, m in metrics.items() for note in m.get("notes") or []),
+        ],
         "truncated": {n: m["truncated_share"] for n, m in metrics.items() if m.get("truncated_share")},
     }
+
+
+def _with_left_out(table: Table, left_out: list[dict[str, str]]) -> Table:
+    """The table with a row for each policy that could not be evaluated, and why behind its caption."""
+    blank = (NOTHING,) * (len(table.columns) - 2)
+    rows = tuple((one["method"], "not evaluated", *blank) for one in left_out)
+    why = "".join(f" {one['method']} is not evaluated: {one['reason']}." for one in left_out)
+    return replace(table, rows=(*table.rows, *rows), caption=table.caption + why)
 
 
 def _tables(

@@ -135,9 +135,8 @@ def _train(
         return reward_loss(rewards, config.centering_coefficient, columns.get("offsets"))
 
     def paired(tokenized: TokenizedPairs) -> PairData:
-        return PairData(
-            tokenized.rows, {"offsets": strength * debiasing.of(tokenized.pairs)} if debiasing else {}
-        )
+        columns = {"offsets": strength * debiasing.of(tokenized.pairs)} if debiasing else {}
+        return PairData(tokenized.rows, columns, [pair.id for pair in tokenized.pairs])
 
     run = TrainingRun(
         name=task.name,

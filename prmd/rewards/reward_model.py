@@ -108,7 +108,8 @@ class RewardModel:
         Returns:
             One float64 [n_responses, M] tensor per row.
         """
-        table = ScoreTable(self.paths.cache("rewards", self.fingerprint), self.members)
+        place, name = self.paths.cache("rewards", self.fingerprint), str(self.directory)
+        table = ScoreTable(place, self.members, model=name)
 
         def values(features: Tensor, base: Tensor) -> Tensor:
             return self.ensemble.rewards(features, base) if self.ensemble else base[:, None]
@@ -120,7 +121,8 @@ class RewardModel:
         """[r_0, h] of every response, cached: one float32 [n_responses, 1 + d] tensor per row."""
         config = load_folder_config(self.directory, trust=self.base_model.trust_remote_code)
         width = 1 + config.get_text_config().hidden_size
-        table = ScoreTable(self.paths.cache("features", self.backbone_fingerprint), width)
+        place, name = self.paths.cache("features", self.backbone_fingerprint), str(self.directory)
+        table = ScoreTable(place, width, model=name)
 
         def values(features: Tensor, base: Tensor) -> Tensor:
             return torch.cat([base[:, None], features], dim=1)

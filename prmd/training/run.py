@@ -34,7 +34,7 @@ from prmd.training.memory import device_memory, plan_memory, state_bytes
 from prmd.training.precision import Precision, refuse_if_stuck, resolve_precision
 from prmd.training.rehearsal import enable_gradient_checkpointing, meta_model
 from prmd.training.sharding import requested_sharding
-from prmd.training.stopping import StopRequests
+from prmd.training.stopping import RefuseNotFinite, StopRequests
 from prmd.training.trainer import LossFunction, PairData, PairTrainer
 
 logger = logging.getLogger(__name__)
@@ -154,6 +154,7 @@ def run_training(
     Raises:
         ConfigError: as `refuse_if_stuck`, here on the model's own weights.
         StoppedError: as `StopRequests.heard`.
+        NotFiniteError: a loss or gradient is NaN or infinite.
     """
     training, runtime = run.training, get_runtime()
     shared = run.shared
@@ -170,7 +171,10 @@ def run_training(
     refuse_other_steps(run.directory, precision, plan, resumed=resume is not None)
     model = _load(run, precision, on_card=runtime.device.type == "cuda")
     stops = StopRequests()
-    trainer = _trainer(run, model, precision, plan, tokenizer, [ShareCheckpoints(steps), stops], resume)
+    guard = RefuseNotFinite(run.name, [[run.data.name(i) for i in rows] for rows in plan.pairs])
+    trainer = _trainer(
+        run, model, precision, plan, tokenizer, [ShareCheckpoints(steps), stops, guard], resume
+    )
     logger.info(
         "%s: %d pairs, %d optimizer steps of %s, learning rate %g, %s, logs in %s",
         *(run.name, len(run.stream), plan.steps, plan.size.describe()),

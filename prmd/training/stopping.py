@@ -1,21 +1,26 @@
-"""Ctrl-C and SIGTERM while training: the step is finished and saved, and the same command goes on from it."""
+"""What ends a training early: Ctrl-C and SIGTERM, behind a step that is saved; a gradient that is not finite, before it."""
 
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from prmd.errors import StoppedError
+from prmd.errors import NotFiniteError, StoppedError
+from prmd.models.loading import refuse_not_finite
 from prmd.runtime import get_device
+from prmd.training.sharding import requested_sharding
 
 logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NAMED = 8
+"""Rows that a message names; a step may have hundreds."""
 
 
 class StopRequests(TrainerCallback):
@@ -65,3 +70,45 @@ class StopRequests(TrainerCallback):
         if self.signal:
             control.should_log = control.should_save = control.should_training_stop = True
         return control
+
+
+def named_rows(names: Sequence[str]) -> str:
+    """The rows of a message: `[a, b]`, the first few where they are many."""
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"[{', '.join(names[:_NAMED])}{more}]"
+
+
+class RefuseNotFinite(TrainerCallback):
+    """Stops a training at the first step whose gradient is not finite, before the weights are changed by it.
+
+    Transformers logs the mean of earlier losses in place of one that is NaN, and clips a gradient of NaN to NaN: without
+    this a training goes on to its end on weights of NaN.
+
+    Args:
+        name: of the training, for people.
+        steps: names of the pairs of every step.
+    """
+
+    def __init__(self, name: str, steps: Sequence[Sequence[str]]) -> None:
+        self.name, self.steps = name, steps
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        local = [
+            g.to_local() if hasattr(g, "to_local") else g for g in gradients
+        ]  # of FSDP2: this process's part
+        largest = torch.nn.utils.get_total_norm(local, norm_type=float("inf"))
+        if not bool(torch.isfinite(largest)):
+            rows = named_rows(self.steps[state.global_step])
+            raise NotFiniteError(
+                f"{self.name}: the gradient is not finite at step {state.global_step + 1}, of the pairs {rows}; nothing of "
+                "this step was learned; inspect these pairs or lower the learning rate"
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not requested_sharding():  # else a process holds a part of them alone
+            refuse_not_finite(kwargs["model"], self.name, "its last step overflowed; lower the learning rate")

@@ -19,12 +19,13 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from prmd.errors import DataError
+from prmd.errors import DataError, NotFiniteError
 from prmd.models.prefix_rows import collate_rows, padding_share, plan_scoring
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import get_device
 from prmd.training.batches import MicroBatch
 from prmd.training.sharding import RefuseUnsharded, in_step, prepare_fsdp
+from prmd.training.stopping import named_rows
 
 Columns = Mapping[str, Tensor]
 
@@ -43,10 +44,19 @@ LossFunction = Callable[[Tensor, Columns], PairLoss]
 
 @dataclass(frozen=True)
 class PairData:
-    """Tokenised pairs with one tensor [n_pairs, ...] per column the loss needs."""
+    """Tokenised pairs with one tensor [n_pairs, ...] per column the loss needs.
+
+    Attributes:
+        ids: of the pairs, for people; without any, a pair is called by its index.
+    """
 
     rows: Sequence[PrefixRow]
     columns: Columns
+    ids: Sequence[str] = ()
+
+    def name(self, index: int) -> str:
+        """What a message calls a pair."""
+        return self.ids[index] if self.ids else str(index)
 
     def batch(self, indices: Sequence[int], *, pad_id: int, share_prompt: bool) -> dict[str, Tensor]:
         """Collated tensors of these pairs; columns are named `column/<name>`."""
@@ -171,24 +181,30 @@ class PairTrainer(Trainer):
         """Mean loss of the micro-batch, weighted so that the step's gradient is the mean over its pairs.
 
         Raises:
-            FloatingPointError: the loss is not finite; the message names the pairs.
+            NotFiniteError: the loss is not finite; the message names the pairs.
         """
         result = self.pair_loss(model, inputs)
-        if not torch.isfinite(result.loss).all():
-            raise FloatingPointError(self._describe_bad_pairs(inputs["pair_index"], result.loss.detach()))
+        self._refuse_not_finite(result.loss, inputs["pair_index"].tolist(), self.train_dataset.data)
         if inputs["weight"] > 0:  # else its pairs count elsewhere
             self._means.add(result.metrics)
         processed, padding = padding_share(inputs)
         self._tokens, self._padding = self._tokens + processed, self._padding + padding
         return result.loss.mean() * inputs["weight"]
 
-    def _describe_bad_pairs(self, pair_index: Tensor, loss: Tensor) -> str:
-        bad = pair_index[~torch.isfinite(loss)].tolist()
-        row = self.train_dataset.data.rows[bad[0]]
+    def _refuse_not_finite(self, loss: Tensor, pairs: Sequence[int], data: PairData) -> None:
+        """Stop where a loss [B] of these pairs is NaN or infinite, naming them."""
+        good = torch.isfinite(loss.detach())
+        if bool(good.all()):
+            return
+        bad = [pair for pair, fine in zip(pairs, good.tolist(), strict=True) if not fine]
+        row, first = data.rows[bad[0]], data.name(bad[0])
         text = self.tokenizer.decode(row.prompt_ids[-24:] + row.responses[0][:24])
-        return (
-            f"loss is not finite at step {self.state.global_step + 1} for training pairs {bad} (batch of pairs "
-            f"{pair_index.tolist()}); pair {bad[0]} reads ...{text!r}...; inspect these pairs or lower the learning rate"
+        training = data is not self.eval_data
+        step = f"step {self.state.global_step + int(training)}"
+        raise NotFiniteError(
+            f"loss is not finite at {step} for {'training' if training else 'held-out'} pairs "
+            f"{named_rows([data.name(pair) for pair in bad])} (batch of pairs {named_rows([data.name(p) for p in pairs])}); "
+            f"pair {first} reads ...{text!r}...; inspect these pairs or lower the learning rate"
         )
 
     # -------------------------------------------------------------- logging and evaluation
@@ -218,6 +234,7 @@ class PairTrainer(Trainer):
             batch = self.eval_data.batch(group, pad_id=self.pad_id, share_prompt=self.share_prompt)
             with torch.no_grad():
                 result = self.pair_loss(self.model, self._prepare_inputs(batch))
+            self._refuse_not_finite(result.loss, group, self.eval_data)
             if counts:
                 means.add({"loss": result.loss, **result.metrics})
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.drain().items()}

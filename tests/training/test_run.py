@@ -24,7 +24,7 @@ from prmd.config.shared import (
     TrainingConfig,
     TuningConfig,
 )
-from prmd.errors import ConfigError
+from prmd.errors import ConfigError, NotFiniteError
 from prmd.models.loading import load_causal_lm
 from prmd.models.tokenization import PrefixRow
 from prmd.training.checkpoints import checkpoint_steps, name_checkpoints
@@ -226,7 +226,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_batch(
         result = loss_of(logps, columns)
         return replace(result, loss=result.loss / 0 * (logps[:, 0] < 0))
 
-    with pytest.raises(FloatingPointError, match=r"step 1 for training pairs \[\d+, \d+\]"):
+    with pytest.raises(NotFiniteError, match=r"step 1 for training pairs \[\d+, \d+\]"):
         train(a_run(shared, tmp_path / "run", loss_function=bad, eval_data=None, training=TRAINING.model_copy(
             update={"checkpoints": (1.0,)}
         )))  # fmt: skip

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.training_args import OptimizerNames
 
 from prmd.config.shared import LoraConfig, TrainingConfig
+from prmd.errors import NotFiniteError
 from prmd.models.loading import add_lora, load_tokenizer_from
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
@@ -292,7 +293,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_pairs(tokenizer, 
 
     model = SequenceLogps(causal())
     trainer = trainer_of(model, PairData(rows, data.columns), tokenizer, tmp_path, loss=loss)
-    with pytest.raises(FloatingPointError, match=r"not finite at step \d for training pairs \[5\]") as error:
+    with pytest.raises(NotFiniteError, match=r"not finite at step \d for training pairs \[5\]") as error:
         trainer.train()
     assert "the lazy dog asks why" in str(error.value)
     assert all(torch.isfinite(p).all() for p in model.parameters())
