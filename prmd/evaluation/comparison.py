@@ -1,7 +1,7 @@
 """How methods compare: paired tests against the baseline, who beats whom, the front they span together.
 
 Contents of the method files in, `comparison.json` out; what was not measured alike is refused. On the items of a benchmark
-the tests are exact McNemar where outcomes are yes or no, else sign flips; they are corrected together and apart from the
+the tests are exact McNemar where outcomes are yes or no, else of the mean difference; they are corrected together and apart from the
 headline family.
 """
 
@@ -16,12 +16,13 @@ from prmd.errors import DataError
 from prmd.evaluation.over_optimisation import policy_points
 from prmd.inference.candidates import REFERENCE
 from prmd.statistics.outcomes import pairwise_win_rate
-from prmd.statistics.paired_tests import holm, mcnemar_exact, sign_flip_test
+from prmd.statistics.paired_tests import holm, mcnemar_exact, paired_mean_test, skewness_note
 from prmd.statistics.resampling import Resampling, with_chance
 
 BASELINES = ("baseline_dpo", "dpo", REFERENCE)
 """What methods are compared with: the first of these that was evaluated."""
 MEAN_OF_MIN = "mean of minimum"
+_MEAN_TEST = "the larger p of sign flips and of a studentized bootstrap"
 SHARED_PARTS = ("prompts", "decoding", "reference", "judges")
 """What two results must have in common to stand in one table."""
 
@@ -83,7 +84,7 @@ def _declared(baseline: str, count: int) -> str:
         return f"no policy beside {baseline}, nothing to compare"
     return (
         f"each policy against {baseline}, win rate of every objective and mean of the minimum: {count} two-sided "
-        "sign-flip tests over prompts, Holm-corrected together"
+        f"tests over prompts ({_MEAN_TEST}), Holm-corrected together"
     )
 
 
@@ -104,10 +105,16 @@ def _paired(ours: dict[str, Any], theirs: dict[str, Any], resampling: Resampling
     for measure, values in _measures(ours).items():
         other = _measures(theirs)[measure]
         difference = resampling.difference(values, other)
-        p = sign_flip_test(values - other, n_resamples=resampling.resamples, seed=resampling.seed)
         names = {"method": ours["method"], "against": theirs["method"], "measure": measure}
-        tests.append({**names, "difference": difference.to_json(), "p": p})
+        tests.append({**names, "difference": difference.to_json(), **_mean_test(values - other, resampling)})
     return tests
+
+
+def _mean_test(differences: np.ndarray, resampling: Resampling) -> dict[str, Any]:
+    """p-value of a mean difference, and a note where few differences are skewed."""
+    p = paired_mean_test(differences, n_resamples=resampling.resamples, seed=resampling.seed)
+    note = skewness_note(differences)
+    return {"p": p} | ({"note": note} if note else {})
 
 
 def _measures(metrics: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -189,7 +196,7 @@ def compare_benchmarks(results: Mapping[str, Mapping[str, Items]], resampling: R
         test["p_holm"] = float(adjusted)
     declared = (
         "each policy against the baseline on every outcome of every benchmark, items paired: exact McNemar for yes and no, "
-        f"else sign flips; {len(tests)} tests, Holm-corrected together and apart from those of the headline"
+        f"else {_MEAN_TEST}; {len(tests)} tests, Holm-corrected together and apart from those of the headline"
     )
     return {"paired": tests, "declared": declared}
 
@@ -226,5 +233,5 @@ def _test(pairs: np.ndarray, resampling: Resampling) -> dict[str, Any]:
         only_ours, only_theirs = int((ours > theirs).sum()), int((theirs > ours).sum())
         test = f"McNemar, {only_ours} against {only_theirs} of {len(pairs)}"
         return {"difference": difference, "test": test, "p": mcnemar_exact(only_ours, only_theirs)}
-    p = sign_flip_test(ours - theirs, n_resamples=resampling.resamples, seed=resampling.seed)
-    return {"difference": difference, "test": f"sign flips, n = {len(pairs)}", "p": p}
+    test = f"mean difference, n = {len(pairs)}"
+    return {"difference": difference, "test": test, **_mean_test(ours - theirs, resampling)}

@@ -1,12 +1,13 @@
 """Intervals: how sure a measured number is.
 
-Here: Wilson and bootstrap intervals, the interval of a minimum over objectives. Not here: the outcome measures
+Here: Wilson and bootstrap intervals (percentiles for shares, studentized for what has no bounds and may be skewed), the
+interval of a minimum over objectives. Not here: the outcome measures
 themselves (`outcomes.py`), paired tests (`paired_tests.py`). The unit of resampling is always the prompt (or a
 cluster of prompts), never the sample: responses to one prompt are not independent. Read `paired_tests.py` next.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -15,6 +16,9 @@ from scipy import stats
 from prmd.statistics.outcomes import cvar_over_prompts
 
 _CHUNK_ELEMENTS = 2**21  # resampled rows held at once
+_STUDENTIZED_FROM = (
+    8  # with fewer, resamples of nearly one value make the interval several times as wide as Student's
+)
 _TAIL_VALUES = 5  # fewer in a tail and no interval covers it: 51 % with 1.6 of 16, 94 % with 5 of 50
 
 
@@ -132,13 +136,108 @@ def bootstrap_statistic(
     value = float(fn(rows[None])[0])
     if n == 1:
         return Estimate(value, value, value, 1, "single observation, no interval")
-    rng = np.random.default_rng(seed)
-    step = max(1, _CHUNK_ELEMENTS // rows.size)
-    sizes = [min(step, n_resamples - start) for start in range(0, n_resamples, step)]
-    draws = np.concatenate([fn(rows[rng.integers(0, n, size=(size, n))]) for size in sizes])
-    tail = stats.norm.cdf(stats.t.ppf((1 - confidence) / 2, n - 1) * math.sqrt(n / (n - 1)))
+    draws = np.concatenate([fn(rows[drawn]) for drawn in _resamples(n, n_resamples, seed, rows.size)])
+    tail = widened_tail((1 - confidence) / 2, n)
     low, high = np.quantile(draws, [tail, 1 - tail])
     return Estimate(value, float(low), float(high), n, f"expanded percentile bootstrap {confidence:.4g}")
+
+
+def _resamples(n: int, n_resamples: int, seed: int, elements: int) -> Iterator[np.ndarray]:
+    """Rows drawn with replacement, [b, n] at a time, so that b times `elements` numbers fit in memory."""
+    rng = np.random.default_rng(seed)
+    step = max(1, _CHUNK_ELEMENTS // elements)
+    for start in range(0, n_resamples, step):
+        yield rng.integers(0, n, size=(min(step, n_resamples - start), n))
+
+
+def widened_tail(tail: float, n: int) -> float:
+    """Tail at which percentiles of resamples of n rows are read for one of `tail`: ``Phi(t_{n-1}(tail) sqrt(n / (n - 1)))``."""
+    return float(stats.norm.cdf(stats.t.ppf(tail, n - 1) * math.sqrt(n / (n - 1))))
+
+
+def narrowed_tail(tail: np.ndarray | float, n: int) -> np.ndarray | float:
+    """The tail of which `widened_tail` makes `tail`."""
+    return stats.t.cdf(stats.norm.ppf(tail) * math.sqrt((n - 1) / n), n - 1)
+
+
+def studentized_draws(
+    numerators: np.ndarray, denominators: np.ndarray, *, n_resamples: int, seed: int
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """Resampled ratios of sums, as they are and measured from the ratio at hand in their own standard errors.
+
+    Args:
+        numerators: [X], one per prompt.
+        denominators: [X], > 0; ones for a mean.
+
+    Returns:
+        Standard error of the ratio; the resampled ratios [B]; (ratio* - ratio) / error* of those that vary.
+    """
+    rows = np.stack([numerators, denominators], axis=1)
+    value, error = (float(part[0]) for part in _ratios(rows[None]))
+    parts = [_ratios(rows[drawn]) for drawn in _resamples(len(rows), n_resamples, seed, rows.size)]
+    ratios, errors = (np.concatenate(part) for part in zip(*parts, strict=True))
+    varied = errors > 1e-9 * max(error, 1e-300)
+    return error, ratios, (ratios[varied] - value) / errors[varied]
+
+
+def _ratios(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ratio of the sums of the two columns and its linearised standard error, of every sample [b, X, 2]: two [b]."""
+    numerators, denominators = rows[..., 0], rows[..., 1]
+    n, mean = rows.shape[1], denominators.mean(axis=1)
+    ratio = numerators.mean(axis=1) / mean
+    residuals = (numerators - ratio[:, None] * denominators) / mean[:, None]
+    return ratio, residuals.std(axis=1) / math.sqrt(max(1, n - 1))
+
+
+def studentized_ratio(
+    numerators: np.ndarray,
+    denominators: np.ndarray,
+    *,
+    n_resamples: int = 10_000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Ratio of two sums over prompts (a mean where the denominators are ones) that has no bounds and may be skewed.
+
+    A mean of few skewed values, such as the KL of a response, is low exactly where the sample missed the long tail, and its
+    standard error with it: percentiles of resampled means then cover it too rarely (.88 of 15 lognormal values with sd 1).
+    Each resample is therefore measured in its own standard error, at the widened tails of `bootstrap_statistic`; the
+    interval also holds that of the percentiles, which is better where few values leave no error to measure in. It covers
+    .94 there and .97 of 15 normal values, a fifth wider than Student's t.
+
+    Args:
+        numerators: [X], one per prompt.
+        denominators: [X], > 0.
+        n_resamples: number of resamples.
+        seed: of the resampling; the same draws as `bootstrap_statistic` makes.
+        confidence: coverage aimed at.
+
+    Returns:
+        The ratio with its interval, of the percentiles alone below eight prompts; with one prompt, or values that are all
+        equal, the interval is that value.
+
+    Raises:
+        ValueError: no values, or not finite.
+
+    Source: bootstrap-t of Efron 1981; the tails of Hesterberg 2015 (arXiv:1411.5279).
+    """
+    above, below = (np.asarray(x, dtype=np.float64).reshape(-1) for x in (numerators, denominators))
+    if above.size == 0 or above.size != below.size or not np.isfinite([above, below]).all():
+        raise ValueError(
+            f"bootstrap: needs finite, non-empty values of one length, got {above.size} and {below.size}"
+        )
+    n, value = above.size, float(above.sum() / below.sum())
+    if n == 1:
+        return Estimate(value, value, value, 1, "single observation, no interval")
+    error, ratios, t = studentized_draws(above, below, n_resamples=n_resamples, seed=seed)
+    tail = widened_tail((1 - confidence) / 2, n)
+    low, high = (float(end) for end in np.quantile(ratios, [tail, 1 - tail]))
+    if n < _STUDENTIZED_FROM:
+        return Estimate(value, low, high, n, f"expanded percentile bootstrap {confidence:.4g}")
+    if t.size:
+        least, most = (float(end) for end in np.quantile(t, [tail, 1 - tail]))
+        low, high = min(low, value - most * error), max(high, value - least * error)
+    return Estimate(value, low, high, n, f"studentized bootstrap {confidence:.4g}")
 
 
 def bootstrap_mean(
@@ -206,10 +305,8 @@ def lower_tail_interval(
     (value,), (error,) = _lower_tails(x[None], alpha)
     if alpha * x.size < _TAIL_VALUES:
         return Estimate(float(value), math.nan, math.nan, x.size, "no interval: the tail is too small")
-    rng = np.random.default_rng(seed)
-    step = max(1, _CHUNK_ELEMENTS // x.size)
-    sizes = [min(step, n_resamples - start) for start in range(0, n_resamples, step)]
-    tails = [_lower_tails(x[rng.integers(0, x.size, size=(size, x.size))], alpha) for size in sizes]
+    drawn = _resamples(x.size, n_resamples, seed, x.size)
+    tails = [_lower_tails(x[rows], alpha) for rows in drawn]
     means, errors = (np.concatenate(part) for part in zip(*tails, strict=True))
     defined = errors > 1e-9 * max(float(error), 1e-300)
     t = (means[defined] - value) / errors[defined]
@@ -230,17 +327,15 @@ def paired_bootstrap(
     a: np.ndarray,
     b: np.ndarray,
     *,
-    clusters: np.ndarray | None = None,
     n_resamples: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Mean of ``a - b`` with a bootstrap interval, both measured on the same prompts.
+    """Mean of ``a - b`` with a studentized bootstrap interval, both measured on the same prompts.
 
     Args:
         a: [N].
         b: [N], aligned with `a`.
-        clusters: as in `bootstrap_mean`.
         n_resamples: number of resamples.
         seed: of the resampling.
         confidence: coverage aimed at.
@@ -257,7 +352,7 @@ def paired_bootstrap(
             f"paired_bootstrap: shapes {first.shape} and {second.shape} differ; align by prompt id"
         )
     options = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
-    return bootstrap_mean(first - second, clusters=clusters, **options)
+    return studentized_ratio(first - second, np.ones_like(first), **options)
 
 
 def minimum_band(estimates: Sequence[Estimate]) -> Estimate:

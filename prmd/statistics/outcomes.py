@@ -217,16 +217,25 @@ def hypervolume(points: np.ndarray, origin: np.ndarray) -> float:
         ValueError: no points, or points that are not finite.
     """
     above = _sample_table(points, "hypervolume") - np.asarray(origin, dtype=np.float64)
-    return _dominated_volume(above[(above > 0).all(axis=1)])
+    return float(dominated_volumes(above[None])[0])
 
 
-def _dominated_volume(points: np.ndarray) -> float:
-    if len(points) == 0:
-        return 0.0
-    if points.shape[1] == 1:
-        return float(points.max())
-    # Slices between consecutive values of the last axis; each is a volume in one dimension less.
-    levels = np.unique(points[:, -1])
-    depths = np.diff(levels, prepend=0.0)
-    volumes = [_dominated_volume(points[points[:, -1] >= level, :-1]) for level in levels]
-    return float(depths @ np.array(volumes))
+def dominated_volumes(points: np.ndarray) -> np.ndarray:
+    """Volumes above zero that each of b sets of points dominates.
+
+    Args:
+        points: [b, P, K]; points that are not above zero on every axis add nothing.
+
+    Returns:
+        [b].
+    """
+    above = np.where((points > 0).all(axis=-1, keepdims=True), points, 0.0)
+    if above.shape[-1] == 1:
+        return above[..., 0].max(axis=-1)
+    # Slices between consecutive values of the last axis, from the highest down; each is a volume in one dimension less,
+    # of the points that reach it.
+    order = np.argsort(-above[..., -1], axis=-1)
+    above = np.take_along_axis(above, order[..., None], axis=-2)
+    depths = -np.diff(above[..., -1], axis=-1, append=0.0)
+    slices = [dominated_volumes(above[:, : i + 1, :-1]) for i in range(above.shape[1])]
+    return (depths * np.stack(slices, axis=-1)).sum(axis=-1)

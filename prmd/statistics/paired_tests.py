@@ -13,9 +13,16 @@ import numpy as np
 from scipy import stats
 from scipy.special import expit
 
-from prmd.statistics.intervals import Estimate, bootstrap_statistic
+from prmd.statistics.intervals import (
+    Estimate,
+    bootstrap_statistic,
+    narrowed_tail,
+    studentized_draws,
+    wilson_interval,
+)
 
 _EXACT_SIGN_FLIPS = 13  # 2**13 patterns are fewer than the resamples they replace
+_LEAST_DRAWS = 2000  # of one tail; fewer would keep a clear difference from surviving Holm's correction
 _RIDGE = 1e-6  # per row; only decides resamples in which length separates wins from losses perfectly
 
 
@@ -75,6 +82,52 @@ def sign_flip_test(differences: np.ndarray, *, n_resamples: int = 10_000, seed: 
         signs = rng.choice((-1.0, 1.0), size=(min(1000, n_resamples - start), d.size))
         extreme += int((np.abs(signs @ d) >= observed).sum())
     return (1 + extreme) / (1 + n_resamples)
+
+
+def paired_mean_test(differences: np.ndarray, *, n_resamples: int = 10_000, seed: int = 0) -> float:
+    """Test that the mean difference of two methods is zero, also where the differences are skewed.
+
+    The larger p-value of `sign_flip_test`, which is exact for differences that are symmetric about zero and rejects .11
+    of true hypotheses at 15 lognormal differences instead of .05, and of a bootstrap of the studentized mean, at the
+    tails of `intervals.studentized_ratio`: .06 there. (The sign flips of a studentized mean are those of the mean.)
+
+    Args:
+        differences: one per prompt, [X].
+        n_resamples: of sign patterns and of prompts.
+        seed: of both.
+
+    Returns:
+        Two-sided p-value, never zero.
+
+    Raises:
+        ValueError: no differences, or not finite.
+    """
+    flipped = sign_flip_test(differences, n_resamples=n_resamples, seed=seed)
+    d = np.asarray(differences, dtype=np.float64)
+    if np.ptp(d) == 0:  # nothing to measure a resample in
+        return flipped
+    draws = max(n_resamples, _LEAST_DRAWS)
+    error, _, t = studentized_draws(d, np.ones_like(d), n_resamples=draws, seed=seed)
+    observed = d.mean() / error
+    beyond = int((t >= observed).sum() if observed > 0 else (t <= observed).sum())
+    tail = (1 + beyond) / (1 + t.size)
+    return max(flipped, float(min(1.0, 2 * narrowed_tail(tail, d.size))))
+
+
+SKEWED = 1.0
+"""Skewness from which few differences are pointed out: the sample of a lognormal with sd 1 has it, of a normal hardly."""
+_ENOUGH_THOUGH_SKEWED = 50
+
+
+def skewness_note(differences: np.ndarray) -> str | None:
+    """What has to be said of a test of few differences that are skewed; None where nothing has."""
+    d = np.asarray(differences, dtype=np.float64)
+    if np.ptp(d) == 0 or d.size >= _ENOUGH_THOUGH_SKEWED:
+        return None
+    skewness = float(stats.skew(d))
+    if abs(skewness) < SKEWED:
+        return None
+    return f"skewness {skewness:.1f} is large for n = {d.size}: p may be too small by a quarter"
 
 
 def holm(p_values: Sequence[float]) -> np.ndarray:
@@ -141,7 +194,8 @@ def length_controlled_win_rate(
         confidence: coverage aimed at.
 
     Returns:
-        A `LengthControlled`; where all lengths are equal it is the raw win rate.
+        A `LengthControlled`; where all lengths are equal it is the raw win rate, and where all win probabilities are
+        equal, of which no fit can tell a length effect, it is that with Wilson's interval, as in `Resampling.win_rate`.
 
     Raises:
         ValueError: shapes that differ, or win probabilities outside [0, 1].
@@ -154,6 +208,9 @@ def length_controlled_win_rate(
             f"length_controlled_win_rate: needs wins in [0, 1] and lengths, both [X], "
             f"got {wins.shape} and {lengths.shape}"
         )
+    if np.ptp(wins) == 0:  # a bootstrap would claim certainty
+        raw = wilson_interval(float(wins.sum()), wins.size, confidence)
+        return LengthControlled(raw, raw.value, 0.0)
     matrix = np.stack([wins, lengths], axis=1)
     estimate = bootstrap_statistic(
         lambda rows: expit(_fit_length_model(rows)[:, 0]),

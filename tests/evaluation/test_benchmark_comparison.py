@@ -35,7 +35,7 @@ def test_outcomes_are_told_from_descriptions() -> None:
     assert item_outcomes({"id": "m", "rating_1": 7, "rating_2": None}) == {"rating_1": 7.0}
 
 
-def test_yes_and_no_are_tested_by_mcnemar_and_the_rest_by_sign_flips() -> None:
+def test_yes_and_no_are_tested_by_mcnemar_and_the_rest_by_the_mean_difference() -> None:
     rng = np.random.default_rng(0)
     values = {m: rng.random(60) for m in ("baseline_dpo", "cvar")}
     right = {m: (rng.random(60) < share).astype(float) for m, share in (("baseline_dpo", 0.3), ("cvar", 0.7))}
