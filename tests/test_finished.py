@@ -209,10 +209,19 @@ def test_a_reward_model_finds_its_features_in_the_cache(finished: Finished, no_f
     assert finished.cache() == before
 
 
+def test_what_was_clipped_at_the_former_default_stays_finished_under_auto(
+    finished: Finished, no_forward: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, logger="prmd"):
+        train_hierarchical(finished.load(PolicyConfig, "policy.margin_clip=auto"))
+    assert "policy hierarchical: finished before" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("stage", "kind", "override"),
     [
         (train_hierarchical, PolicyConfig, "policy.beta=0.2"),
+        (train_hierarchical, PolicyConfig, "policy.margin_clip=4.0"),
         (train_baseline_dpo, PolicyConfig, "training.epochs=2.0"),
         (lambda config: train_reward_model(config, objective="honest"), RewardModelConfig, "seed=43"),
     ],

@@ -36,7 +36,7 @@ class PolicySection(Section):
     huber_delta: PositiveFloat = 1.0
     reward_scale: Literal["auto"] | PositiveFloat = "auto"
     kl_target: PositiveFloat = 4.0
-    margin_clip: PositiveFloat = 5.0
+    margin_clip: Literal["auto"] | PositiveFloat = 5.0
     level: Literal["response", "margin"] = "response"
     nll_weight: float = Field(default=0.0, ge=0.0)
     gamma: float = Field(default=0.0, ge=0.0)

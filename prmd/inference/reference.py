@@ -28,6 +28,21 @@ def reference_key(model: ModelConfig, paths: ArtifactPaths, tokenizer: PreTraine
     return io.fingerprint([base_model_key(model, paths), template_fingerprint(tokenizer), model.dtype])
 
 
+CALIBRATION_SAMPLES = 16
+"""Samples at least of each prompt that a reward model is calibrated on: they are few, and the scale is of every reward."""
+
+
+def with_sample_count(shared: SharedConfig, count: int) -> SharedConfig:
+    """The shared settings with this number of samples of each prompt."""
+    calibration = shared.calibration.model_copy(update={"samples_per_prompt": count})
+    return shared.model_copy(update={"calibration": calibration})
+
+
+def calibration_sampling(shared: SharedConfig) -> SharedConfig:
+    """The shared settings with the number of samples of each prompt that stage 2 calibrates on."""
+    return with_sample_count(shared, max(CALIBRATION_SAMPLES, shared.calibration.samples_per_prompt))
+
+
 def samples_table(shared: SharedConfig, tokenizer: PreTrainedTokenizerBase) -> JsonTable:
     """Where `reference_samples` keeps what it draws: a table of the base model and the settings of sampling."""
     settings: dict[str, Any] = _sampling(shared.calibration, shared.seed)

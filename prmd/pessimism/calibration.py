@@ -10,6 +10,7 @@ therefore follows whichever has the lower offset or the larger scale; calibrated
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -177,12 +178,60 @@ def calibrate(rewards: Tensor, *, scale: Tensor, offset: Tensor) -> Tensor:
     return (rewards.double() - offset.double()) / scale.double()
 
 
+def within_prompt_variance(robust: Tensor, prompt_index: Tensor) -> float:
+    """Mean over prompts of the variance of R within each, divisor n_x - 1.
+
+    Variance between prompts moves no policy and would only shrink the scale that `scale_of_variance` makes of this.
+
+    Args:
+        robust: robust rewards of R responses, [R].
+        prompt_index: prompt of each response, LongTensor [R]; prompts with one response are left out.
+
+    Raises:
+        ValueError: no prompt with two responses, or rewards that are not finite.
+    """
+    _check_rewards(robust[:, None], prompt_index, "within_prompt_variance")
+    deviations, counts = _squared_deviations(robust[:, None], prompt_index)
+    several = counts > 1
+    if not bool(several.any()):
+        raise ValueError(
+            "auto_reward_scale: no prompt has two responses; set reward_scale to a number instead"
+        )
+    return float((deviations[several, 0] / (counts[several] - 1)).mean())
+
+
+def can_cross_fit(n_samples: int) -> bool:
+    """Whether n samples of a prompt make two halves that each have a variance."""
+    return n_samples >= 4 and n_samples % 2 == 0
+
+
+def cross_fitted_variance(reward: Callable[[Tensor], Tensor], rewards: Tensor) -> float:
+    """Within-prompt variance of R where the offset b(x) is the mean of the prompt's own samples.
+
+    A sample centred on a mean that contains it is pulled to zero, member by member, so that a minimum of such samples
+    varies less than one of the responses that are trained on, which the mean does not contain: at four samples a prompt
+    the scale made of it aims at 5.0 nats for 4. Here each half of the samples is centred on the mean of the other one, R is
+    formed, and the variances within both halves are averaged.
+
+    Args:
+        reward: rewards of all members [K, M, ...] -> R [...].
+        rewards: calibrated, [K, M, X, n], on any offset per prompt; n as `can_cross_fit` wants it.
+
+    Raises:
+        ValueError: another n, or rewards that are not finite.
+    """
+    n = rewards.shape[-1]
+    if not can_cross_fit(n) or not bool(torch.isfinite(rewards).all()):
+        raise ValueError(
+            f"cross_fitted_variance: needs finite rewards of an even number of at least 4 samples, got {n}"
+        )
+    first, second = rewards.double().split(n // 2, dim=-1)
+    halves = [reward(a - b.mean(dim=-1, keepdim=True)) for a, b in ((first, second), (second, first))]
+    return float(torch.stack([half.var(dim=-1).mean() for half in halves]).mean())
+
+
 def auto_reward_scale(robust: Tensor, prompt_index: Tensor, *, beta: float, kl_target: float) -> float:
     """Reward scale at which the optimal policy is about `kl_target` nats from the reference.
-
-    For Gaussian rewards the optimum ``pi_ref * exp(scale * R / beta)`` has ``KL = (scale * sigma)**2 / (2 beta**2)``,
-    hence ``scale = beta * sqrt(2 * kl_target) / sigma``; sigma**2 is the mean over prompts of the within-prompt
-    variance of R with divisor n_x - 1 (variance between prompts moves no policy and would only shrink the scale).
 
     Args:
         robust: robust rewards of R responses, [R].
@@ -191,23 +240,35 @@ def auto_reward_scale(robust: Tensor, prompt_index: Tensor, *, beta: float, kl_t
         kl_target: nats per response, > 0.
 
     Returns:
-        The scale, > 0.
+        `scale_of_variance` of their `within_prompt_variance`, > 0.
 
     Raises:
         ValueError: beta or kl_target not positive, no prompt with two responses, or no variance.
-
-    Source: the exponential tilt of a Gaussian; the optimum is Eq. 4 of arXiv:2305.18290.
     """
     if not beta > 0 or not kl_target > 0:
         raise ValueError(f"auto_reward_scale: beta and kl_target must be > 0, got {beta} and {kl_target}")
-    _check_rewards(robust[:, None], prompt_index, "auto_reward_scale")
-    deviations, counts = _squared_deviations(robust[:, None], prompt_index)
-    several = counts > 1
-    if not bool(several.any()):
-        raise ValueError(
-            "auto_reward_scale: no prompt has two responses; set reward_scale to a number instead"
-        )
-    variance = float((deviations[several, 0] / (counts[several] - 1)).mean())
-    if variance <= 0:
+    return scale_of_variance(within_prompt_variance(robust, prompt_index), beta=beta, kl_target=kl_target)
+
+
+def scale_of_variance(variance: float, *, beta: float, kl_target: float) -> float:
+    """Reward scale that aims at `kl_target` nats where R varies so much within a prompt.
+
+    For Gaussian rewards the optimum ``pi_ref * exp(scale * R / beta)`` has ``KL = (scale * sigma)**2 / (2 beta**2)``,
+    hence ``scale = beta * sqrt(2 * kl_target) / sigma``.
+
+    Args:
+        variance: sigma**2, from `within_prompt_variance` or `cross_fitted_variance`.
+        beta: > 0.
+        kl_target: nats per response, > 0.
+
+    Returns:
+        The scale, > 0.
+
+    Raises:
+        ValueError: no variance.
+
+    Source: the exponential tilt of a Gaussian; the optimum is Eq. 4 of arXiv:2305.18290.
+    """
+    if not variance > 0:
         raise ValueError("auto_reward_scale: robust rewards are the same for all responses of every prompt")
     return beta * math.sqrt(2.0 * kl_target / variance)

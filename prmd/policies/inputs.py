@@ -1,7 +1,7 @@
 """What each policy's training is fed: rows, columns and stream, from the frozen numbers that all methods share.
 
 `prepare` reads, samples and scores once for all methods; `method_inputs` makes one method's targets of it, adds its pairs
-of reference samples and what its loss reads. No policy is loaded here; the trainings are in `train`.
+of reference samples and what its loss reads; `policy_fingerprints` are the keys of it all. No policy is loaded here; the trainings are in `train`.
 """
 
 import logging
@@ -12,16 +12,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command
 from prmd.artifacts.runs import require_artifact
+from prmd.config.loading import as_dict
 from prmd.config.policy import PairsConfig, PolicySection
-from prmd.config.shared import SharedConfig
+from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
-from prmd.inference.reference import reference_logps
+from prmd.inference.reference import reference_key, reference_logps, with_sample_count
 from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
-from prmd.policies.methods import BASELINE, POLICY_METHODS, reference_sample_count, uses_gamma
+from prmd.policies.methods import (
+    BASELINE,
+    POLICY_METHODS,
+    reference_sample_count,
+    reward_keys,
+    settings_keys,
+    uses_gamma,
+)
 from prmd.policies.notes import label_notes
 from prmd.policies.pairs import (
     Mixture,
@@ -51,11 +61,11 @@ from prmd.policies.scores import (
     score_as_policy,
     score_pairs,
     score_samples,
-    with_sample_count,
 )
-from prmd.policies.targets import Targets, method_targets
+from prmd.policies.targets import Targets, clipping_warning, method_targets, refuse_signs
 from prmd.rewards.debias import DEBIAS_FILE, FittedBias, read_bias
 from prmd.rewards.reward_model import RewardModel
+from prmd.training.fingerprints import calibration_keys, training_keys
 from prmd.training.trainer import PairData
 
 logger = logging.getLogger(__name__)
@@ -340,3 +350,60 @@ def _chosen_lengths(rows: Sequence[PrefixRow], added: int) -> Tensor:
     """Tokens of each chosen response; infinite for the last `added` rows, whose likelihood nothing should raise."""
     lengths = [float(len(row.responses[0])) for row in rows[: len(rows) - added]]
     return torch.tensor(lengths + [math.inf] * added)
+
+
+def say_inputs(method: str, inputs: MethodInputs) -> None:
+    """Log what is to be known of a training before it starts.
+
+    Raises:
+        ConfigError: as `refuse_signs`.
+    """
+    for note in inputs.notes:
+        logger.info("policy %s: %s", method, note)
+    targets = inputs.targets
+    if targets is not None and math.isfinite(targets.margin_clip):
+        refuse_signs(method, targets)
+        share, clip = 100 * targets.clipped_share, targets.margin_clip
+        logger.info("policy %s: %.1f%% of its target margins are clipped, at %.3g nats", method, share, clip)
+        if warning := clipping_warning(method, targets):
+            logger.warning("policy %s", warning)
+
+
+# ------------------------------------------------------------------ their keys
+Keys = tuple[str, ...]
+"""Today's fingerprint of a policy, and behind it those that earlier versions gave it."""
+
+
+def policy_fingerprints(
+    method: str,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    shared: SharedConfig,
+    policy: PolicySection,
+    sample_pairs: PairsConfig,
+    tuning: TuningConfig,
+    training: TrainingConfig,
+    models: Sequence[RewardModel] = (),
+) -> Keys:
+    """Key of everything a finished policy depends on, and of nothing its method does not read; then that of earlier versions.
+
+    Args:
+        models: the reward models of all objectives; may be left out where the method reads no rewards.
+    """
+    rewarded = POLICY_METHODS[method].reads_rewards
+    splits = [shared.paths.split(objective, split) for objective in OBJECTIVES for split in ("train", "val")]
+    data = io.files_sha256(splits)
+    if rewarded:
+        every = reward_keys(policy, method, [model.fingerprint for model in models])
+    else:  # what a method takes from the labels; of rewards it is in the weights
+        every = [[bias.record for bias in named_biases([method], shared.paths).values()]]
+    seed, how = shared.seed, as_dict(tuning)
+    base = reference_key(shared.model, shared.paths, tokenizer)
+    calibrations = calibration_keys(shared.calibration) if rewarded else (None, None)
+    today, earlier = zip(training_keys(training), calibrations, strict=True)
+    read, before = settings_keys(policy, sample_pairs, method)
+    return tuple(
+        io.fingerprint([method, settings, how, trained, seed, calibration, base, data, keys])
+        for keys in every
+        for settings, (trained, calibration) in ((read, today), (before, today), (before, earlier))
+    )

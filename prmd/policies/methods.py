@@ -137,6 +137,27 @@ def _reads_no_weights(policy: PolicySection, method: str) -> bool:
     return method == "maxmin" or aggregation(policy, method).across == "min"
 
 
+_FORMULAS = 2
+"""Raised where targets are made of the same settings by another formula: 2, reward_scale: auto is cross-fitted, calibration
+prompts have 16 samples, and margin_clip: auto has taken the place of `_EARLIER_CLIP`."""
+_EARLIER_CLIP = 5.0
+
+
+def settings_keys(
+    policy: PolicySection, pairs: PairsConfig, method: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What fingerprints are made of: today's `settings_read` with the formulas that read them, and those of earlier versions.
+
+    A training that an earlier version finished stays finished; one that it began is not gone on with, as its targets would
+    change on the way.
+    """
+    read = settings_read(policy, pairs, method)
+    if POLICY_METHODS[method].reward is None:
+        return read, read
+    before = read | ({"margin_clip": _EARLIER_CLIP} if read.get("margin_clip") == "auto" else {})
+    return read | {"formulas": _FORMULAS}, before
+
+
 def unread_settings(policy: PolicySection, method: str) -> tuple[str, ...]:
     """The settings of what is optimised that were changed from their default and that this method does not read."""
     read = {*_READ[POLICY_METHODS[method].loss]}

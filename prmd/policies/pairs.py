@@ -275,12 +275,14 @@ class ScaleResponses:
         prompt_index: prompt of each response, [R].
         source: what the responses are.
         samples_per_prompt: n where they are n samples of pi_ref for each prompt in turn (R = X n), else 0.
+        centred: whether each prompt's rewards are centred on the mean of these samples of it.
     """
 
     rewards: Tensor
     prompt_index: Tensor
     source: str
     samples_per_prompt: int = 0
+    centred: bool = False
 
     def by_prompt(self) -> Tensor:
         """Rewards of reference samples by prompt, [K, M, X, n]."""

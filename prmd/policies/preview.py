@@ -18,7 +18,7 @@ from prmd.config.policy import PairsConfig, PolicySection
 from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import UserError
 from prmd.inference.cache import ScoreTable
-from prmd.inference.reference import samples_table
+from prmd.inference.reference import calibration_sampling, samples_table, with_sample_count
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import Tokens
 from prmd.objectives import OBJECTIVES
@@ -39,7 +39,6 @@ from prmd.policies.scores import (
     centers_by_prompt,
     sample_prompts,
     score_samples,
-    with_sample_count,
 )
 from prmd.rewards.reward_model import RewardModel, load_reward_models
 from prmd.runtime import is_main_process
@@ -208,7 +207,12 @@ def cached_responses(
     lengths = sorted({reward_model_length, tokens.max_length})
     named = {"held-out prompts": "val", "training prompts": "train"}
     prompts = {source: distinct_prompts(splits[split], tokens, lengths) for source, split in named.items()}
-    for sampling in (with_sample_count(shared, sample_count), shared):
+    drawn = (
+        with_sample_count(shared, sample_count),
+        calibration_sampling(shared),
+        shared,
+    )  # the last: earlier versions
+    for sampling in drawn:
         for source, candidates in prompts.items():
             if found := _scored_prompts(sampling, models, tokens, candidates):
                 return score_samples(models, found, by_prompt=by_prompt, source=source)

@@ -14,7 +14,12 @@ from prmd.config.policy import PolicySection
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.aggregation import Aggregation, robust_rewards
-from prmd.pessimism.calibration import auto_reward_scale
+from prmd.pessimism.calibration import (
+    can_cross_fit,
+    cross_fitted_variance,
+    scale_of_variance,
+    within_prompt_variance,
+)
 from prmd.pessimism.kl_budget import usable_kl_target
 from prmd.pessimism.maxmin import solve_constraints, solve_maxmin
 from prmd.policies.methods import POLICY_METHODS, aggregation
@@ -79,13 +84,18 @@ def solve_reward(policy: PolicySection, method: str, scale: ScaleResponses) -> R
     if policy.reward_scale != "auto":
         return replace(reward, reward_scale=policy.reward_scale, notes=tuple(notes))
     try:
-        found = auto_reward_scale(
-            reward(scale.rewards), scale.prompt_index, beta=policy.beta, kl_target=policy.kl_target
-        )
+        found = scale_of_variance(_variance(reward, scale), beta=policy.beta, kl_target=policy.kl_target)
     except ValueError as error:
         raise ConfigError(f"policy.reward_scale: auto failed for {method} ({error}); set a number") from error
     notes.insert(0, f"reward scale fixed on {scale.source}")
     return replace(reward, reward_scale=found, notes=tuple(notes))
+
+
+def _variance(reward: RobustReward, scale: ScaleResponses) -> float:
+    """Variance of R within a prompt, cross-fitted where samples are centred on their own mean and there are enough."""
+    if scale.centred and can_cross_fit(scale.samples_per_prompt):
+        return cross_fitted_variance(reward, scale.by_prompt())
+    return within_prompt_variance(reward(scale.rewards), scale.prompt_index)
 
 
 def objective_rewards(rewards: Tensor, chosen: Aggregation) -> Tensor:

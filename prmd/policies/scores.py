@@ -50,12 +50,6 @@ def sample_prompts(
     return SampledPrompts(prompts, reference_samples(shared, tokenizer, prompts))
 
 
-def with_sample_count(shared: SharedConfig, count: int) -> SharedConfig:
-    """The shared settings with the number of samples that stage 3 draws for each prompt."""
-    calibration = shared.calibration.model_copy(update={"samples_per_prompt": count})
-    return shared.model_copy(update={"calibration": calibration})
-
-
 def centers_by_prompt(calibration: CalibrationConfig) -> bool:
     """One centering for the whole run: each prompt's own where calibration has samples, else the stored global one."""
     return calibration.source == "reference_samples"
@@ -140,7 +134,8 @@ def score_samples(
         model.release()
     _release_base(models)
     index = torch.arange(len(sampled.prompts)).repeat_interleave(n)
-    return ScaleResponses(stack_objectives(calibrated), index, f"reference samples of the {source}", n)
+    source = f"reference samples of the {source}"
+    return ScaleResponses(stack_objectives(calibrated), index, source, n, centred=by_prompt)
 
 
 def score_as_policy(

@@ -7,6 +7,7 @@ What the methods are is in `methods`, R with what is solved for in `robust_rewar
 `scores`, the trainings are in `train`.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from prmd.config.policy import PolicySection
+from prmd.errors import ConfigError
 from prmd.pessimism.draft_equations import paper_loss, paper_margins
 from prmd.pessimism.losses import (
     distillation_loss,
@@ -40,7 +42,21 @@ from prmd.policies.robust_reward import (
 )
 from prmd.training.trainer import Columns, PairLoss
 
-__all__ = ["Targets", "aggregation", "describe_targets", "method_targets", "policy_loss"]
+__all__ = [
+    "Targets",
+    "aggregation",
+    "clipping_warning",
+    "describe_targets",
+    "method_targets",
+    "policy_loss",
+    "refuse_signs",
+    "with_clip",
+]
+
+AUTO_CLIP = 3.0
+"""Root mean squares of the unclipped training targets at which `margin_clip: auto` cuts: 0.3 % of Gaussian ones."""
+CLIPPED_WARNING = 0.05
+"""Share of clipped targets from which it is warned of."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,8 @@ class Targets:
         train: Delta* of each training pair, [n]; where a loss has several targets a pair (the draft's equations, e-DPO)
             their mean by the objective weights; for modpo, the margin of the other objectives.
         held_out: the same of the held-out pairs.
+        margin_clip: where targets are cut, nats; infinity where nothing is.
+        clipped_share: of all training targets, those of every objective and member where a loss has several a pair.
         cvar_effective_atoms: rewards that CVaR averages; None for a method without it.
         columns: what the loss reads of each pair, [n, ...] by name, of training and held-out pairs.
     """
@@ -61,6 +79,8 @@ class Targets:
     notes: tuple[str, ...]
     columns: tuple[dict[str, Tensor], dict[str, Tensor]] = field(default_factory=lambda: ({}, {}))
     cvar_effective_atoms: float | None = None
+    margin_clip: float = math.inf
+    clipped_share: float = 0.0
 
 
 def method_targets(
@@ -81,62 +101,56 @@ def method_targets(
     Raises:
         ConfigError: the robust rewards do not vary, so that no scale reaches `kl_target`, or as `solve_reward`.
     """
-    kind = POLICY_METHODS[method].loss
+    kind, clip, clipped = POLICY_METHODS[method].loss, math.inf, 0.0
     if kind == "modpo":
         columns = tuple(_modpo_columns(policy, scores) for scores in (train, held_out))
         found, notes, reward_scale = [c["other_margins"] for c in columns], (), 1.0
     else:
         reward = reward or solve_reward(policy, method, scale)
-        make = _COLUMNS[kind]
-        columns = tuple(make(policy, method, reward, scores) for scores in (train, held_out))
+        margins = [_margins(policy, method, reward, scores) for scores in (train, held_out)]
+        clip = _clip(policy, reward.reward_scale * margins[0])
+        targets = [_clipped(m, reward_scale=reward.reward_scale, margin_clip=clip) for m in margins]
+        clipped = float((targets[0].abs() >= clip).double().mean())
+        columns = tuple(_columns(kind, policy, own) for own in targets)
         found = [c["target_margins"] for c in columns]
         notes, reward_scale = reward.notes, reward.reward_scale
     notes = (*notes, *method_notes(policy, method, train, found[0]))
     atoms = cvar_atoms(policy, method, train.rewards.shape[1])
-    return Targets(*found, reward_scale, notes, columns, atoms)
+    return Targets(*found, reward_scale, notes, columns, atoms, clip, clipped)
 
 
-def _distil_columns(
-    policy: PolicySection, method: str, reward: RobustReward, scores: PairScores
-) -> dict[str, Tensor]:
-    if policy.level == "margin":  # the draft's own form: the operators meet reward differences
-        margins = reward(scores.rewards[..., 0] - scores.rewards[..., 1])
-        return {"target_margins": _clipped(policy, reward, margins)}
-    values = reward(scores.rewards)
-    return {"target_margins": _clipped(policy, reward, values[:, 0] - values[:, 1])}
+def _margins(policy: PolicySection, method: str, reward: RobustReward, scores: PairScores) -> Tensor:
+    """What the reward scale makes targets of: [n]; of each objective [K', n] (draft) and of each member [K', M, n] (e-DPO).
+
+    K' objectives have a positive weight; R itself leaves the others out.
+    """
+    kind, values = POLICY_METHODS[method].loss, scores.rewards
+    if kind == "distil" and policy.level == "response":
+        robust = reward(values)
+        return robust[:, 0] - robust[:, 1]
+    margins = values[..., 0] - values[..., 1]
+    if kind == "distil":  # the draft's own form: the operators meet reward differences
+        return reward(margins)
+    margins = margins[weighted_objectives(policy)]
+    if kind == "paper":
+        estimator = {"alpha": policy.alpha, "cvar_estimator": policy.cvar_estimator}
+        return paper_margins(margins, method=method, **estimator)
+    return margins
 
 
-def _paper_columns(
-    policy: PolicySection, method: str, reward: RobustReward, scores: PairScores
-) -> dict[str, Tensor]:
-    pair_margins = _weighted_margins(policy, scores)
-    rows = paper_margins(
-        pair_margins, method=method, alpha=policy.alpha, cvar_estimator=policy.cvar_estimator
-    )
-    targets = _clipped(policy, reward, rows)
-    mean = targets[0] if len(targets) == 1 else _positive_weights(policy) @ targets
-    return {"target_margins": mean, "objective_targets": targets.T.contiguous()}
-
-
-def _edpo_columns(
-    policy: PolicySection, method: str, reward: RobustReward, scores: PairScores
-) -> dict[str, Tensor]:
-    targets = _clipped(policy, reward, _weighted_margins(policy, scores))
+def _columns(kind: str, policy: PolicySection, targets: Tensor) -> dict[str, Tensor]:
+    """What the loss reads of each pair, of the clipped targets of `_margins`."""
+    if kind == "distil":
+        return {"target_margins": targets}
+    if kind == "paper":
+        mean = targets[0] if len(targets) == 1 else _positive_weights(policy) @ targets
+        return {"target_margins": mean, "objective_targets": targets.T.contiguous()}
     mean = _positive_weights(policy) @ targets.mean(dim=1)
     return {"target_margins": mean, "member_targets": targets.permute(2, 0, 1).contiguous()}
 
 
-_COLUMNS = {"distil": _distil_columns, "paper": _paper_columns, "edpo": _edpo_columns}
-
-
-def _weighted_margins(policy: PolicySection, scores: PairScores) -> Tensor:
-    """Reward margins of the K' objectives of positive weight, [K', M, n]."""
-    rewards = scores.rewards[weighted_objectives(policy)]
-    return rewards[..., 0] - rewards[..., 1]
-
-
 def _positive_weights(policy: PolicySection) -> Tensor:
-    """Their weights, float64 [K']."""
+    """Weights of the objectives of positive weight, float64 [K']."""
     return objective_weights(policy)[weighted_objectives(policy)]
 
 
@@ -148,25 +162,63 @@ def _modpo_columns(policy: PolicySection, scores: PairScores) -> dict[str, Tenso
     return {"other_margins": weighted.sum(dim=0) - own, "label_weight": weights[scores.labelled_for]}
 
 
-def _clipped(policy: PolicySection, reward: RobustReward, margins: Tensor) -> Tensor:
+def _clip(policy: PolicySection, unclipped: Tensor) -> float:
+    """Where targets are cut, nats: as configured, or `AUTO_CLIP` root mean squares of those of training."""
+    if policy.margin_clip != "auto":
+        return policy.margin_clip
+    found = AUTO_CLIP * float(unclipped.double().square().mean().sqrt())
+    # A float32, as the targets that the loss reads: what is cut is then equal to it there too.
+    return float(np.float32(found)) or math.inf
+
+
+def _clipped(margins: Tensor, *, reward_scale: float, margin_clip: float) -> Tensor:
     return target_margins(
         chosen_rewards=margins,
         rejected_rewards=torch.zeros_like(margins),
-        reward_scale=reward.reward_scale,
-        margin_clip=policy.margin_clip,
+        reward_scale=reward_scale,
+        margin_clip=margin_clip,
     )
 
 
-def describe_targets(targets: Targets, margin_clip: float) -> dict[str, Any]:
+def with_clip(policy: PolicySection, targets: Targets | None) -> PolicySection:
+    """The settings with the clip of these targets in the place of `auto`."""
+    return policy.model_copy(update={"margin_clip": targets.margin_clip}) if targets else policy
+
+
+def refuse_signs(method: str, targets: Targets) -> None:
+    """Refuse a clip that leaves nothing but the sign of every target.
+
+    Raises:
+        ConfigError: all training targets are cut.
+    """
+    if targets.clipped_share == 1.0:
+        raise ConfigError(
+            f"policy.margin_clip: {method} would learn signs only, all its {targets.train.numel()} target margins are clipped "
+            f"at {targets.margin_clip:.3g} nats; set margin_clip: auto, or a number above the margins of reward_scale "
+            f"{targets.reward_scale:.3g}"
+        )
+
+
+def clipping_warning(method: str, targets: Targets) -> str | None:
+    """What is warned of where many targets are clipped."""
+    if targets.clipped_share <= CLIPPED_WARNING:
+        return None
+    return (
+        f"{method}: {targets.clipped_share:.1%} of the targets are clipped at {targets.margin_clip:.3g} nats, so that much of "
+        "what R says of how far responses differ is lost; set policy.margin_clip: auto or a larger number"
+    )
+
+
+def describe_targets(targets: Targets) -> dict[str, Any]:
     """What is reported of the training pairs' target margins: moments, shares, histogram, reward scale, notes."""
     values = targets.train.numpy()
     counts, edges = np.histogram(values, bins=30)
-    clipped = float((np.abs(values) >= margin_clip).mean())
     histogram = {"edges": edges.round(6).tolist(), "counts": counts.tolist()}
     summary = {
         "mean": float(values.mean()),
         "sd": float(values.std()),
-        "clipped_share": clipped,
+        "margin_clip": targets.margin_clip if math.isfinite(targets.margin_clip) else None,
+        "clipped_share": targets.clipped_share,
         "histogram": histogram,
     }
     summary["negative_share"] = float((values < 0).mean())
@@ -247,6 +299,7 @@ def policy_loss(
             responses a pair, in any shape. The gamma term is over the reference samples, absent without any.
         columns: `ref_logps` [B, 2], `chosen_length` [B] tokens (infinity: no likelihood term), and what the loss reads:
             `target_margins` [B] and others of `Targets.columns`.
+        policy: its `margin_clip` is that of the targets, a number.
         kind: key of `LOSSES`; None: distillation where there are target margins, else DPO.
 
     Source: the gamma term is the pessimistic penalty of arXiv:2405.19316.
@@ -264,7 +317,8 @@ def policy_loss(
     if "target_margins" in columns:
         target = columns["target_margins"]
         metrics["margins/target"] = target
-        metrics["margins/clipped"] = (target.abs() >= policy.margin_clip).float()
+        if policy.margin_clip != "auto":
+            metrics["margins/clipped"] = (target.abs() >= policy.margin_clip).float()
     kind = kind or ("distil" if "target_margins" in columns else "dpo")
     loss = LOSSES[kind](implicit, columns, policy)
     if policy.nll_weight:

@@ -31,17 +31,23 @@ from prmd.artifacts.runs import (
     start_run,
     write_step_result,
 )
-from prmd.config.loading import as_dict
 from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
 from prmd.config.shared import ModelConfig, SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import DataError
-from prmd.inference.reference import check_engine, reference_key
+from prmd.inference.reference import check_engine
 from prmd.models.bases import base_record
 from prmd.models.loading import add_lora, load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
-from prmd.objectives import OBJECTIVES
 from prmd.policies.edpo import choosing_members
-from prmd.policies.inputs import MethodInputs, Prepared, method_inputs, named_biases, prepare
+from prmd.policies.inputs import (
+    Keys,
+    MethodInputs,
+    Prepared,
+    method_inputs,
+    policy_fingerprints,
+    prepare,
+    say_inputs,
+)
 from prmd.policies.methods import (
     BASELINE,
     POLICY_METHODS,
@@ -49,26 +55,20 @@ from prmd.policies.methods import (
     SOUP_MEMBERS,
     check_methods,
     reference_sample_count,
-    reward_keys,
-    settings_read,
 )
 from prmd.policies.pairs import PairTokens, PolicyPairs, Split, read_splits, training_mixture
 from prmd.policies.preview import describe_gate, describe_policies, gamma_lengths, preview_gate
 from prmd.policies.soup import average_policies
-from prmd.policies.targets import describe_targets, policy_loss
+from prmd.policies.targets import describe_targets, policy_loss, with_clip
 from prmd.policies.trl_baseline import train_trl_dpo
 from prmd.report import figures
 from prmd.rewards.reward_model import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
 from prmd.training.checkpoints import Trained, copy_model, drop_checkpoints, name_checkpoints, trained_once
-from prmd.training.fingerprints import calibration_keys, training_keys
 from prmd.training.run import TrainingRun, check_training, run_training
 from prmd.training.trainer import LossFunction
 
 logger = logging.getLogger(__name__)
-
-Keys = tuple[str, ...]
-"""Today's fingerprint of a policy, and behind it those that earlier versions gave it."""
 
 
 def train_baseline_dpo(config: PolicyConfig, *, force: bool = False, dry_run: bool = False) -> Path:
@@ -112,7 +112,7 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
     folders = PolicyFolders(
         config.paths, shared.model, config.run_name, force, partial(finish_run, config=config)
     )
-    key = partial(_fingerprints, tokenizer=tokenizer, **settings, **how)
+    key = partial(policy_fingerprints, tokenizer=tokenizer, **settings, **how)
     if SOUP in methods:
         _check_soup(folders, key, being_trained=trained)
     rewarded = any(POLICY_METHODS[method].reads_rewards for method in trained)
@@ -218,39 +218,6 @@ def _not_finished(
     return {method: fingerprints[0] for method, fingerprints in todo.items()}
 
 
-def _fingerprints(
-    method: str,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    shared: SharedConfig,
-    policy: PolicySection,
-    sample_pairs: PairsConfig,
-    tuning: TuningConfig,
-    training: TrainingConfig,
-    models: Sequence[RewardModel] = (),
-) -> Keys:
-    """Key of everything a finished policy depends on, and of nothing its method does not read; then that of earlier versions.
-
-    Args:
-        models: the reward models of all objectives; may be left out where the method reads no rewards.
-    """
-    rewarded = POLICY_METHODS[method].reads_rewards
-    splits = [shared.paths.split(objective, split) for objective in OBJECTIVES for split in ("train", "val")]
-    data = io.files_sha256(splits)
-    if rewarded:
-        every = reward_keys(policy, method, [model.fingerprint for model in models])
-    else:  # what a method takes from the labels; of rewards it is in the weights
-        every = [[bias.record for bias in named_biases([method], shared.paths).values()]]
-    read, seed, how = settings_read(policy, sample_pairs, method), shared.seed, as_dict(tuning)
-    base = reference_key(shared.model, shared.paths, tokenizer)
-    calibrations = calibration_keys(shared.calibration) if rewarded else (None, None)
-    return tuple(
-        io.fingerprint([method, read, how, trained, seed, calibration, base, data, keys])
-        for keys in every
-        for trained, calibration in zip(training_keys(training), calibrations, strict=True)
-    )
-
-
 # ------------------------------------------------------------------ training
 def _prepare(
     methods: Sequence[str],
@@ -313,8 +280,7 @@ def _train_alike(
     }
     inputs = {m: method_inputs(m, prepared, policy=policy, **drawing) for m in methods if m != BASELINE}
     for method, own in inputs.items():
-        for note in own.notes:
-            logger.info("policy %s: %s", method, note)
+        say_inputs(method, own)
     how: dict[str, Any] = {"shared": shared, "policy": policy, "tuning": tuning, "training": training}
     for method, fingerprint in methods.items():
         train: Callable[[Path, Path], dict[str, Any]]
@@ -377,6 +343,7 @@ def _distil(
         return loaded[-1]
 
     kind = POLICY_METHODS[method].loss
+    policy = with_clip(policy, inputs.targets)
     loss: LossFunction = partial(policy_loss, policy=policy, kind=kind)
     set_seed(shared.seed)
     if kind == "edpo":
@@ -403,8 +370,13 @@ def _distil(
     if is_main_process():
         name_checkpoints(folder, steps)
         copy_model(folder / "checkpoints" / "end", folder)
-    described = describe_targets(inputs.targets, policy.margin_clip) if inputs.targets else {}
-    return {**described, **inputs.debiased, "notes": list(inputs.notes), "curve": history}
+    return _described(inputs, history)
+
+
+def _described(inputs: MethodInputs, history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """What the metrics of a policy hold of its targets and its training."""
+    described = describe_targets(inputs.targets) if inputs.targets else {}
+    return {**described, **inputs.debiased, "notes": list(inputs.notes), "curve": list(history)}
 
 
 # ------------------------------------------------------------------ soup

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prmd.artifacts import io
-from prmd.inference.reference import reference_samples
+from prmd.inference.reference import calibration_sampling, reference_samples
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs, tokenize_prompt
 from prmd.objectives import OBJECTIVES
@@ -153,7 +153,8 @@ def calibrate_reward_model(task: RewardTask, reward_model: RewardModel) -> tuple
         base = load_tokenizer(config.model, paths)
         prompts = [tokenize_prompt(base, pair.prompt, max_length=training.max_length) for pair in pairs]
         reward_model.release()  # the reference is loaded to be sampled from
-        rows = rows_of_samples(reward_model, prompts, reference_samples(config, base, prompts))
+        samples = reference_samples(calibration_sampling(config), base, prompts)
+        rows = rows_of_samples(reward_model, prompts, samples)
     rewards = torch.cat(found := reward_model.rewards(rows, description="calibration"))
     index = torch.tensor([i for i, values in enumerate(found) for _ in values])
     fitted = fit_calibration(rewards, index)

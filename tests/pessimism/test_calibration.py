@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prmd.pessimism import calibration
-from prmd.pessimism.aggregation import METHODS, robust_rewards
+from prmd.pessimism.aggregation import METHODS, method_aggregation, robust_rewards
 
 
 def ragged_rewards(seed: int = 0, n_members: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,3 +178,40 @@ def test_other_bad_input_is_refused():
         calibration.auto_reward_scale(torch.randn(4), torch.arange(4), beta=0.1, kl_target=1.0)
     with pytest.raises(ValueError, match="kl_target must be > 0"):
         calibration.auto_reward_scale(torch.randn(4), index, beta=0.1, kl_target=0.0)
+    for n in (2, 5):
+        with pytest.raises(ValueError, match=f"at least 4 samples, got {n}"):
+            calibration.cross_fitted_variance(lambda r: r[0, 0], torch.randn(1, 1, 3, n))
+
+
+def draw_rewards(generator: torch.Generator, prompts: int, n: int) -> torch.Tensor:
+    """Three independent objectives of twenty members whose noise is .4, in calibrated units: [3, 20, X, n]."""
+    options = {"generator": generator, "dtype": torch.float64}
+    shared = torch.randn(3, 1, prompts, n, **options)
+    return (shared + 0.4 * torch.randn(3, 20, prompts, n, **options)) / math.sqrt(1.16)
+
+
+@pytest.mark.parametrize("n", [4, 8])
+@pytest.mark.parametrize("method", ["mean", "hard_min", "cvar", "hierarchical"])
+def test_the_kl_aimed_at_is_that_of_the_responses_trained_on(method, n):
+    """Responses that are trained on are centred on the mean of n others. Found at 4 nats, 3000 prompts, cross-fitted (and
+    as it was): mean 4.0, 3.9 (4.0, 3.9) at n = 4, 8; hard_min 3.8, 3.8 (5.1, 4.5); cvar 3.9, 3.9 (5.0, 4.5); hierarchical
+    3.8, 3.9 (4.9, 4.5).
+    """
+    generator = torch.Generator().manual_seed(n)
+    aggregation = method_aggregation(method)
+    weights = torch.full((3,), 1 / 3, dtype=torch.float64)
+
+    def robust(rewards):
+        return robust_rewards(rewards, aggregation=aggregation, weights=weights)
+
+    samples, trained_on = (draw_rewards(generator, 2000, size) for size in (n, 8))
+    offset = draw_rewards(generator, 2000, n).mean(dim=-1, keepdim=True)
+    wanted = float(robust(trained_on - offset).var(dim=-1).mean())
+    found = calibration.cross_fitted_variance(robust, samples)
+    scale = calibration.scale_of_variance(found, beta=0.1, kl_target=4.0)
+    assert scale**2 * wanted / (2 * 0.1**2) == pytest.approx(4.0, rel=0.1)
+    moved = samples + 3 * torch.randn(3, 20, 2000, 1, generator=generator, dtype=torch.float64)
+    assert calibration.cross_fitted_variance(robust, moved) == pytest.approx(found)
+    if method != "mean":
+        own = robust(samples - samples.mean(dim=-1, keepdim=True)).var(dim=-1).mean()
+        assert wanted / float(own) > 1.08  # what was wrong

@@ -15,7 +15,15 @@ from prmd.policies.methods import unread_settings
 from prmd.policies.notes import label_notes, method_notes
 from prmd.policies.pairs import PairScores, ScaleResponses
 from prmd.policies.robust_reward import solve_reward
-from prmd.policies.targets import Targets, describe_targets, method_targets, policy_loss
+from prmd.policies.targets import (
+    Targets,
+    clipping_warning,
+    describe_targets,
+    method_targets,
+    policy_loss,
+    refuse_signs,
+    with_clip,
+)
 
 UNEVEN = {"helpful": 0.5, "harmless": 0.3, "honest": 0.2}
 LAMBDA = np.array([0.5, 0.3, 0.2])
@@ -86,7 +94,7 @@ def test_paper_equations_have_a_row_of_targets_for_each_objective() -> None:
         np.testing.assert_allclose(loss.numpy(), lam @ (clipped(rows) - implicit) ** 2, rtol=1e-4, atol=1e-5)
         share = (found.train < 0).double().mean()
         assert f"{share:.0%} of the targets are negative: against the label" in found.notes
-        summary = describe_targets(found, CLIP)["target_margins"]
+        summary = describe_targets(found)["target_margins"]
         assert summary["negative_share"] == pytest.approx(float(share))
 
 
@@ -308,8 +316,52 @@ def test_the_scale_of_margin_methods_is_that_of_their_reward() -> None:
 def test_rewards_that_cvar_averages_are_in_the_results(
     method: str, changes: dict[str, Any], atoms: float | None
 ) -> None:
-    described = describe_targets(targets_of(method, random_scores(2), **changes), CLIP)
+    described = describe_targets(targets_of(method, random_scores(2), **changes))
     assert described.get("cvar_effective_atoms") == (None if atoms is None else pytest.approx(atoms))
+
+
+@pytest.mark.parametrize("method", ["hard_min", "paper_eq6", "edpo"])
+def test_auto_clips_at_three_root_mean_squares_of_the_training_targets(method: str) -> None:
+    scores, column = (
+        random_scores(7),
+        {"paper_eq6": "objective_targets", "edpo": "member_targets"}.get(method),
+    )
+    rewards = scores.rewards.clone()
+    rewards[:, :, 3, 0] -= 40.0  # one pair far out
+    scores = PairScores(rewards, scores.ref_logps)
+    wide = targets_of(method, scores, margin_clip=1e9)
+    found = targets_of(method, scores, margin_clip="auto")
+    column = column or "target_margins"
+    unclipped = wide.columns[0][column]
+    clip = 3 * float(unclipped.square().mean().sqrt())
+    assert found.margin_clip == pytest.approx(clip, rel=1e-6)
+    np.testing.assert_allclose(
+        found.columns[0][column].numpy(), unclipped.clamp(-clip, clip).numpy(), rtol=1e-6
+    )
+    share = float((unclipped.abs() >= clip).double().mean())
+    assert 0 < share < 0.2 and found.clipped_share == pytest.approx(share)
+    summary = describe_targets(found)["target_margins"]
+    assert (summary["margin_clip"], summary["clipped_share"]) == (found.margin_clip, found.clipped_share)
+    if method == "hard_min":  # and in the log, of the float32 that the loss reads
+        columns = {"target_margins": found.train.float(), "ref_logps": scores.ref_logps}
+        logged = policy_loss(
+            scores.ref_logps, columns, with_clip(settings(margin_clip="auto"), found)
+        ).metrics
+        assert float(logged["margins/clipped"].mean()) == pytest.approx(share)
+
+
+def test_many_clipped_targets_are_warned_of_and_all_of_them_refused() -> None:
+    assert clipping_warning("hard_min", targets_of("hard_min", random_scores(8), margin_clip="auto")) is None
+    tight = targets_of("hard_min", random_scores(8), margin_clip=SCALE * 0.5)
+    assert 0.05 < tight.clipped_share < 1
+    refuse_signs("hard_min", tight)
+    assert f"hard_min: {tight.clipped_share:.1%} of the targets are clipped" in clipping_warning(
+        "hard_min", tight
+    )
+    with pytest.raises(
+        ConfigError, match=r"hard_min would learn signs only, all its .* are clipped at 1e-06"
+    ):
+        refuse_signs("hard_min", targets_of("hard_min", random_scores(8), margin_clip=1e-6))
 
 
 def test_weights_name_objectives_in_order() -> None:
