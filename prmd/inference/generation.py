@@ -132,12 +132,9 @@ def generate(
     decoding = Decoding(samples_per_prompt, max_new_tokens, seed, temperature, top_p, stop, pad)
     keys = [tokens_key(prompt).hex() for prompt in prompts]
     found = {key: table[key] for key in keys if table is not None and key in table}
-    batches = _batches(
-        {k: p for k, p in zip(keys, prompts, strict=True) if k not in found},
-        max(1, batch_size // samples_per_prompt),
-    )
-    fresh: list[Sampled] = []
-    saved = time.monotonic()
+    missing = {k: p for k, p in zip(keys, prompts, strict=True) if k not in found}
+    batches = _batches(missing, max(1, batch_size // samples_per_prompt))
+    fresh, saved = list[Sampled](), time.monotonic()
     for turn, done in enumerate(_sample_in_turns(model, batches, decoding, description)):
         fresh += done
         if time_to_save(turn, saved, every=TURNS_PER_SHARD):

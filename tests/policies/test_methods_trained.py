@@ -230,25 +230,3 @@ def test_without_reference_samples_the_dry_run_says_so(
     assert "set pairs.reference_samples=16 or calibration.source=reference_samples" in caplog.text
     assert "would average dpo_helpful, dpo_harmless, dpo_honest" in caplog.text
     assert not (config.paths.root / "outputs").exists()
-
-
-def test_a_reward_that_is_not_a_number_names_objective_member_and_pair(
-    tmp_path: Path, tiny_base: Path, tables: dict[str, Table], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = table_config(tmp_path, tiny_base, pairs=PairsConfig(), policy=PolicySection(methods=("mean",)))
-    write_prepared(config.paths, pairs=6)
-    original = Table.rewards
-
-    def broken(self: Table, rows: list[PrefixRow], *, description: str) -> list[Tensor]:
-        values = original(self, rows, description=description)
-        if self.fingerprint.startswith("harmless") and description != "c":
-            values[1] = values[1].clone()
-            values[1][0, 2] = float("nan")
-        return values
-
-    monkeypatch.setattr(Table, "rewards", broken)
-    with pytest.raises(
-        DataError, match=r"the harmless ensemble gives 1 scores .* first by member 2 for pair .*harmless_rm"
-    ) as e:
-        train_pessimistic(config)
-    assert "\n" not in str(e.value)

@@ -15,7 +15,7 @@ from prmd.config.policy import PolicySection
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
 from prmd.pessimism.aggregation import METHODS, method_aggregation, robust_rewards
-from prmd.policies import train
+from prmd.policies.inputs import policy_fingerprints
 from prmd.policies.methods import POLICY_METHODS
 from prmd.policies.notes import method_notes
 from prmd.policies.pairs import PairScores, ScaleResponses
@@ -176,7 +176,7 @@ def test_members_of_an_objective_without_weight_are_not_spoken_of() -> None:
 # ------------------------------------------------------------------ fingerprints
 def keys_of(folder: Path, method: str, models: list[str], policy: PolicySection) -> tuple[str, ...]:
     config = policy_config(folder)
-    return train._fingerprints(
+    return policy_fingerprints(
         method,
         tokenizer=load_tokenizer(config.shared.model, config.paths),
         shared=config.shared,
@@ -203,9 +203,11 @@ def test_its_reward_model_is_no_part_of_the_key(tmp_path: Path) -> None:
 
 def test_what_was_finished_with_the_same_r_stays_finished(tmp_path: Path) -> None:
     models, thirds = ["a", "b", "c"], PolicySection()
-    assert (
-        len(keys_of(tmp_path, "hard_min", models, thirds)) == 2
-    )  # today's and the earlier form of the settings
+    forms = len(
+        keys_of(tmp_path, "hard_min", models, thirds)
+    )  # of settings, today's and those of earlier versions
     policy = PolicySection(weights=WITHOUT_HARMLESS)
-    assert len(keys_of(tmp_path, "cvar", models, policy)) == 4  # as before, and with all reward models in it
-    assert len(keys_of(tmp_path, "hard_min", models, policy)) == 2  # its minimum was another one
+    assert (
+        len(keys_of(tmp_path, "cvar", models, policy)) == 2 * forms
+    )  # and each with all reward models in it
+    assert len(keys_of(tmp_path, "hard_min", models, policy)) == forms  # its minimum was another one
