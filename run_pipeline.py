@@ -19,21 +19,26 @@ from utils import config_file_of, load_stage, stage_parser, start_run_log, user_
 if TYPE_CHECKING:
     from prmd.config.loading import AnyConfig
 
-STAGES: tuple[tuple[str, str, dict[str, str]], ...] = (
-    ("download_dataset", "prmd.data.prepare:download_dataset", {}),
-    ("split_objectives", "prmd.data.prepare:split_objectives", {}),
-    *(
-        (f"train_{objective}_rm", "prmd.rewards.train:train_reward_model", {"objective": objective})
-        for objective in OBJECTIVES
-    ),
-    ("baseline_dpo", "prmd.policies.train:train_baseline_dpo", {}),
-    ("pessimistic_dpo", "prmd.policies.train:train_pessimistic", {}),
-    ("hierarchical_dpo", "prmd.policies.train:train_hierarchical", {}),
-    ("compute_metrics", "prmd.evaluation.evaluate:compute_metrics", {}),
-    ("benchmark_eval", "prmd.evaluation.evaluate:benchmark_eval", {}),
-)
+Stage = tuple[str, str, dict[str, str]]
 """Script, the stage it runs, and what the stage is given beside its configuration."""
 ADVICE = "Stopped. Mend this and give the same command again: finished stages are kept."
+
+
+def stages(objectives: Sequence[str] = OBJECTIVES) -> list[Stage]:
+    """The stages of an approach in order: a reward model for each of its objectives."""
+    return [
+        ("download_dataset", "prmd.data.prepare:download_dataset", {}),
+        ("split_objectives", "prmd.data.prepare:split_objectives", {}),
+        *(
+            (f"train_{objective}_rm", "prmd.rewards.train:train_reward_model", {"objective": objective})
+            for objective in objectives
+        ),
+        ("baseline_dpo", "prmd.policies.train:train_baseline_dpo", {}),
+        ("pessimistic_dpo", "prmd.policies.train:train_pessimistic", {}),
+        ("hierarchical_dpo", "prmd.policies.train:train_hierarchical", {}),
+        ("compute_metrics", "prmd.evaluation.evaluate:compute_metrics", {}),
+        ("benchmark_eval", "prmd.evaluation.evaluate:benchmark_eval", {}),
+    ]
 
 
 def say(line: str) -> None:
@@ -47,13 +52,14 @@ def say(line: str) -> None:
 def run_stages(configs: "dict[type, AnyConfig]", *, force: bool, dry_run: bool) -> dict[str, float]:
     """Run the stages in order and return the seconds that each took."""
     from prmd.config.loading import CONFIG_FILES
+    from prmd.config.shared import RewardModelConfig
 
     seconds: dict[str, float] = {}
-    beginning = time.monotonic()
-    for number, (name, stage, arguments) in enumerate(STAGES, start=1):
+    beginning, todo = time.monotonic(), stages(configs[RewardModelConfig].paths.objectives)
+    for number, (name, stage, arguments) in enumerate(todo, start=1):
         start = time.monotonic()
         config = configs[CONFIG_FILES[config_file_of(stage)]]
-        say(f"[{number}/{len(STAGES)}] {name} ... ({_minutes(start - beginning)} elapsed)")
+        say(f"[{number}/{len(todo)}] {name} ... ({_minutes(start - beginning)} elapsed)")
         if name == "pessimistic_dpo" and not config.policy.methods:
             say("    skipped: policy.methods is empty")
             continue
@@ -66,10 +72,12 @@ def run_stages(configs: "dict[type, AnyConfig]", *, force: bool, dry_run: bool) 
 
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     """The comparison of methods as aligned text: win rates against the reference, worst objective and KL, with intervals."""
-    header = ("method", *OBJECTIVES, "worst objective", "KL (nats)")
-    lines = [header]
+    from prmd.report.tables import objectives_of
+
+    objectives = objectives_of(rows)
+    lines = [("method", *objectives, "worst objective", "KL (nats)")]
     for row in rows:
-        estimates = [*(row["win_rate"].get(objective) for objective in OBJECTIVES), row["worst"], row["kl"]]
+        estimates = [*(row["win_rate"].get(objective) for objective in objectives), row["worst"], row["kl"]]
         lines.append((row["method"], *map(_interval, estimates)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
@@ -109,7 +117,7 @@ def conclude(paths: ArtifactPaths, seconds: dict[str, float]) -> None:
 
 def main() -> None:
     """Read the command line, load all configurations before anything runs, and run."""
-    files = list(dict.fromkeys(config_file_of(stage) for _, stage, _ in STAGES))
+    files = list(dict.fromkeys(config_file_of(stage) for _, stage, _ in stages()))
     arguments = stage_parser(__doc__ or "", CONFIG_DIR, files).parse_intermixed_args()
     with user_errors_exit():
         from prmd.config.loading import CONFIG_FILES, load_pipeline

@@ -35,7 +35,7 @@ def run_stage(stage: str, *, description: str, **stage_arguments: Any) -> None:
         stage: `package.module:function`; a function of a configuration, whose kind is the annotation of `config`, with
             `force` and `dry_run`.
         description: the script's docstring, shown by `--help`.
-        **stage_arguments: passed on to the stage, such as `objective="helpful"`.
+        **stage_arguments: passed on, such as `objective="helpful"`; where it is None the command gives it, `objective=polite`.
 
     Raises:
         SystemExit: with status 2, after a line on stderr, for what the user can mend; other errors keep their traceback.
@@ -43,11 +43,12 @@ def run_stage(stage: str, *, description: str, **stage_arguments: Any) -> None:
     own_file = config_file_of(stage)
     arguments = stage_parser(description, CONFIG_DIR / own_file, [own_file]).parse_intermixed_args()
     with user_errors_exit():
-        from prmd.config.loading import CONFIG_FILES, load_config
+        from prmd.config.loading import CONFIG_FILES, load_config, named_arguments
 
-        config = load_config(arguments.config, CONFIG_FILES[own_file], arguments.overrides)
+        given, overrides = named_arguments(arguments.overrides, stage_arguments)
+        config = load_config(arguments.config, CONFIG_FILES[own_file], overrides)
         start_run_log()
-        path = load_stage(stage)(config, force=arguments.force, dry_run=arguments.dry_run, **stage_arguments)
+        path = load_stage(stage)(config, force=arguments.force, dry_run=arguments.dry_run, **given)
     logger.info("%s %s", "would write" if arguments.dry_run else "result:", path)
 
 

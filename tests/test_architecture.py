@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from prmd.artifacts.paths import PROJECT_ROOT, reward_model_command, stage_command
+from prmd.artifacts.paths import PROJECT_ROOT, TRAIN_COMMAND, reward_model_command, stage_command
 from prmd.config.loading import CONFIG_FILES
 from prmd.objectives import OBJECTIVES
 from utils import config_file_of
@@ -180,13 +180,14 @@ def test_programs_stay_short(name: str) -> None:
 
 
 # ------------------------------------------------------------------ scripts
-def test_the_ten_scripts_are_there() -> None:
+def test_the_scripts_are_there() -> None:
     assert [shown(path) for path in SCRIPTS] == [
         "1_data_preparation/download_dataset.py",
         "1_data_preparation/split_objectives.py",
         "2_reward_modeling/train_harmless_rm.py",
         "2_reward_modeling/train_helpful_rm.py",
         "2_reward_modeling/train_honest_rm.py",
+        "2_reward_modeling/train_rm.py",
         "3_policy_training/baseline_dpo.py",
         "3_policy_training/hierarchical_dpo.py",
         "3_policy_training/pessimistic_dpo.py",
@@ -297,7 +298,7 @@ def test_only_paths_says_what_a_path_given_by_a_user_means() -> None:
 
 def test_only_paths_spells_a_command_of_a_stage() -> None:
     commands = [stage_command(path.stem) for path in SCRIPTS if not path.stem.endswith("_rm")]
-    commands += [reward_model_command(objective) for objective in OBJECTIVES]
+    commands += [*(reward_model_command(objective) for objective in OBJECTIVES), TRAIN_COMMAND]
     assert sorted(commands) == [f"python {shown(path)}" for path in SCRIPTS]
     for path in (p for p in MODULES if shown(p) != "prmd/artifacts/paths.py"):
         texts = [

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from prmd.errors import ConfigError
+from prmd.objectives import OBJECTIVES
 
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 CONFIG_DIR = PROJECT_ROOT / "configs"
@@ -35,10 +36,15 @@ def _component(name: str) -> str:
 
 @dataclass(frozen=True)
 class ArtifactPaths:
-    """Where everything of one approach is read and written, below `root`."""
+    """Where everything of one approach is read and written, below `root`.
+
+    Attributes:
+        objectives: what the approach aligns, one folder each, in the order of every `[K, ...]` tensor.
+    """
 
     root: Path
     approach: str
+    objectives: tuple[str, ...] = OBJECTIVES
 
     def __post_init__(self) -> None:
         _component(self.approach)
@@ -155,6 +161,10 @@ _FOLDERS_OF_STAGES = {
 }
 
 
+TRAIN_COMMAND = "python 2_reward_modeling/train_rm.py"
+"""The command that trains the reward model of any objective, which is named behind it."""
+
+
 def stage_command(stage: str) -> str:
     """The command that runs a stage; for reward models see `reward_model_command`."""
     return f"python {_FOLDERS_OF_STAGES[stage]}/{stage}.py"
@@ -162,7 +172,9 @@ def stage_command(stage: str) -> str:
 
 def reward_model_command(objective: str) -> str:
     """The command that trains the reward model of an objective; `*` stands for any."""
-    return f"python 2_reward_modeling/train_{objective}_rm.py"
+    if objective in (*OBJECTIVES, "*"):
+        return f"python 2_reward_modeling/train_{objective}_rm.py"
+    return f"{TRAIN_COMMAND} objective={objective}"
 
 
 def policy_command(name: str) -> str:

@@ -19,7 +19,6 @@ from prmd.benchmarks.base import BenchmarkResult, accuracy
 from prmd.config.evaluation import EvaluationConfig
 from prmd.inference.candidates import CandidateModels
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs
-from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, hash_share, read_pairs
 
 HH_SOURCE = "hh_rlhf/"
@@ -38,8 +37,9 @@ def run_hh_holdout(config: EvaluationConfig, models: CandidateModels) -> Benchma
 
 def run_heldout_pairs(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Implicit-reward accuracy on the approach's own test pairs, all objectives."""
-    pairs = held_out_pairs(config.paths, OBJECTIVES, "", config.benchmarks.hh_holdout.max_pairs)
-    return _compare(models, pairs, OBJECTIVES, "", config.reward_model_config.training.max_length)
+    objectives, limit = config.paths.objectives, config.benchmarks.hh_holdout.max_pairs
+    pairs = held_out_pairs(config.paths, objectives, "", limit)
+    return _compare(models, pairs, objectives, "", config.reward_model_config.training.max_length)
 
 
 def _compare(

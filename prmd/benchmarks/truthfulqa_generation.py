@@ -89,6 +89,11 @@ def make_truth_judge(config: EvaluationConfig) -> TruthJudge | str:
 
 def _honest_judge(shared: SharedConfig) -> RewardModel | str:
     """The reward model of the honest judge, or why there is none to be used."""
+    if "honest" not in shared.paths.objectives:
+        return (
+            f"no objective named honest ({', '.join(shared.paths.objectives)}): truthfulqa's reward judge is not run; a text "
+            "judge can: benchmarks.truthfulqa.truth_judge"
+        )
     folder = shared.paths.judge("honest")
     run, prepared = read_run(folder), read_run(shared.paths.processed)
     command = stage_command("compute_metrics")

@@ -6,7 +6,7 @@ Every default lives in a field and nowhere else; a field is here only if some co
 import re
 from typing import Annotated, Literal
 
-from pydantic import Field, field_serializer, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from prmd.config.masking import MASK, address_fault, masked_address
 from prmd.config.shared import (
@@ -29,12 +29,6 @@ class JudgeConfig(Section):
     tuning: TuningConfig = TuningConfig(method="lora")
     training: TrainingConfig = TrainingConfig(epochs=1.0, max_pairs=4000, checkpoints=(1.0,))
     debias: DebiasConfig = DebiasConfig()
-
-    @field_validator("paths")
-    @classmethod
-    def paths_name_objectives(cls, value: dict[str, str]) -> dict[str, str]:
-        check_objectives(value, "judges.paths names")
-        return value
 
 
 class GenerationConfig(Section):
@@ -157,3 +151,11 @@ class EvaluationConfig(RefersToRewardModelConfig):
     generation: GenerationConfig = GenerationConfig()
     bootstrap_resamples: Annotated[int, Field(ge=100)] = 10_000
     benchmarks: BenchmarksConfig = BenchmarksConfig()
+
+    @field_validator("judges")
+    @classmethod
+    def judges_are_of_the_objectives(cls, value: JudgeConfig, info: ValidationInfo) -> JudgeConfig:
+        shared = info.data.get("reward_model_config")  # missing where it is wrong itself
+        if shared is not None:
+            check_objectives(value.paths, shared.data.objectives, "judges.paths names", "paths")
+        return value

@@ -21,7 +21,16 @@ from prmd.config.evaluation import (
     EvaluationConfig,
 )
 from prmd.config.masking import masked
-from prmd.config.mistakes import COMMAND_LINE, REFERENCE, Node, did_you_mean, dotted_keys, explain, quote
+from prmd.config.mistakes import (
+    COMMAND_LINE,
+    REFERENCE,
+    Node,
+    did_you_mean,
+    dotted_keys,
+    explain,
+    is_mapping,
+    quote,
+)
 from prmd.config.policy import (
     PolicyConfig,
 )
@@ -99,6 +108,13 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> dict[type[BaseMo
     }
     _refuse(mistakes)
     return configs  # type: ignore[return-value]
+
+
+def named_arguments(overrides: Sequence[str], arguments: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The arguments of a stage, those that are None as `name=value` gives them, and the overrides that are left."""
+    split = [(text, *text.partition("=")[::2]) for text in overrides]
+    named = {name: value for _, name, value in split if arguments.get(name, "") is None}
+    return arguments | named, [text for text, name, _ in split if name not in named]
 
 
 def as_dict(config: BaseModel) -> dict[str, Any]:
@@ -345,12 +361,25 @@ def _unknown_key(keys: tuple[str, ...], kinds: Sequence[type[BaseModel]]) -> str
 
 def _apply(tree: Node, kind: type[BaseModel], overrides: Sequence[Override]) -> Node:
     for override in overrides:
-        over = override.tree
-        if override.keys[0] not in kind.model_fields:
+        over, keys = override.tree, override.keys
+        if keys[0] not in kind.model_fields:
             inside = kind is RewardModelConfig  # which is itself what the other files keep under REFERENCE
             over = over.value[REFERENCE] if inside else replace(over, value={REFERENCE: over})
+            keys = keys[1:] if inside else (REFERENCE, *keys)
+        if is_mapping(kind, keys):  # {concise: 1.0} are all the weights, not one beside those of the file
+            tree = _without(tree, keys)
         tree = _merge(tree, over)
     return tree
+
+
+def _without(tree: Node, keys: Sequence[str]) -> Node:
+    """The tree without what lies under `keys`."""
+    if not keys or not isinstance(tree.value, dict) or keys[0] not in tree.value:
+        return tree
+    rest = {key: child for key, child in tree.value.items() if key != keys[0] or len(keys) > 1}
+    if len(keys) > 1:
+        rest[keys[0]] = _without(tree.value[keys[0]], keys[1:])
+    return replace(tree, value=rest)
 
 
 # ------------------------------------------------------------------ nodes to configuration
@@ -369,22 +398,25 @@ def _build(
         return None
     tree = _apply(tree, kind, [o for o in overrides if o not in first])
     try:
-        return kind.model_validate_json(json.dumps(_over_defaults(kind(), tree.plain())), strict=True)
+        return kind.model_validate_json(
+            json.dumps(_over_defaults(kind.model_construct(), tree.plain())), strict=True
+        )
     except ValidationError as error:
         mistakes.extend(explain(error, tree, kind))
         return None
 
 
 def _over_defaults(default: BaseModel, given: Any) -> Any:
-    """What is given, completed from `default`: PolicyConfig has other training defaults than TrainingConfig alone."""
+    """What is given on top of what `default` sets: PolicyConfig has other training defaults than TrainingConfig alone."""
     if not isinstance(given, dict):
         return given
-    completed = default.model_dump(mode="json")
+    completed = default.model_dump(mode="json", exclude_unset=True)
     for key, value in given.items():
         inner = getattr(default, key, None)
         completed[key] = _over_defaults(inner, value) if isinstance(inner, BaseModel) else value
     if given.get("pairs_per_step") and "gradient_accumulation_steps" not in given:
-        step, pairs = completed["pairs_per_step"], completed.get("pairs_per_device")
+        step = completed["pairs_per_step"]
+        pairs = completed.get("pairs_per_device", getattr(default, "pairs_per_device", None))
         if all(isinstance(count, int) and count > 0 for count in (step, pairs)):  # else refused by the schema
             completed["gradient_accumulation_steps"] = math.ceil(step / pairs)
     return completed

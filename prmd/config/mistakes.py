@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -49,7 +49,8 @@ def explain(error: ValidationError, tree: Node, kind: type[BaseModel]) -> Iterat
     """One line for each place that is wrong; what the members of a union wanted is joined with `or`."""
     wanted: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
     for item in error.errors(include_url=False):
-        node, keys = _locate(tree, item["loc"])
+        inside = getattr(item.get("ctx", {}).get("error"), "keys", ())
+        node, keys = _locate(tree, (*item["loc"], *inside))
         shown = keys[1:] if keys[:1] == (REFERENCE,) and len(keys) > 1 else keys
         place = node.where if node.where.startswith(COMMAND_LINE) else f"{node.where}: {_dotted(shown)}"
         if item["type"] == "extra_forbidden":
@@ -90,7 +91,8 @@ def _locate(tree: Node, location: Sequence[str | int]) -> tuple[Node, tuple[str 
 
 def _section_at(kind: type[BaseModel], keys: Sequence[str | int]) -> type[BaseModel]:
     for key in keys:
-        kind = _section(kind.model_fields[str(key)].annotation) or kind
+        if str(key) in kind.model_fields:  # not one that the user chose, of a mapping
+            kind = _section(kind.model_fields[str(key)].annotation) or kind
     return kind
 
 
@@ -101,12 +103,27 @@ def _section(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
+def is_mapping(kind: type[BaseModel], keys: Sequence[str]) -> bool:
+    """Whether a key of the schema holds a mapping whose keys the user chooses, such as `policy.weights`."""
+    for key in keys[:-1]:
+        found = kind.model_fields.get(key)
+        inner = found and _section(found.annotation)
+        if not inner or _is_dict(found.annotation):
+            return False
+        kind = inner
+    return bool(keys) and keys[-1] in kind.model_fields and _is_dict(kind.model_fields[keys[-1]].annotation)
+
+
+def _is_dict(annotation: Any) -> bool:
+    return get_origin(annotation) is dict
+
+
 def dotted_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every key of a schema, sections before what they hold: data, data.approach, ..."""
     for name, field in kind.model_fields.items():
         yield f"{prefix}{name}"
         section = _section(field.annotation)
-        if section and name != REFERENCE:
+        if section and name != REFERENCE and not _is_dict(field.annotation):
             yield from dotted_keys(section, f"{prefix}{name}.")
 
 

@@ -4,12 +4,15 @@ Every default lives in a field and nowhere else; a field is here only if some co
 """
 
 import math
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 from prmd.config.shared import (
     LoraConfig,
+    MisplacedError,
     PositiveFloat,
     RefersToRewardModelConfig,
     Section,
@@ -27,10 +30,21 @@ LabelMethod = Literal[
 ]
 PolicyMethod = Literal[DistilledMethod, PaperMethod, LabelMethod]
 """What `policy.methods` may name; `policies.methods` says what each is."""
+OF_ONE_OBJECTIVE = "dpo_"
+"""How a method begins that learns from the labels of one objective, whose name follows."""
+
+
+def _known_method(value: Any) -> Any:
+    """Any `dpo_<objective>` passes: which objectives there are is checked by `PolicyConfig`."""
+    names = get_args(PolicyMethod)
+    if value in names or (isinstance(value, str) and value.startswith(OF_ONE_OBJECTIVE)):
+        return value
+    expected = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
+    raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
 
 
 class PolicySection(Section):
-    methods: tuple[PolicyMethod, ...] = ("hard_min", "cvar")
+    methods: tuple[Annotated[str, BeforeValidator(_known_method)], ...] = ("hard_min", "cvar")
     beta: PositiveFloat = 0.1
     loss: Literal["squared", "huber", "bce"] = "squared"
     huber_delta: PositiveFloat = 1.0
@@ -51,24 +65,32 @@ class PolicySection(Section):
     weights: dict[str, float] = Field(default_factory=lambda: {k: 1.0 / len(OBJECTIVES) for k in OBJECTIVES})
     constraints: dict[str, float] = Field(default_factory=dict)
 
-    @field_validator("constraints")
-    @classmethod
-    def constraints_name_objectives(cls, value: dict[str, float]) -> dict[str, float]:
-        check_objectives(value, "constraints name")
-        return value
-
     @field_validator("weights")
     @classmethod
     def weights_sum_to_one(cls, value: dict[str, float]) -> dict[str, float]:
-        unknown = sorted(set(value) - set(OBJECTIVES))
-        missing = sorted(set(OBJECTIVES) - set(value))
-        if unknown or missing:
-            raise ValueError(
-                f"weights must name each of {', '.join(OBJECTIVES)} once; unknown {unknown}, missing {missing}"
-            )
-        if any(w < 0 for w in value.values()) or not math.isclose(sum(value.values()), 1.0, abs_tol=1e-3):
+        total = sum(value.values())
+        if value and (any(w < 0 for w in value.values()) or not math.isclose(total, 1.0, abs_tol=1e-3)):
             raise ValueError(f"weights must be at least 0 and sum to 1, got {value}")
-        return {k: value[k] / sum(value.values()) for k in OBJECTIVES}
+        return {k: w / total for k, w in value.items()}
+
+    def of(self, objectives: Sequence[str]) -> "PolicySection":
+        """The same for these objectives: weights of each in their order, equal ones where none are given.
+
+        Raises:
+            MisplacedError: a weight, constraint or method of another objective, or a weight that is missing.
+        """
+        given = self.weights if "weights" in self.model_fields_set else {}
+        weights = given or {k: 1.0 / len(objectives) for k in objectives}
+        unknown, missing = sorted(set(weights) - set(objectives)), sorted(set(objectives) - set(weights))
+        if unknown or missing:
+            raise MisplacedError(
+                f"weights must name each of {', '.join(objectives)} once; unknown {unknown}, missing {missing}",
+                "weights",
+            )
+        check_objectives(self.constraints, objectives, "constraints name", "constraints")
+        own = [m.removeprefix(OF_ONE_OBJECTIVE) for m in self.methods if m.startswith(OF_ONE_OBJECTIVE)]
+        check_objectives(own, objectives, "methods name", "methods")
+        return self.model_copy(update={"weights": {k: weights[k] for k in objectives}})
 
 
 class PairsConfig(Section):
@@ -86,7 +108,7 @@ class PairsConfig(Section):
 class PolicyConfig(RefersToRewardModelConfig):
     """`policy_config.yaml`: how the pessimistic reward is distilled into the policy."""
 
-    policy: PolicySection = PolicySection()
+    policy: PolicySection = Field(default=PolicySection(), validate_default=True)
     pairs: PairsConfig = PairsConfig()
     run_name: str | None = None
     tuning: TuningConfig = TuningConfig(lora=LoraConfig(learning_rate=5e-6))
@@ -97,3 +119,9 @@ class PolicyConfig(RefersToRewardModelConfig):
         epochs=1.0,
         checkpoints=(0.33, 0.66, 1.0),
     )
+
+    @field_validator("policy")
+    @classmethod
+    def policy_is_of_the_objectives(cls, value: PolicySection, info: ValidationInfo) -> PolicySection:
+        shared = info.data.get("reward_model_config")  # missing where it is wrong itself
+        return value if shared is None else value.of(shared.data.objectives)

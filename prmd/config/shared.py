@@ -3,7 +3,7 @@
 Every default lives in a field and nowhere else; a field is here only if some code reads it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -17,11 +17,11 @@ from pydantic import (
 )
 
 from prmd.artifacts.paths import ArtifactPaths, resolve_artifact_root
-from prmd.objectives import OBJECTIVES
+from prmd.objectives import OBJECTIVES, names_problem
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
-Approach = Literal["hh_truthfulqa", "pku_safe", "embedded"]
+Approach = Literal["hh_truthfulqa", "pku_safe", "embedded", "own_pairs"]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
 
@@ -31,14 +31,28 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
-def check_objectives(names: Iterable[str], said: str) -> None:
+class MisplacedError(ValueError):
+    """A mistake that a section finds in one of its own keys; `keys` lead from the section to the place.
+
+    Which objectives there are is known only where all of a file has been read.
+    """
+
+    def __init__(self, message: str, *keys: str) -> None:
+        super().__init__(message)
+        self.keys = keys
+
+
+def check_objectives(names: Iterable[str], known: Sequence[str], said: str, *keys: str) -> None:
     """Refuse a name that is no objective.
 
+    Args:
+        keys: of the names, from the section that is validated.
+
     Raises:
-        ValueError: begins with `said`.
+        MisplacedError: begins with `said`.
     """
-    if unknown := sorted(set(names) - set(OBJECTIVES)):
-        raise ValueError(f"{said} {unknown}; known objectives are {', '.join(OBJECTIVES)}")
+    if unknown := sorted(set(names) - set(known)):
+        raise MisplacedError(f"{said} {unknown}; known objectives are {', '.join(known)}", *keys)
 
 
 # ------------------------------------------------------------------ data
@@ -78,13 +92,114 @@ class SplitsConfig(Section):
         return self
 
 
+class OwnSource(Section):
+    """Where pairs or scored responses of one's own lie."""
+
+    path: str
+    revision: str | None = None
+    split: str = "train"
+    columns: dict[str, str | None] = Field(default_factory=dict)
+
+    @property
+    def kept_columns(self) -> dict[str, Any]:
+        """What else decides which rows are kept of the file."""
+        return self.model_dump(exclude={"path", "revision", "split", "pairs_per_prompt", "least_difference"})
+
+    def _refuse_columns(self, *known: str) -> None:
+        if unknown := sorted(set(self.columns) - set(known)):
+            raise MisplacedError(f"columns name {unknown}; known are {', '.join(known)}", "columns")
+
+
+class OwnFileConfig(OwnSource):
+    @model_validator(mode="after")
+    def columns_are_known(self) -> "OwnFileConfig":
+        self._refuse_columns("prompt", "chosen", "rejected", "id", "source", "system", "tools")
+        return self
+
+
+class ScoredConfig(OwnSource):
+    preset: Literal["ultrafeedback"] | None = None
+    scores: dict[str, str] = Field(default_factory=dict)
+    pairs_per_prompt: PositiveInt = 3
+    least_difference: float = Field(default=0.0, ge=0.0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def preset_has_its_scores(cls, value: Any) -> Any:
+        if isinstance(value, dict) and value.get("preset") == "ultrafeedback" and not value.get("scores"):
+            return value | {"scores": ULTRAFEEDBACK_SCORES}
+        return value
+
+    @model_validator(mode="after")
+    def columns_are_known(self) -> "ScoredConfig":
+        self._refuse_columns("prompt", "response")
+        if self.preset and (
+            unknown := sorted(set(self.scores.values()) - set(ULTRAFEEDBACK_SCORES.values()))
+        ):
+            known = ", ".join(ULTRAFEEDBACK_SCORES.values())
+            raise MisplacedError(f"scores name {unknown}; UltraFeedback rates {known}", "scores")
+        if not self.scores:
+            raise MisplacedError("got none, wanted a column for each objective: {honest: honesty}", "scores")
+        return self
+
+
+ULTRAFEEDBACK_SCORES = {
+    "helpful": "helpfulness",
+    "honest": "honesty",
+    "truthful": "truthfulness",
+    "instruction_following": "instruction_following",
+}
+"""Objectives and the four aspects that UltraFeedback's completions are rated for."""
+
+
+class OwnPairsConfig(Section):
+    objectives: dict[str, OwnFileConfig] = Field(default_factory=dict)
+    scored: ScoredConfig | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The objectives, in the order of every `[K, ...]` tensor."""
+        return (*self.objectives, *(self.scored.scores if self.scored else ()))
+
+    @model_validator(mode="after")
+    def names_are_file_names(self) -> "OwnPairsConfig":
+        if problem := names_problem(self.names):
+            raise MisplacedError(problem, "objectives")
+        return self
+
+
 class DataConfig(Section):
     approach: Approach = "hh_truthfulqa"
     hh_rlhf: HhRlhfConfig = HhRlhfConfig()
     truthfulqa: TruthfulQaConfig = TruthfulQaConfig()
     pku_safe_rlhf: PkuSafeRlhfConfig = PkuSafeRlhfConfig()
+    own_pairs: OwnPairsConfig = OwnPairsConfig()
     splits: SplitsConfig = SplitsConfig()
     max_pairs_per_objective: PositiveInt | None = None
+
+    @property
+    def objectives(self) -> tuple[str, ...]:
+        """What the approach aligns, in the order of every `[K, ...]` tensor."""
+        return self.own_pairs.names if self.approach == "own_pairs" else OBJECTIVES
+
+    @model_validator(mode="after")
+    def own_pairs_are_named(self) -> "DataConfig":
+        if self.approach == "own_pairs" and not self.objectives:
+            raise MisplacedError(
+                "got none, wanted the file of each objective, such as {concise: {path: concise.jsonl}, polite: "
+                "{path: polite.jsonl}}: data.approach is own_pairs",
+                "own_pairs",
+                "objectives",
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def own_pairs_where_they_are_read(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The values as pydantic dumps them; without `own_pairs`, which is younger, where no stage reads it."""
+        values = dump(self)
+        if self.approach != "own_pairs":
+            values.pop("own_pairs", None)
+        return values
 
 
 # ------------------------------------------------------------------ models and training
@@ -205,7 +320,9 @@ class SharedConfig(Section):
 
     @property
     def paths(self) -> ArtifactPaths:
-        return ArtifactPaths(resolve_artifact_root(self.artifact_root), self.data.approach)
+        return ArtifactPaths(
+            resolve_artifact_root(self.artifact_root), self.data.approach, self.data.objectives
+        )
 
 
 # ------------------------------------------------------------------ reward models

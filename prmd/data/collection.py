@@ -1,8 +1,8 @@
 """Rows of a fetched file, and the pairs made of them with every row that cannot be used and why."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ class RawFile:
     """One file of a source, read back.
 
     Attributes:
-        source: `hh_rlhf`, `truthfulqa`, `pku_safe_rlhf` or `embedded`.
+        source: `hh_rlhf`, `truthfulqa`, `pku_safe_rlhf`, `embedded` or `own_pairs`.
         label: `helpful-base/train`.
         upstream_split: `train`, `test` or None.
         path: the file, for messages.
@@ -50,12 +50,16 @@ class PairCollection:
         quarantine: the refused rows: `source`, `objective` (None: of all), `reason`, `row`, and `detail` where the reason
             needs one.
         counts: other facts worth reporting, by name.
+        read: rows by objective (of scored responses: pairs of two), where each row is of one objective; else empty.
+        left_out: usable ones of these that make no pair all the same, by objective and reason.
         benchmark_questions: TruthfulQA questions of which no pair was made; None where TruthfulQA takes no part.
     """
 
     pairs: list[SourcedPair] = field(default_factory=list)
     quarantine: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+    read: Counter[str] = field(default_factory=Counter)
+    left_out: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     benchmark_questions: list[str] | None = None
 
     def refuse(
@@ -79,5 +83,8 @@ def merge(collections: Iterable[PairCollection]) -> PairCollection:
         total.pairs.extend(part.pairs)
         total.quarantine.extend(part.quarantine)
         total.counts.update(part.counts)
+        total.read.update(part.read)
+        for objective, counts in part.left_out.items():
+            total.left_out[objective].update(counts)
         questions = part.benchmark_questions if part.benchmark_questions is not None else questions
-    return PairCollection(total.pairs, total.quarantine, total.counts, questions)
+    return replace(total, benchmark_questions=questions)

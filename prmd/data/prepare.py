@@ -7,6 +7,8 @@
 
 import logging
 from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +18,15 @@ from prmd.config.shared import DataConfig, RewardModelConfig
 from prmd.data.collection import PairCollection, merge
 from prmd.data.embedded import embedded_pairs
 from prmd.data.hh_rlhf import hh_rlhf_pairs
+from prmd.data.own.pairs import own_pairs
 from prmd.data.pku_safe_rlhf import pku_pairs
 from prmd.data.raw import MANIFEST, fetch_source, read_manifest, read_source
 from prmd.data.sources import plan_source, required_sources
 from prmd.data.splits import SplitPairs, SplitResult, check_no_leak, limit_pairs, split_pairs
-from prmd.data.summary import sizes_of, write_summary
+from prmd.data.summary import describe_rows, sizes_of, write_summary
 from prmd.data.truthfulqa import truthfulqa_pairs
 from prmd.errors import DataError, UserError
-from prmd.objectives import OBJECTIVES, SPLITS
+from prmd.objectives import SPLITS
 from prmd.pairs import BENCHMARK_QUESTIONS_FILE
 
 logger = logging.getLogger(__name__)
@@ -116,7 +119,7 @@ def _build(
     collection = _collect(config.data, config.paths)
     _say_constant_prompts(collection)
     result = _split(collection, config.data)
-    stats = _stats(collection, result, config.data.approach)
+    stats = _stats(collection, result, config.data.approach) | describe_rows(collection, result)
     target = config.paths.processed
     partial = runs.partial_directory(target, fingerprint, force)
     _write(partial, result.pairs, collection, stats)
@@ -144,6 +147,7 @@ def _collect(data: DataConfig, paths: ArtifactPaths) -> PairCollection:
         "truthfulqa": lambda files: truthfulqa_pairs(files, data.truthfulqa),
         "pku_safe_rlhf": lambda files: pku_pairs(files, data.pku_safe_rlhf),
         "embedded": embedded_pairs,
+        "own_pairs": lambda files: own_pairs(files, data.own_pairs),
     }
     collection = merge(builders[name](read_source(name, data, paths)) for name in required_sources(data))
     # U+FFFD stands where a character was lost by reading in a wrong encoding; published data holds a few, so they are kept.
@@ -174,11 +178,14 @@ def _say_constant_prompts(collection: PairCollection) -> None:
 def _split(collection: PairCollection, data: DataConfig) -> SplitResult:
     """Split, limit and check the pairs; an objective without training pairs is an error, another empty split a warning."""
     questions = collection.benchmark_questions or ()
-    result = split_pairs(collection.pairs, data.splits, benchmark_questions=questions)
-    before = _total(result.pairs)
-    result = SplitResult(limit_pairs(result.pairs, data.max_pairs_per_objective), result.dropped)
-    if removed := before - _total(result.pairs):
-        result.dropped["over_max_pairs_per_objective"] = removed
+    result = split_pairs(
+        collection.pairs, data.splits, benchmark_questions=questions, objectives=data.objectives
+    )
+    whole, limited = result.pairs, limit_pairs(result.pairs, data.max_pairs_per_objective)
+    result = replace(result, pairs=limited)
+    for objective in limited:
+        if removed := _total(whole[objective]) - _total(limited[objective]):
+            result.drop(objective, "over_max_pairs_per_objective", removed)
     check_no_leak(result.pairs, questions)
     for objective, splits in result.pairs.items():
         for split, rows in splits.items():
@@ -186,7 +193,8 @@ def _split(collection: PairCollection, data: DataConfig) -> SplitResult:
                 raise DataError(
                     f"data.approach {data.approach}: no training pair is left for {objective}; give more data, lower "
                     "data.splits fractions or data.truthfulqa.benchmark_fraction, or choose another approach; "
-                    f"rows refused: {_refused(collection)}; pairs left out: {_listed(result.dropped)}"
+                    f"rows refused: {_refused(collection)}; pairs left out: {_listed(result.dropped)}; kept of {objective}: "
+                    f"{', '.join(f'{name} {len(kept):,}' for name, kept in splits.items())}"
                 )
             if not rows:
                 logger.warning(
@@ -198,8 +206,8 @@ def _split(collection: PairCollection, data: DataConfig) -> SplitResult:
     return result
 
 
-def _total(pairs: SplitPairs) -> int:
-    return sum(len(rows) for splits in pairs.values() for rows in splits.values())
+def _total(splits: Mapping[str, Sequence[Any]]) -> int:
+    return sum(map(len, splits.values()))
 
 
 def _stats(collection: PairCollection, result: SplitResult, approach: str) -> dict[str, Any]:
@@ -210,10 +218,8 @@ def _stats(collection: PairCollection, result: SplitResult, approach: str) -> di
     kept = [pair for splits in result.pairs.values() for pairs in splits.values() for pair in pairs]
     if spelled := sum(pair.spells_control_tokens for pair in kept):
         collection.counts["pairs_that_spell_control_tokens"] = spelled
-    for objective in OBJECTIVES:
-        logger.info(
-            "%s: %s pairs", objective, ", ".join(f"{split} {sizes[objective][split]:,}" for split in SPLITS)
-        )
+    for objective, splits in sizes.items():
+        logger.info("%s: %s pairs", objective, ", ".join(f"{split} {splits[split]:,}" for split in SPLITS))
     logger.info("quarantined rows: %s", _refused(collection))
     logger.info("pairs left out: %s", _listed(result.dropped))
     if any(collection.counts.values()):
@@ -266,7 +272,7 @@ def _say_what_would_be_fetched(name: str, data: DataConfig, paths: ArtifactPaths
             "%s: %s from %s to %s, about %.1f MB at most",
             name,
             file.label,
-            getattr(getattr(data, name, None), "path", "the project"),
+            getattr(getattr(data, name, None), "path", "the project" if name == "embedded" else "own files"),
             paths.raw(name) / (MANIFEST if name == "embedded" else file.name),
             file.size / 1e6,
         )
@@ -283,7 +289,7 @@ def _say_what_would_be_split(data: DataConfig, paths: ArtifactPaths) -> None:
         logger.info("%s: would read %d files, %s rows", name, len(files), f"{rows:,}")
     logger.info(
         "would write {%s}/{%s}.jsonl, stats.json and quarantine.jsonl to %s, and sizes, lengths and examples to %s",
-        ",".join(OBJECTIVES),
+        ",".join(paths.objectives),
         ",".join(SPLITS),
         paths.processed,
         paths.visualizations,

@@ -128,6 +128,13 @@ def _identity(source: str, data: DataConfig) -> dict[str, Any]:
     """What in the configuration decides which rows a source has."""
     if source == "embedded":
         return {"path": "1_data_preparation/embedded", "revision": None}
+    if source == "own_pairs":
+        own = data.own_pairs
+        named = {**own.objectives, **({"scored": own.scored} if own.scored else {})}
+        kept = {
+            name: [file.path, file.revision, file.split, file.kept_columns] for name, file in named.items()
+        }
+        return {"path": ", ".join(file.path for file in named.values()), "revision": None, "named": kept}
     section = getattr(data, source)
     identity = {"path": section.path, "revision": section.revision}
     if source == "hh_rlhf":

@@ -72,16 +72,17 @@ def _parse_object(line: str, where: str) -> Row:
 
 
 def parquet_rows(path: Path) -> list[Row]:
-    """Rows of a parquet file.
+    """Rows of a parquet file, gzipped where it ends in .gz.
 
     Raises:
         DataError: it is none, or holds text that is not UTF-8; names it.
     """
-    from pyarrow import ArrowException, parquet  # slow to import, and only this layout needs it
+    from pyarrow import ArrowException, BufferReader, parquet  # slow to import, and only this layout needs it
 
     try:
-        return parquet.ParquetFile(path).read().to_pylist()
-    except (ArrowException, OSError, ValueError) as error:
+        held = BufferReader(gzip.decompress(path.read_bytes())) if path.suffix == ".gz" else path
+        return parquet.ParquetFile(held).read().to_pylist()
+    except (ArrowException, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path}: not readable as parquet ({error}); fetch the file again") from error
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 from prmd.config.shared import DataConfig
 from prmd.data.embedded import plan_embedded
 from prmd.data.hh_rlhf import plan_hh_rlhf
+from prmd.data.own.files import plan_own
 from prmd.data.pku_safe_rlhf import plan_pku
 from prmd.data.readers import SourceFile
 from prmd.data.truthfulqa import plan_truthfulqa
@@ -18,7 +19,7 @@ def required_sources(data: DataConfig) -> tuple[str, ...]:
     if data.approach == "pku_safe":
         needs_truthfulqa = data.pku_safe_rlhf.honest == "truthfulqa"
         return ("pku_safe_rlhf", "truthfulqa") if needs_truthfulqa else ("pku_safe_rlhf",)
-    return ("embedded",)
+    return (data.approach,)  # `embedded`, `own_pairs`
 
 
 def plan_source(source: str, data: DataConfig) -> list[SourceFile]:
@@ -32,6 +33,7 @@ def plan_source(source: str, data: DataConfig) -> list[SourceFile]:
         "truthfulqa": plan_truthfulqa,
         "pku_safe_rlhf": plan_pku,
         "embedded": plan_embedded,
+        "own_pairs": plan_own,
     }
     files = planners[source](data)
     if repeated := sorted(name for name, n in Counter(file.name for file in files).items() if n > 1):

@@ -7,7 +7,7 @@ Everything here is decided by hashes of text: no random state, the same split on
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from datasketch import MinHash, MinHashLSH
 
@@ -32,14 +32,23 @@ _UNSPACED = re.compile(
 
 @dataclass(frozen=True)
 class SplitResult:
-    """The pairs of every objective and split, and how many were left out for which reason."""
+    """The pairs of every objective and split, and how many were left out for which reason, together and by objective."""
 
     pairs: SplitPairs
     dropped: Counter[str]
+    left_out: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+
+    def drop(self, objective: str, reason: str, count: int = 1) -> None:
+        self.dropped[reason] += count
+        self.left_out[objective][reason] += count
 
 
 def split_pairs(
-    sourced: Sequence[SourcedPair], settings: SplitsConfig, *, benchmark_questions: Iterable[str]
+    sourced: Sequence[SourcedPair],
+    settings: SplitsConfig,
+    *,
+    benchmark_questions: Iterable[str],
+    objectives: Sequence[str] = OBJECTIVES,
 ) -> SplitResult:
     """Give every pair its split.
 
@@ -52,6 +61,7 @@ def split_pairs(
         settings: fractions and the near-duplicate threshold (Jaccard similarity of word 3-grams; of character 5-grams
             for prompts in scripts without spaces).
         benchmark_questions: prompts that may occur nowhere.
+        objectives: of the approach.
 
     Returns:
         A result in which each objective has every split, some perhaps empty.
@@ -59,20 +69,20 @@ def split_pairs(
     benchmark = {prompt_key(question) for question in benchmark_questions}
     assigned = _assign(sourced, settings, benchmark)
     near = _near_duplicates(assigned, benchmark, settings.near_duplicate_threshold)
-    result = SplitResult({o: {s: [] for s in SPLITS} for o in OBJECTIVES}, Counter())
+    result = SplitResult({o: {s: [] for s in SPLITS} for o in objectives}, Counter())
     upstream_test = _keys(s for s in sourced if s.upstream_split == "test")
     seen: set[str] = set()
     for item in sourced:
         key = item.pair.prompt_key
-        split = assigned.get(key)
+        split, objective = assigned.get(key), item.pair.objective
         if split is None:
-            result.dropped["benchmark_question"] += 1
+            result.drop(objective, "benchmark_question")
         elif key in upstream_test and item.upstream_split != "test":
-            result.dropped["prompt_in_upstream_test"] += 1
+            result.drop(objective, "prompt_in_upstream_test")
         elif key in near:
-            result.dropped[f"near_duplicate_{split}"] += 1
+            result.drop(objective, f"near_duplicate_{split}")
         elif item.pair.id in seen:
-            result.dropped["repeated_pair"] += 1
+            result.drop(objective, "repeated_pair")
         else:
             seen.add(item.pair.id)
             result.pairs[item.pair.objective][split].append(item.pair)

@@ -4,16 +4,20 @@ Reads pairs in memory and writes to `outputs/visualizations/<approach>/`. Drawin
 """
 
 import logging
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import ModelConfig
-from prmd.data.splits import SplitPairs
+from prmd.data.collection import PairCollection
+from prmd.data.splits import SplitPairs, SplitResult
 from prmd.errors import UserError
+from prmd.objectives import SPLITS
 from prmd.pairs import Message, PreferencePair
 from prmd.report import figures
 
@@ -29,6 +33,60 @@ def sizes_of(pairs: SplitPairs) -> dict[str, dict[str, int]]:
     return {
         objective: {split: len(rows) for split, rows in splits.items()} for objective, splits in pairs.items()
     }
+
+
+def describe_rows(collection: PairCollection, result: SplitResult) -> dict[str, Any]:
+    """What became of every row of each objective, logged as a table, with what can be told from so many.
+
+    Returns:
+        `rows` and `can_be_told` by objective; nothing for sources whose rows belong to several objectives at once.
+    """
+    if not collection.read:
+        return {}
+    rows, told = {}, {}
+    for objective, splits in result.pairs.items():
+        refused = Counter(row["reason"] for row in collection.quarantine if row["objective"] == objective)
+        left_out = collection.left_out.get(objective, Counter()) + result.left_out.get(objective, Counter())
+        kept = {split: len(pairs) for split, pairs in splits.items()}
+        rows[objective] = {
+            "read": collection.read[objective],
+            "refused": dict(refused),
+            "left_out": dict(left_out),
+        }
+        rows[objective]["kept"] = kept
+        told[objective] = _what_can_be_told(kept["test"])
+    for line in rows_lines(rows):
+        logger.info("%s", line)
+    for objective, sentence in told.items():
+        logger.info("%s: %s", objective, sentence)
+    return {"rows": rows, "can_be_told": told}
+
+
+def rows_lines(rows: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The table of `describe_rows` as lines of equal columns."""
+    cells = [("objective", "read", "refused", "left out", *SPLITS)]
+    for objective, row in rows.items():
+        counts = [f"{sum(row[key].values()):,}" for key in ("refused", "left_out")]
+        cells.append((objective, f"{row['read']:,}", *counts, *(f"{row['kept'][s]:,}" for s in SPLITS)))
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(map(str.rjust, line, widths)) for line in cells]
+    for objective, row in rows.items():
+        reasons = {**row["refused"], **row["left_out"]}
+        if said := ", ".join(f"{reason} {count:,}" for reason, count in reasons.items() if count):
+            lines.append(f"{objective}: {said}")
+    return lines
+
+
+def _what_can_be_told(test_pairs: int) -> str:
+    """How far a share that is measured on so many test pairs may be off, in words."""
+    if not test_pairs:
+        return "no test pair, so nothing can be said of its reward model"
+    half = 100 * 1.96 * 0.5 / math.sqrt(test_pairs)
+    if half >= 50:
+        return f"on {test_pairs} test pairs an accuracy says nothing: any share may be chance"
+    known = f"on {test_pairs:,} test pairs an accuracy is known to about ±{half:.0f} percentage points"
+    small = f"; a reward model right in fewer than {50 + half:.0f} % cannot be told from guessing"
+    return known + (small if half >= 5 else "")
 
 
 def write_summary(pairs: SplitPairs, *, model: ModelConfig, paths: ArtifactPaths, seed: int) -> list[Path]:

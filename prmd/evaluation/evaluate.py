@@ -37,7 +37,6 @@ from prmd.evaluation.held_out import Evaluation, evaluate_methods, is_finished, 
 from prmd.inference.candidates import Candidate, evaluation_prompts, find_candidates, policy_folders
 from prmd.judges.reward_model import Judge, given_judge, trained_judge
 from prmd.models.loading import load_tokenizer
-from prmd.objectives import OBJECTIVES
 from prmd.pairs import PREPARE_COMMAND, read_pairs
 from prmd.report.evaluation_sections import benchmark_results, headline_section
 from prmd.report.page import build_report
@@ -106,7 +105,7 @@ def _judges(config: EvaluationConfig, force: bool) -> list[Judge]:
     """One judge per objective: the one the configuration gives, else one trained on the judge split."""
     load = partial(load_reward_model, shared=config.shared)
     judges: list[Judge] = []
-    for objective in OBJECTIVES:
+    for objective in config.paths.objectives:
         if objective in config.judges.paths:
             judges.append(given_judge(objective, config.judges.paths[objective], load))
         else:
@@ -120,7 +119,7 @@ def _reward_models(shared: SharedConfig) -> tuple[RewardModel, ...]:
     try:
         return tuple(load_reward_models(shared))
     except DataError as error:
-        there = any(shared.paths.reward_model(objective).is_dir() for objective in OBJECTIVES)
+        there = any(shared.paths.reward_model(k).is_dir() for k in shared.paths.objectives)
         level = logging.WARNING if there else logging.INFO
         logger.log(level, "no proxies (violation rate, over-optimisation curve): %s", error)
         return ()
@@ -247,7 +246,7 @@ def _benchmark_table(results: Sequence[dict[str, Any]]) -> Table:
 def _say_what_would_be_evaluated(config: EvaluationConfig, target: Path) -> None:
     generation = config.generation
     _say_inputs(config.paths, config.shared.model)
-    for objective in OBJECTIVES:
+    for objective in config.paths.objectives:
         folder = config.paths.judge(objective)
         if objective in config.judges.paths:
             logger.info("%s judge: would be read from %s", objective, config.judges.paths[objective])
@@ -269,7 +268,7 @@ def _say_what_would_be_evaluated(config: EvaluationConfig, target: Path) -> None
             methods,
             responses,
             generation.max_new_tokens,
-            len(OBJECTIVES),
+            len(config.paths.objectives),
         ),
     )
     if generation.checkpoints == "all":
@@ -296,7 +295,7 @@ def _say_what_would_be_benchmarked(config: EvaluationConfig, target: Path) -> No
 
 def _say_inputs(paths: ArtifactPaths, model: ModelConfig) -> None:
     """Held-out pairs, models and memory, or the command that makes what is missing."""
-    for objective in OBJECTIVES:
+    for objective in paths.objectives:
         try:
             logger.info("%s: %d held-out test pairs", objective, len(read_pairs(paths, objective, "test")))
         except UserError as error:

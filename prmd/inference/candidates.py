@@ -35,7 +35,6 @@ from prmd.models.identity import model_files
 from prmd.models.loading import load_causal_lm, load_policy
 from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, Tokens, fit_messages
-from prmd.objectives import OBJECTIVES
 from prmd.pairs import Message, PreferencePair, hash_share, read_pairs
 from prmd.runtime import free_memory, get_device
 
@@ -142,7 +141,7 @@ def evaluation_prompts(
     if generation.engine == "vllm":
         require_vllm("generation.engine")
     wanted = generation.prompts
-    tests = [read_pairs(paths, objective, "test") for objective in OBJECTIVES]
+    tests = [read_pairs(paths, objective, "test") for objective in paths.objectives]
     queues = [iter(sorted(pairs, key=lambda p: hash_share("evaluation prompts", p.id))) for pairs in tests]
     chosen: dict[str, PreferencePair] = {}
     while queues and len(chosen) < wanted:

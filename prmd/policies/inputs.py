@@ -23,10 +23,9 @@ from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
 from prmd.inference.reference import reference_key, reference_logps, with_sample_count
 from prmd.models.tokenization import PrefixRow
-from prmd.objectives import OBJECTIVES
 from prmd.policies.methods import (
     BASELINE,
-    POLICY_METHODS,
+    method_of,
     reference_sample_count,
     reward_keys,
     settings_keys,
@@ -161,7 +160,7 @@ def prepare(
     if any(_is_debiased_dpo(method) for method in methods):
         offsets = tuple(_label_offsets(side, biases, tokens) for side in (pairs, held_out))
     named: dict[str, Any] = {"offsets": offsets, "debiased": debiased}
-    if not any(POLICY_METHODS[method].reads_rewards for method in methods):
+    if not any(method_of(method).reads_rewards for method in methods):
         sides = (pairs, held_out) if any(method != BASELINE for method in methods) else ()
         logps = [reference_logps(shared, tokens.tokenizer, side.tokenized.rows) for side in sides]
         return Prepared(pairs, held_out, tuple(torch.stack(values) for values in logps), **named)
@@ -174,7 +173,7 @@ def prepare(
 
 
 def _is_debiased_dpo(method: str) -> bool:
-    return POLICY_METHODS[method].loss == "dpo_debiased"
+    return method_of(method).loss == "dpo_debiased"
 
 
 def named_biases(methods: Sequence[str], paths: ArtifactPaths) -> dict[str, FittedBias]:
@@ -185,18 +184,18 @@ def named_biases(methods: Sequence[str], paths: ArtifactPaths) -> dict[str, Fitt
         ConfigError: no feature was named for any of them.
     """
     taken_out = [method for method in methods if _is_debiased_dpo(method)]
-    if not taken_out and not any(POLICY_METHODS[method].reads_rewards for method in methods):
+    if not taken_out and not any(method_of(method).reads_rewards for method in methods):
         return {}
-    for objective in OBJECTIVES if taken_out else ():
+    for objective in paths.objectives if taken_out else ():
         command = reward_model_command(objective)
         what = f"the {objective} reward model"
         require_artifact(paths.reward_model(objective), what=what, command=command, read=(DEBIAS_FILE,))
-    found = {objective: read_bias(paths.reward_model(objective)) for objective in OBJECTIVES}
+    found = {objective: read_bias(paths.reward_model(objective)) for objective in paths.objectives}
     named = {objective: bias for objective, bias in found.items() if bias}
     if taken_out and not named:
         raise ConfigError(
             f"policy.methods: {taken_out[0]} takes out of the labels what debias.features predict, and no reward model below "
-            f"{paths.reward_model(OBJECTIVES[0]).parent} was trained with any; name some, train them again, or leave it out"
+            f"{paths.reward_model(paths.objectives[0]).parent} was trained with any; name some, train them again, or leave it out"
         )
     return named
 
@@ -264,7 +263,7 @@ def method_inputs(
     """
     held_rows, labelled = prepared.held_out.tokenized.rows, prepared.pairs.tokenized.rows
     trained, notes = _labelled(prepared), label_notes(policy, method)
-    if POLICY_METHODS[method].reads_rewards:
+    if method_of(method).reads_rewards:
         trained = _rewarded(
             method, prepared, policy=policy, sample_pairs=sample_pairs, max_length=max_length, seed=seed
         )
@@ -275,7 +274,7 @@ def method_inputs(
         "chosen_length": _chosen_lengths(rows, len(rows) - len(labelled)),
     }
     held = {"ref_logps": prepared.ref_logps[1], "chosen_length": _chosen_lengths(held_rows, 0)}
-    if POLICY_METHODS[method].loss == "rdpo":
+    if method_of(method).loss == "rdpo":
         columns["length_difference"] = _length_differences(rows)
         held["length_difference"] = _length_differences(held_rows)
     if _is_debiased_dpo(method):
@@ -290,7 +289,7 @@ def method_inputs(
     ids += [f"samples of {ids[i]}" for i in trained.prompts[len(ids) :]]
     train = PairData(rows, columns, ids)
     held_out = PairData(held_rows, held, [pair.id for pair in prepared.held_out.tokenized.pairs])
-    learns = POLICY_METHODS[method].reads_rewards or _is_debiased_dpo(method)
+    learns = method_of(method).reads_rewards or _is_debiased_dpo(method)
     debiased = {"debiased": dict(prepared.debiased)} if learns and prepared.debiased else {}
     return MethodInputs(train, held_out, trained.stream, targets, tuple(notes), debiased)
 
@@ -312,7 +311,7 @@ def _rewarded(
     """The labelled pairs and the added ones of samples with the targets of a method that reads rewards."""
     trained, (train, held_out) = _labelled(prepared), prepared.scores
     reward = None
-    if POLICY_METHODS[method].reward is not None:
+    if method_of(method).reward is not None:
         reward = solve_reward(policy, method, prepared.scale)
         if sample_pairs.reference_samples and sample_pairs.share:
             trained, train = _with_samples(
@@ -390,8 +389,8 @@ def policy_fingerprints(
     Args:
         models: the reward models of all objectives; may be left out where the method reads no rewards.
     """
-    rewarded = POLICY_METHODS[method].reads_rewards
-    splits = [shared.paths.split(objective, split) for objective in OBJECTIVES for split in ("train", "val")]
+    rewarded = method_of(method).reads_rewards
+    splits = [shared.paths.split(objective, split) for objective in shared.paths.objectives for split in ("train", "val")]
     data = io.files_sha256(splits)
     if rewarded:
         every = reward_keys(policy, method, [model.fingerprint for model in models])

@@ -5,11 +5,11 @@ target margins (`targets`, to be read next) and how policies are trained (`train
 same labelled pairs in the same order and the same trainer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prmd.config.policy import PairsConfig, PolicySection
+from prmd.config.policy import OF_ONE_OBJECTIVE, PairsConfig, PolicySection
 from prmd.config.shared import CalibrationConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
@@ -52,13 +52,23 @@ POLICY_METHODS: dict[str, Method] = {
     "dpo_debiased": Method("dpo_debiased"),
     "ipo": Method("ipo"),
     "modpo": Method("modpo"),
-    **{f"dpo_{objective}": Method("dpo", objective=objective) for objective in OBJECTIVES},
+    **{f"{OF_ONE_OBJECTIVE}{objective}": Method("dpo", objective=objective) for objective in OBJECTIVES},
     SOUP: Method("soup"),
     BASELINE: Method("trl"),
 }
 
-SOUP_MEMBERS = tuple(name for name, method in POLICY_METHODS.items() if method.objective is not None)
-"""The per-objective policies that a soup averages."""
+
+def method_of(name: str) -> Method:
+    """The row of a method; that of `dpo_<objective>` for an objective of one's own too."""
+    if name in POLICY_METHODS or not name.startswith(OF_ONE_OBJECTIVE):
+        return POLICY_METHODS[name]
+    return Method("dpo", objective=name.removeprefix(OF_ONE_OBJECTIVE))
+
+
+def soup_members(objectives: Iterable[str]) -> tuple[str, ...]:
+    """The per-objective policies that a soup averages."""
+    return tuple(f"{OF_ONE_OBJECTIVE}{objective}" for objective in objectives)
+
 
 _ALWAYS = ("beta", "weights")
 _REGRESSION = (*_ALWAYS, "nll_weight", "gamma", "reward_scale", "margin_clip")
@@ -98,10 +108,10 @@ def aggregation(policy: PolicySection, method: str) -> Aggregation:
 
 def settings_read(policy: PolicySection, pairs: PairsConfig, method: str) -> dict[str, Any]:
     """The settings of `policy` and `pairs` that this method's targets and loss depend on; nothing it does not read."""
-    kind = POLICY_METHODS[method].loss
-    names = [n for n in _READ[kind] if n != "weights" or POLICY_METHODS[method].objective is None]
+    kind = method_of(method).loss
+    names = [n for n in _READ[kind] if n != "weights" or method_of(method).objective is None]
     values: dict[str, Any] = {}
-    if POLICY_METHODS[method].reward is not None:
+    if method_of(method).reward is not None:
         chosen = aggregation(policy, method)
         values["reward"] = [chosen.within, chosen.across]
         names += [n for op in (chosen.within, chosen.across) for n in _PARAMETERS.get(op, ())]
@@ -123,7 +133,7 @@ def reward_keys(policy: PolicySection, method: str, models: Sequence[str]) -> li
     where a weight of 0 changed nothing else of R, their list is the second one, so that what is finished stays so.
     """
     held = policy.constraints if _is_distilled(method) else {}
-    read = [k for k, name in enumerate(OBJECTIVES) if policy.weights[name] > 0 or name in held]
+    read = [k for k, (name, weight) in enumerate(policy.weights.items()) if weight > 0 or name in held]
     keys = [models[k] for k in read if models]
     if keys == [*models] or _reads_no_weights(policy, method):
         return [keys]
@@ -132,7 +142,7 @@ def reward_keys(policy: PolicySection, method: str, models: Sequence[str]) -> li
 
 def _reads_no_weights(policy: PolicySection, method: str) -> bool:
     """Whether the weights say no more of R than which objectives are part of it: it is a minimum, or solves for its own."""
-    if POLICY_METHODS[method].reward is None:
+    if method_of(method).reward is None:
         return False
     return method == "maxmin" or aggregation(policy, method).across == "min"
 
@@ -152,7 +162,7 @@ def settings_keys(
     change on the way.
     """
     read = settings_read(policy, pairs, method)
-    if POLICY_METHODS[method].reward is None:
+    if method_of(method).reward is None:
         return read, read
     before = read | ({"margin_clip": _EARLIER_CLIP} if read.get("margin_clip") == "auto" else {})
     return read | {"formulas": _FORMULAS}, before
@@ -160,8 +170,8 @@ def settings_keys(
 
 def unread_settings(policy: PolicySection, method: str) -> tuple[str, ...]:
     """The settings of what is optimised that were changed from their default and that this method does not read."""
-    read = {*_READ[POLICY_METHODS[method].loss]}
-    if POLICY_METHODS[method].loss == "distil":
+    read = {*_READ[method_of(method).loss]}
+    if method_of(method).loss == "distil":
         read |= {"within"} if method == "maxmin" else {"within", "across"}
     default = PolicySection()
     shaping = ("within", "across", "level", "loss", "gamma", "nll_weight", "constraints")
@@ -179,7 +189,7 @@ def reference_sample_count(pairs: PairsConfig, calibration: CalibrationConfig) -
 
 def uses_gamma(policy: PolicySection, method: str) -> bool:
     """Whether this method's loss has the forward-KL term on reference samples."""
-    return policy.gamma > 0 and POLICY_METHODS[method].reward is not None
+    return policy.gamma > 0 and method_of(method).reward is not None
 
 
 def check_methods(methods: Sequence[str], policy: PolicySection, *, samples: int) -> None:
@@ -215,4 +225,4 @@ def _needs_samples(policy: PolicySection, method: str) -> str:
 
 
 def _is_distilled(method: str) -> bool:
-    return POLICY_METHODS[method].loss == "distil"
+    return method_of(method).loss == "distil"

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from prmd.config.policy import PolicySection
-from prmd.objectives import OBJECTIVES
 from prmd.pessimism.aggregation import (
     METHODS,
     Aggregation,
@@ -18,7 +17,7 @@ from prmd.pessimism.aggregation import (
     robust_rewards,
 )
 from prmd.pessimism.draft_equations import PAPER_METHODS, negative_target_share, paper_margins
-from prmd.policies.methods import POLICY_METHODS, aggregation, unread_settings
+from prmd.policies.methods import aggregation, method_of, unread_settings
 from prmd.policies.pairs import PairScores
 from prmd.policies.robust_reward import objective_weights, weighted_objectives
 from prmd.statistics.reliability import mean_pairwise_correlation
@@ -103,7 +102,7 @@ def method_notes(policy: PolicySection, method: str, train: PairScores, targets:
         train: scored training pairs.
         targets: its target margins, [n].
     """
-    kind, (k, m) = POLICY_METHODS[method].loss, train.rewards.shape[:2]
+    kind, (k, m) = method_of(method).loss, train.rewards.shape[:2]
     notes = [*_unread(policy, method), *_without_weight(policy, method)]
     if kind == "distil":
         notes += _same_rewards(policy, method, k, m)
@@ -120,7 +119,7 @@ def method_notes(policy: PolicySection, method: str, train: PairScores, targets:
 
 def cvar_atoms(policy: PolicySection, method: str, n_members: int) -> float | None:
     """Rewards that the method's CVaR averages (`pessimism.aggregation.effective_atoms`); None for a method without CVaR."""
-    if POLICY_METHODS[method].reward is None:
+    if method_of(method).reward is None:
         return None
     chosen = aggregation(policy, method)
     return effective_atoms(chosen, n_members=n_members, weights=objective_weights(policy))
@@ -128,7 +127,7 @@ def cvar_atoms(policy: PolicySection, method: str, n_members: int) -> float | No
 
 def label_notes(policy: PolicySection, method: str) -> tuple[str, ...]:
     """Lines on a method that learns from labels alone."""
-    objective, notes = POLICY_METHODS[method].objective, _unread(policy, method)
+    objective, notes = method_of(method).objective, _unread(policy, method)
     if objective is not None and policy.weights[objective] == 1.0:
         notes.append(f"{method} = dpo: {objective} has all the weight")
     return tuple(notes)
@@ -141,10 +140,11 @@ def _unread(policy: PolicySection, method: str) -> list[str]:
 
 def _without_weight(policy: PolicySection, method: str) -> list[str]:
     """What weights of zero leave of a method that reads rewards; nothing where all are positive."""
-    kept = [OBJECTIVES[k] for k in weighted_objectives(policy)]
-    if len(kept) == len(OBJECTIVES):
+    names = list(policy.weights)
+    kept = [names[k] for k in weighted_objectives(policy)]
+    if len(kept) == len(names):
         return []
-    out = ", ".join(objective for objective in OBJECTIVES if objective not in kept)
+    out = ", ".join(objective for objective in names if objective not in kept)
     notes = [f"weight 0 leaves {out} out of {method}"]
     if len(kept) == 1:
         notes.append(f"{kept[0]} has all the weight, so {method} combines nothing across objectives")
@@ -193,7 +193,8 @@ def _one_model(policy: PolicySection, method: str, rewards: Tensor) -> list[str]
     if rewards.shape[1] == 1 or (aggregation(policy, method).within == "mean" and method != "edpo"):
         return []
     margins, notes = rewards[..., 0] - rewards[..., 1], []
-    for objective, own in ((OBJECTIVES[k], margins[k]) for k in weighted_objectives(policy)):
+    names = list(policy.weights)
+    for objective, own in ((names[k], margins[k]) for k in weighted_objectives(policy)):
         if own.shape[1] < 2 or bool((own.std(dim=1) == 0).any()):
             continue
         correlation = mean_pairwise_correlation(own)

@@ -23,7 +23,6 @@ from prmd.models.tokenization import (
     tokenize_response,
     tokenize_row,
 )
-from prmd.objectives import OBJECTIVES
 from prmd.pairs import Message, PreferencePair, read_pairs
 
 EVAL_SHARE, EVAL_PAIRS = 0.25, 256
@@ -71,7 +70,7 @@ def read_splits(paths: ArtifactPaths) -> dict[str, Split]:
         DataError: one is missing, empty or malformed.
     """
     splits: dict[str, dict[str, list[PreferencePair]]] = {"train": {}, "val": {}}
-    for objective in OBJECTIVES:
+    for objective in paths.objectives:
         for split, pairs in splits.items():
             pairs[objective] = read_pairs(paths, objective, split)
     return splits
@@ -89,10 +88,11 @@ def training_mixture(
     """The mixture of a training: as many pairs per epoch as the split holds, and no more than `max_pairs`.
 
     Args:
+        weights: share of each objective, in their order.
         objective: take this one's pairs alone, as many as all together would be.
     """
     held = sum(map(len, train.values()))
-    own = {k: float(k == objective) for k in OBJECTIVES} if objective else weights
+    own = {k: float(k == objective) for k in weights} if objective else weights
     return Mixture(own, min(held, max_pairs or held), epochs, seed)
 
 
@@ -104,7 +104,7 @@ def pool_order(
     An objective with fewer pairs repeats them, one with more is subsampled: data-set size has no say.
     """
     drawn: list[tuple[str, int]] = []
-    for objective in OBJECTIVES:
+    for objective in weights:
         wanted, indices = round(weights[objective] * total), []
         for repeat in range(-(-wanted // sizes[objective]) if wanted else 0):
             order = list(range(sizes[objective]))

@@ -21,14 +21,14 @@ from prmd.inference.cache import ScoreTable
 from prmd.inference.reference import calibration_sampling, samples_table, with_sample_count
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import Tokens
-from prmd.objectives import OBJECTIVES
 from prmd.pessimism.kl_budget import gate_row, usable_kl_target
 from prmd.policies.methods import (
     BASELINE,
     POLICY_METHODS,
     SOUP,
-    SOUP_MEMBERS,
+    method_of,
     reference_sample_count,
+    soup_members,
     uses_gamma,
 )
 from prmd.policies.pairs import PairTokens, ScaleResponses, Split, read_splits
@@ -59,13 +59,14 @@ def describe_policies(
 ) -> None:
     """Log what training these methods would read, do and write."""
     paths, max_new_tokens = shared.paths, shared.calibration.max_new_tokens
-    train, val = ([paths.split(objective, split) for objective in OBJECTIVES] for split in ("train", "val"))
-    if any(POLICY_METHODS[method].reads_rewards for method in methods):
+    train, val = ([paths.split(k, split) for k in paths.objectives] for split in ("train", "val"))
+    if any(method_of(method).reads_rewards for method in methods):
         describe_reward_models(paths)
     for method in methods:
         directory = paths.policy(method, run_name)
         if method == SOUP:
-            logger.info("would average %s to %s; nothing is trained", ", ".join(SOUP_MEMBERS), directory)
+            members = ", ".join(soup_members(paths.objectives))
+            logger.info("would average %s to %s; nothing is trained", members, directory)
             continue
         sampled = _sampled(method, policy, sample_pairs, max_new_tokens)
         describe_training(
@@ -102,13 +103,13 @@ def gamma_lengths(policy: PolicySection, methods: Sequence[str], max_new_tokens:
 
 def _sampled(method: str, policy: PolicySection, sample_pairs: PairsConfig, max_new_tokens: int) -> Sampled:
     drawn = sample_pairs.reference_samples and sample_pairs.share
-    pairs = drawn and POLICY_METHODS[method].reward is not None
+    pairs = drawn and method_of(method).reward is not None
     return Sampled(gamma_lengths(policy, [method], max_new_tokens), max_new_tokens if pairs else 0)
 
 
 def describe_reward_models(paths: ArtifactPaths) -> None:
     """Log the reward models a policy stage reads, or the commands that train them."""
-    for objective in OBJECTIVES:
+    for objective in paths.objectives:
         folder = paths.reward_model(objective)
         found = (
             "finished" if read_run(folder) else f"missing; make it with `{reward_model_command(objective)}`"
@@ -223,7 +224,7 @@ def cached_responses(
 
 def distinct_prompts(split: Split, tokens: PairTokens, lengths: Iterable[int]) -> list[Tokens]:
     """Distinct prompts of a split of all objectives, cut to each of these lengths as stages 2 and 3 do."""
-    messages = [pair.prompt for objective in OBJECTIVES for pair in split[objective]]
+    messages = [pair.prompt for pairs in split.values() for pair in pairs]
     return list(dict.fromkeys(tokens.of_prompt(prompt, length) for prompt in messages for length in lengths))
 
 
@@ -258,7 +259,7 @@ def gate_table(policy: PolicySection, scored: ScaleResponses) -> dict[str, Any]:
             refused.append({"method": method, "reason": str(error)})
             continue
         rows.append(
-            {"method": method, **row.to_json(), "gains": dict(zip(OBJECTIVES, row.gains, strict=True))}
+            {"method": method, **row.to_json(), "gains": dict(zip(policy.weights, row.gains, strict=True))}
         )
     return {
         "kl_target": policy.kl_target,

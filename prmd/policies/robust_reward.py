@@ -4,7 +4,6 @@ Here: from the configuration and the scored responses to one function R(x, y) an
 operators (`pessimism.aggregation`), the solvers (`pessimism.maxmin`), how target margins are made of R (`targets`, to be read next).
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from prmd.config.policy import PolicySection
 from prmd.errors import ConfigError
-from prmd.objectives import OBJECTIVES
 from prmd.pessimism.aggregation import Aggregation, robust_rewards
 from prmd.pessimism.calibration import (
     can_cross_fit,
@@ -22,7 +20,7 @@ from prmd.pessimism.calibration import (
 )
 from prmd.pessimism.kl_budget import usable_kl_target
 from prmd.pessimism.maxmin import solve_constraints, solve_maxmin
-from prmd.policies.methods import POLICY_METHODS, aggregation
+from prmd.policies.methods import aggregation, method_of
 from prmd.policies.pairs import ScaleResponses
 
 
@@ -54,12 +52,12 @@ class RobustReward:
 
 def objective_weights(policy: PolicySection) -> Tensor:
     """lambda as configured, float64 [K]."""
-    return torch.tensor([policy.weights[objective] for objective in OBJECTIVES], dtype=torch.float64)
+    return torch.tensor(list(policy.weights.values()), dtype=torch.float64)
 
 
 def weighted_objectives(policy: PolicySection) -> list[int]:
     """Indices of the objectives of positive weight, which alone are part of R."""
-    return [k for k, objective in enumerate(OBJECTIVES) if policy.weights[objective] > 0]
+    return [k for k, weight in enumerate(policy.weights.values()) if weight > 0]
 
 
 def solve_reward(policy: PolicySection, method: str, scale: ScaleResponses) -> RobustReward:
@@ -77,7 +75,7 @@ def solve_reward(policy: PolicySection, method: str, scale: ScaleResponses) -> R
         notes.append(note)
     multipliers = torch.zeros(len(weights), dtype=torch.float64)
     reward = RobustReward(chosen, weights, multipliers, 1.0)
-    if policy.constraints and POLICY_METHODS[method].loss == "distil":
+    if policy.constraints and method_of(method).loss == "distil":
         multipliers, note = _multipliers(policy, method, reward, scale)
         reward = replace(reward, multipliers=multipliers)
         notes.append(note)
@@ -112,32 +110,32 @@ def _maxmin_weights(policy: PolicySection, chosen: Aggregation, scale: ScaleResp
         solution = solve_maxmin(objective_rewards(samples[kept], chosen), beta=policy.beta, kl_target=budget)
     except ValueError as error:
         raise ConfigError(f"policy.methods: maxmin: {error}") from error
-    weights = torch.zeros(len(OBJECTIVES), dtype=torch.float64)
+    weights = torch.zeros(len(policy.weights), dtype=torch.float64)
     weights[kept] = solution.weights
-    found = _named(dict(zip(kept, solution.weights.tolist(), strict=True)))
+    found = _named(policy, dict(zip(kept, solution.weights.tolist(), strict=True)))
     return weights, f"maxmin weights {found}, {_solved_at(policy, budget, samples)}"
 
 
 def _multipliers(
     policy: PolicySection, method: str, reward: RobustReward, scale: ScaleResponses
 ) -> tuple[Tensor, str]:
-    samples = _samples(scale, method)
+    samples, objectives = _samples(scale, method), list(policy.weights)
     budget = usable_kl_target(policy.kl_target, samples.shape[-1])
     try:
         solution = solve_constraints(
             base=reward(samples),
             rewards=samples.mean(dim=1),
-            thresholds={OBJECTIVES.index(k): c for k, c in policy.constraints.items()},
+            thresholds={objectives.index(k): c for k, c in policy.constraints.items()},
             beta=policy.beta,
             kl_target=budget,
             reward_scale=None if policy.reward_scale == "auto" else policy.reward_scale,
         )
     except ValueError as error:
-        order = ", ".join(f"{k} {name}" for k, name in enumerate(OBJECTIVES))
+        order = ", ".join(f"{k} {name}" for k, name in enumerate(objectives))
         raise ConfigError(
             f"policy.constraints: {method}: {error} (objectives: {order}); {_solved_at(policy, budget, samples)}"
         ) from error
-    found = _named(dict(enumerate(solution.multipliers.tolist())))
+    found = _named(policy, dict(enumerate(solution.multipliers.tolist())))
     return solution.multipliers, f"multipliers {found}, {_solved_at(policy, budget, samples)}"
 
 
@@ -150,8 +148,10 @@ def _samples(scale: ScaleResponses, method: str) -> Tensor:
     return scale.by_prompt()
 
 
-def _named(values: Mapping[int, float]) -> str:
-    return ", ".join(f"{OBJECTIVES[k]} {value:.3g}" for k, value in values.items())
+def _named(policy: PolicySection, values: dict[int, float]) -> str:
+    """Numbers of objectives, by their position."""
+    names = list(policy.weights)
+    return ", ".join(f"{names[k]} {value:.3g}" for k, value in values.items())
 
 
 def _solved_at(policy: PolicySection, budget: float, samples: Tensor) -> str:

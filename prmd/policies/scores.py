@@ -16,7 +16,6 @@ from prmd.config.shared import CalibrationConfig, SharedConfig
 from prmd.inference.generation import GeneratedResponse, sample_rows
 from prmd.inference.reference import reference_logps, reference_samples
 from prmd.models.tokenization import PrefixRow, TokenizedPairs, Tokens
-from prmd.objectives import OBJECTIVES
 from prmd.pessimism.aggregation import stack_objectives
 from prmd.pessimism.calibration import calibrate, prompt_means
 from prmd.policies.pairs import PairScores, PairTokens, ReferenceSamples, ScaleResponses
@@ -73,7 +72,8 @@ def score_pairs(
         The scores of each part.
     """
     calibrated: list[list[Tensor]] = [[] for _ in parts]
-    for objective, model in zip(OBJECTIVES, models, strict=True):
+    objectives = shared.paths.objectives
+    for objective, model in zip(objectives, models, strict=True):
         for i, part in enumerate(parts):
             own = samples[i].rows_for_rewards(model) if samples else None
             rows = tokens.for_rewards(model.tokenizer, part)
@@ -85,7 +85,7 @@ def score_pairs(
         PairScores(
             stack_objectives(rewards),
             torch.stack(reference_logps(shared, tokens.tokenizer, part.rows)),
-            torch.tensor([OBJECTIVES.index(pair.objective) for pair in part.pairs]),
+            torch.tensor([objectives.index(pair.objective) for pair in part.pairs]),
         )
         for rewards, part in zip(calibrated, parts, strict=True)
     ]
@@ -125,9 +125,9 @@ def score_samples(
         source: whose prompts these are.
     """
     n, calibrated = len(sampled.responses[0]), []
-    for objective, model in zip(OBJECTIVES, models, strict=True):
+    for model in models:
         rows = sampled.rows_for_rewards(model)
-        raw = torch.stack(model.rewards(rows, description=f"{objective} rewards of reference samples"))
+        raw = torch.stack(model.rewards(rows, description="rewards of reference samples"))
         offset = raw.mean(dim=1, keepdim=True) if by_prompt else model.calibration.offset
         values = calibrate(raw, scale=model.calibration.scale, offset=offset)
         calibrated.append(values.flatten(0, 1).T)

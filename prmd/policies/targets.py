@@ -31,7 +31,7 @@ from prmd.pessimism.losses import (
     offset_dpo_loss,
     target_margins,
 )
-from prmd.policies.methods import POLICY_METHODS, aggregation
+from prmd.policies.methods import aggregation, method_of
 from prmd.policies.notes import cvar_atoms, method_notes
 from prmd.policies.pairs import PairScores, ScaleResponses
 from prmd.policies.robust_reward import (
@@ -101,7 +101,7 @@ def method_targets(
     Raises:
         ConfigError: the robust rewards do not vary, so that no scale reaches `kl_target`, or as `solve_reward`.
     """
-    kind, clip, clipped = POLICY_METHODS[method].loss, math.inf, 0.0
+    kind, clip, clipped = method_of(method).loss, math.inf, 0.0
     if kind == "modpo":
         columns = tuple(_modpo_columns(policy, scores) for scores in (train, held_out))
         found, notes, reward_scale = [c["other_margins"] for c in columns], (), 1.0
@@ -124,7 +124,7 @@ def _margins(policy: PolicySection, method: str, reward: RobustReward, scores: P
 
     K' objectives have a positive weight; R itself leaves the others out.
     """
-    kind, values = POLICY_METHODS[method].loss, scores.rewards
+    kind, values = method_of(method).loss, scores.rewards
     if kind == "distil" and policy.level == "response":
         robust = reward(values)
         return robust[:, 0] - robust[:, 1]

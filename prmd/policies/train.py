@@ -50,11 +50,11 @@ from prmd.policies.inputs import (
 )
 from prmd.policies.methods import (
     BASELINE,
-    POLICY_METHODS,
     SOUP,
-    SOUP_MEMBERS,
     check_methods,
+    method_of,
     reference_sample_count,
+    soup_members,
 )
 from prmd.policies.pairs import PairTokens, PolicyPairs, Split, read_splits, training_mixture
 from prmd.policies.preview import describe_gate, describe_policies, gamma_lengths, preview_gate
@@ -115,7 +115,7 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
     key = partial(policy_fingerprints, tokenizer=tokenizer, **settings, **how)
     if SOUP in methods:
         _check_soup(folders, key, being_trained=trained)
-    rewarded = any(POLICY_METHODS[method].reads_rewards for method in trained)
+    rewarded = any(method_of(method).reads_rewards for method in trained)
     models = load_reward_models(shared) if rewarded else []
     todo = _not_finished(folders, trained, partial(key, models=models))
     if todo:
@@ -126,10 +126,8 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
             shared.model, shared.paths, tuning, training, task="policy", directory=directory, sampled=sampled
         )
         tokens = PairTokens(tokenizer, max_length=training.max_length, over_length=training.over_length)
-    for objective in dict.fromkeys(POLICY_METHODS[method].objective for method in todo):
-        alike = {
-            m: fingerprint for m, fingerprint in todo.items() if POLICY_METHODS[m].objective == objective
-        }
+    for objective in dict.fromkeys(method_of(method).objective for method in todo):
+        alike = {m: fingerprint for m, fingerprint in todo.items() if method_of(m).objective == objective}
         prepared = _prepare(
             *(list(alike), objective, models, tokens, splits),
             training=training,
@@ -250,7 +248,7 @@ def _prepare(
     settings: dict[str, Any] = {"shared": shared, "policy": policy, "sample_pairs": sample_pairs}
     source = objective or shared.paths.approach
     prepared = prepare(methods, models, tokens, splits=splits, mixture=mixture, source=source, **settings)
-    rewarded = any(POLICY_METHODS[method].reads_rewards for method in methods)
+    rewarded = any(method_of(method).reads_rewards for method in methods)
     if rewarded and reference_sample_count(sample_pairs, shared.calibration):
         describe_gate(models, tokens, splits, **settings, reward_model_length=reward_model_length)
     return prepared
@@ -342,7 +340,7 @@ def _distil(
         loaded.append(SequenceLogps(add_lora(model, tuning.lora, task="CAUSAL_LM") if lora else model))
         return loaded[-1]
 
-    kind = POLICY_METHODS[method].loss
+    kind = method_of(method).loss
     policy = with_clip(policy, inputs.targets)
     loss: LossFunction = partial(policy_loss, policy=policy, kind=kind)
     set_seed(shared.seed)
@@ -389,12 +387,13 @@ def _check_soup(folders: PolicyFolders, key: Callable[[str], Keys], being_traine
     Raises:
         DataError: one that is not about to be trained is missing, or was trained with other settings.
     """
-    for name in SOUP_MEMBERS:
+    names = soup_members(folders.paths.objectives)
+    for name in names:
         source = folders.of(name)
         if name in being_trained or is_current(source, *key(name)):
             continue
         state = "was trained with other settings or data" if read_run(source) else "is missing"
-        members = ", ".join(SOUP_MEMBERS)
+        members = ", ".join(names)
         command = f'{stage_command("pessimistic_dpo")} "policy.methods=[{members}]"'
         raise DataError(f"soup averages {members}, and {source} {state}; train them with: {command}")
 
@@ -405,8 +404,8 @@ def _make_soup(folders: PolicyFolders, key: Callable[[str], Keys], objectives: M
     Args:
         objectives: their weights.
     """
-    sources, keys = [folders.of(name) for name in SOUP_MEMBERS], [key(name) for name in SOUP_MEMBERS]
-    weights = [objectives[POLICY_METHODS[name].objective] for name in SOUP_MEMBERS]
+    names, weights = soup_members(objectives), list(objectives.values())
+    sources, keys = [folders.of(name) for name in names], [key(name) for name in names]
     fingerprints = tuple(io.fingerprint([SOUP, list(alike), weights]) for alike in zip(*keys, strict=True))
     if folders.holds(SOUP, fingerprints):
         return

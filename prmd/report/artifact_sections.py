@@ -13,7 +13,6 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command, stage_command
 from prmd.config.evaluation import BenchmarksConfig
 from prmd.errors import DataError
-from prmd.objectives import OBJECTIVES
 from prmd.report.tables import (
     DOWN,
     NOTHING,
@@ -94,11 +93,11 @@ def runs_section(paths: ArtifactPaths) -> Section:
 
 def _run_folders(paths: ArtifactPaths) -> Iterable[tuple[str, Path]]:
     yield "data", paths.processed
-    for objective in OBJECTIVES:
+    for objective in paths.objectives:
         yield f"reward model: {objective}", paths.reward_model(objective)
     for folder in folders(paths.policies):
         yield f"policy: {folder.name}", folder
-    for objective in OBJECTIVES:
+    for objective in paths.objectives:
         yield f"{_JUDGE}{objective}", paths.judge(objective)
     yield "evaluation", paths.metrics
     for name in benchmark_names(paths):
@@ -144,7 +143,7 @@ def reward_models_section(paths: ArtifactPaths) -> Section:
     models = {
         k: (load(paths.reward_analysis / f"{k}.json") or {})  # with examples; the other is written last
         | (load(paths.reward_model(k) / "metrics.json") or {})
-        for k in OBJECTIVES
+        for k in paths.objectives
     }
     lacking = [missing(paths, reward_model_command(k)) for k, m in models.items() if not m]
     present = {
@@ -345,7 +344,7 @@ def data_section(paths: ArtifactPaths) -> Section:
         for reason, count in (stats.get(key) or {}).items()
         if count
     )
-    examples = {k: load(paths.visualizations / f"examples_{k}.json") or [] for k in OBJECTIVES}
+    examples = {k: load(paths.visualizations / f"examples_{k}.json") or [] for k in paths.objectives}
     caption = "Every refused row lies in quarantine.jsonl beside the splits."
     return {
         "missing": None,

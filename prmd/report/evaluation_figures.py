@@ -203,7 +203,7 @@ def _win_rates(path: Path, rows: list[Row]) -> Path | None:
                 values - 0.5,
                 height * 0.9,
                 left=0.5,
-                color=objective_colour(objective),
+                color=objective_colour(objective, objectives),
                 label=objective,
             )
             axes.errorbar(values, places, xerr=spread, fmt="none", ecolor="#1B1F24", elinewidth=1.2)
@@ -298,7 +298,7 @@ def ellipse_95(first: list[float | None], second: list[float | None]) -> np.ndar
 
 
 def _pareto(path: Path, rows: list[Row], methods: dict[str, dict[str, Any]]) -> Path | None:
-    """Helpful against harmless win rate (or the first two objectives there are), ellipses from per-prompt scores."""
+    """Win rate on the first against that on the second objective, ellipses from per-prompt scores."""
     objectives = list(rows[0]["win_rate"])[:2]
     if len(objectives) < 2 or not all(
         has_interval(row["win_rate"].get(k)) for row in rows for k in objectives

@@ -7,7 +7,6 @@ from typing import Any
 
 from prmd.artifacts.paths import ArtifactPaths, stage_command
 from prmd.config.evaluation import BenchmarksConfig
-from prmd.objectives import OBJECTIVES
 from prmd.report.artifact_sections import Section, benchmark_names, folders, load, load_rows, missing
 from prmd.report.comparison_tables import (
     BETTER,
@@ -213,7 +212,7 @@ def gate_section(paths: ArtifactPaths) -> Section | None:
     rows = tuple(
         (
             row["method"],
-            *(format_number(row["gains"].get(k)) for k in OBJECTIVES),
+            *(format_number(row["gains"].get(k)) for k in paths.objectives),
             format_number(row["worst_gain"]),
             format_number(row["mean_of_min"]),
             format_number(row["effective_sample_size"], 1),
@@ -228,7 +227,7 @@ def gate_section(paths: ArtifactPaths) -> Section | None:
         f"ensemble, a proxy; weights of maxmin and constraints are solved on these very samples. E min of the reference: "
         f"{reference}. Below about 4 effective samples a row is mostly noise."
     )
-    columns = ("method", *OBJECTIVES, "worst gain, min E", "E min", "effective samples")
+    columns = ("method", *paths.objectives, "worst gain, min E", "E min", "effective samples")
     notes = [f"{row['method']}: {row['reason']}" for row in gate.get("refused") or []]
     return {"table": Table(columns, rows, caption), "notes": notes}
 
@@ -393,7 +392,7 @@ def limits_section(paths: ArtifactPaths, headline: Section) -> list[str]:
         said.append(
             "PKU-SafeRLHF has no honesty label: its honest objective is a proxy unless TruthfulQA is used for it."
         )
-    if headline["rows"] and len(objectives_of(headline["rows"])) < len(OBJECTIVES):
+    if headline["rows"] and len(objectives_of(headline["rows"])) < len(paths.objectives):
         said.append("Not every objective was judged; the worst objective is the worst of those that were.")
     return said
 

@@ -27,6 +27,8 @@ PURPLE, ORANGE, SKY = "#CC79A7", "#E69F00", "#56B4E9"
 GREY = "#5F6670"
 PALETTE = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY)
 """Okabe and Ito's colours, told apart with every common colour vision; yellow is too pale for lines on white."""
+OBJECTIVE_COLOURS = (*PALETTE, "#882255", "#332288", "#999933", "#661100", "#44AA99", "#1B1F24")
+"""Twelve: after Okabe and Ito's six, darker ones of Paul Tol's, and black."""
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 CHOSEN, REJECTED = BLUE, VERMILION
 
@@ -80,9 +82,15 @@ def legend_below(axes: Axes | PolarAxes, columns: int | None = None) -> None:
         axes.figure.legend(handles, labels, loc="outside lower center", ncols=columns)
 
 
-def objective_colour(objective: str) -> str:
-    """The same colour for the same objective in every figure; grey for one that is not ours."""
-    return PALETTE[OBJECTIVES.index(objective)] if objective in OBJECTIVES else GREY
+def objective_colour(objective: str, objectives: Sequence[str] = OBJECTIVES) -> str:
+    """The same colour for the same objective in every figure of an approach.
+
+    Args:
+        objectives: those drawn, in their order; a built-in one keeps its colour where others of them are left out.
+    """
+    order = OBJECTIVES if set(objectives) <= set(OBJECTIVES) else tuple(objectives)
+    place = order.index(objective) if objective in order else len(OBJECTIVE_COLOURS)
+    return OBJECTIVE_COLOURS[place] if place < len(OBJECTIVE_COLOURS) else GREY
 
 
 def finite(values: Sequence[float | None]) -> np.ndarray:

@@ -18,7 +18,6 @@ import jinja2
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.objectives import OBJECTIVES
 from prmd.report.artifact_sections import (
     data_section,
     folders,
@@ -166,7 +165,7 @@ def draw_figures(paths: ArtifactPaths) -> dict[str, list[Figure]]:
         ],
         "reward_models": [
             figure
-            for k in OBJECTIVES
+            for k in paths.objectives
             for figure in _figures(plot_reward_model, paths.reward_analysis / f"{k}.json")
         ],
         "policies": [

@@ -15,7 +15,6 @@ from prmd.artifacts import io
 from prmd.inference.reference import calibration_sampling, reference_samples
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs, tokenize_prompt
-from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.pessimism.calibration import fit_calibration, prompt_means
 from prmd.report import reward_figures
@@ -132,10 +131,10 @@ def calibrate_reward_model(task: RewardTask, reward_model: RewardModel) -> tuple
     """
     config = task.config
     calibration, paths = config.calibration, config.paths
-    per_objective = -(-calibration.prompts // len(OBJECTIVES))
+    per_objective = -(-calibration.prompts // len(paths.objectives))
     pairs = [
         pair
-        for objective in OBJECTIVES
+        for objective in paths.objectives
         for pair in sorted(
             read_pairs(paths, objective, "val"), key=lambda p: hash_share("calibration", p.id)
         )[:per_objective]

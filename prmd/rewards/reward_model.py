@@ -35,7 +35,6 @@ from prmd.models.loading import (
 )
 from prmd.models.sequence_models import SequenceRewards, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, Tokens, tokenize_texts
-from prmd.objectives import OBJECTIVES
 from prmd.pessimism.calibration import Calibration
 from prmd.rewards.adapters import AdapterMembers, SharedBase, find_members, shared_base
 from prmd.rewards.heads import Ensemble
@@ -226,7 +225,7 @@ def load_reward_models(shared: SharedConfig) -> list[RewardModel]:
             on other data.
     """
     found = []
-    for objective in OBJECTIVES:
+    for objective in shared.paths.objectives:
         directory = shared.paths.reward_model(objective)
         command = reward_model_command(objective)
         what = f"the {objective} reward model"
@@ -242,7 +241,9 @@ def load_reward_models(shared: SharedConfig) -> list[RewardModel]:
                 f"make it again with `{command} --force`"
             )
         found.append(model)
-    sizes = {objective: model.members for objective, model in zip(OBJECTIVES, found, strict=True)}
+    sizes = {
+        objective: model.members for objective, model in zip(shared.paths.objectives, found, strict=True)
+    }
     if len(set(sizes.values())) > 1:
         raise DataError(
             f"reward models have ensembles of different size {sizes}; train them with one ensemble.members"
@@ -324,5 +325,5 @@ def write_calibration(reward_model: RewardModel, calibration: Calibration, *, so
 
 def _validation_key(paths: ArtifactPaths) -> str:
     """A key of the validation pairs of all objectives, whose prompts a calibration is fitted on."""
-    files = [paths.split(objective, "val") for objective in OBJECTIVES]
+    files = [paths.split(objective, "val") for objective in paths.objectives]
     return io.fingerprint([io.file_sha256(file) if file.is_file() else None for file in files])

@@ -16,7 +16,6 @@ from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError
 from prmd.inference.reference import reference_key
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs
-from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.rewards.adapters import resampled
 from prmd.training.fingerprints import calibration_keys, training_keys
@@ -58,7 +57,7 @@ class RewardTask:
         kept["ensemble"] = {k: v for k, v in kept["ensemble"].items() if k != "debias_strengths"}
         kept |= self._debias_key()
         own = [(self.objective, self.split), (self.objective, "test")]
-        calibrating = [(objective, "val") for objective in OBJECTIVES]
+        calibrating = [(objective, "val") for objective in paths.objectives]
         parts = list(dict.fromkeys(own + calibrating))
         digests = io.files_sha256([paths.split(*part) for part in parts])
         data = {"/".join(part): digest for part, digest in zip(parts, digests, strict=True)}
@@ -111,7 +110,7 @@ def read_reward_pairs(task: RewardTask) -> RewardPairs:
         )
     if task.has_adapters:
         _refuse_empty_resamples(task, train)
-    for objective in OBJECTIVES:
+    for objective in paths.objectives:
         read_pairs(paths, objective, "val")  # calibration needs the prompts of all
     val, test = (read_pairs(paths, task.objective, split) for split in ("val", "test"))
     return RewardPairs(train, fit, val, test)

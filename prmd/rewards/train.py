@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.manifest import EVERYTHING
+from prmd.artifacts.paths import TRAIN_COMMAND
 from prmd.artifacts.runs import (
     finish_run,
     is_current,
@@ -27,6 +28,7 @@ from prmd.artifacts.runs import (
 )
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import RewardModelConfig
+from prmd.errors import ConfigError
 from prmd.inference.reference import check_engine
 from prmd.models.bases import base_record
 from prmd.models.chat_templates import describe_template
@@ -47,19 +49,27 @@ FITTED = frozenset({ENSEMBLE_FILE, CALIBRATION_FILE, DEBIAS_FILE, "metrics.json"
 
 
 def train_reward_model(
-    config: RewardModelConfig, *, objective: str, force: bool = False, dry_run: bool = False
+    config: RewardModelConfig, *, objective: str | None, force: bool = False, dry_run: bool = False
 ) -> Path:
     """Train the reward model of one objective.
 
     Args:
-        objective: `helpful`, `harmless` or `honest`.
+        objective: one of the approach; None: not named on the command line, which is refused.
         force: rebuild what is finished.
         dry_run: say what would be read, trained and written; load nothing.
 
     Returns:
         Its folder: a one-logit classifier with `ensemble.safetensors` or `members/`, `calibration.json`, `metrics.json`.
+
+    Raises:
+        ConfigError: no such objective.
     """
     paths = config.paths
+    if objective not in paths.objectives:
+        raise ConfigError(
+            f"objective: got {objective or 'none'}, wanted one of {', '.join(paths.objectives)}, those of data.approach: "
+            f"{paths.approach}; name it, such as `{TRAIN_COMMAND} objective={paths.objectives[0]}`"
+        )
     names = ("reward_models", paths.approach, objective)
     return _run(RewardTask(config, objective, "train", paths.reward_model(objective), names), force, dry_run)
 

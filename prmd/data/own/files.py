@@ -1,0 +1,169 @@
+"""The files of `data.own_pairs`: where they are, how they are read, and which of their columns are kept.
+
+JSON, JSON Lines, CSV and Parquet, gzipped or not; a file, a folder of such files, or a data set on the hub. What is kept in
+`data/raw/own_pairs/` are the columns that the configuration names, under the names of `COLUMNS`.
+"""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any
+
+from prmd.config.shared import DataConfig, OwnSource
+from prmd.data.own.scored import scored_rows
+from prmd.data.readers import Row, SourceFile, json_rows, local_file, local_path, parquet_rows, split_rows
+from prmd.errors import ConfigError, DataError
+
+COLUMNS = ("prompt", "chosen", "rejected", "id", "source", "system", "tools")
+"""What a row of pairs may hold; the first and the last four may be missing."""
+SCORED = "_scored"
+"""Label of the file whose responses carry scores; no objective begins so."""
+
+_SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+_HUB_BYTES = 500_000_000
+_LONGEST_CELL = 2**30
+
+
+def plan_own(data: DataConfig) -> list[SourceFile]:
+    """The files of each objective, then the file of scored responses.
+
+    Raises:
+        ConfigError: a path is neither local nor a hub id with a revision, or a folder holds no such file; names its key.
+    """
+    own = data.own_pairs
+    files = []
+    for objective, settings in own.objectives.items():
+        key = f"data.own_pairs.objectives.{objective}"
+        files += _planned(objective, settings, key, partial(pair_rows, columns=settings.columns, key=key))
+    if own.scored is not None:
+        key = "data.own_pairs.scored"
+        files += _planned(SCORED, own.scored, key, partial(scored_rows, settings=own.scored, key=key))
+    return files
+
+
+def _planned(
+    label: str, settings: OwnSource, key: str, keep: Callable[[Iterable[Row], str], Iterable[Row]]
+) -> list[SourceFile]:
+    """The files that one path stands for.
+
+    Args:
+        keep: (rows, the file for messages) -> the rows as they are kept.
+    """
+    path, kept = local_path(settings.path, f"{key}.path"), settings.kept_columns
+    if path is None:
+        if settings.revision is None:
+            raise ConfigError(
+                f"{key}.revision: got none, wanted the commit of {settings.path} on the hub, so that its pairs stay the same"
+            )
+        read = partial(split_rows, f"{key}.path", settings.path, settings.revision, settings.split)
+        origin = f"{settings.path}@{settings.revision}:{settings.split} {kept}"
+        rows = partial(_kept, keep, read, settings.path)
+        return [SourceFile(label, None, origin, _HUB_BYTES, rows)]
+    found = [path] if path.is_file() else sorted(file for file in path.iterdir() if _kind(file))
+    if not found:
+        raise ConfigError(f"{key}.path: {path} holds no {', '.join(_SUFFIXES)} file (or .gz); put one there")
+    files = []
+    for file in found:
+        own_label = label if path.is_file() else f"{label}/{file.name.partition('.')[0]}"
+        one = local_file(file, own_label, None, partial(_kept, keep, partial(table_rows, file), str(file)))
+        files.append(SourceFile(one.label, None, f"{one.origin} {kept}", one.size, one.read))
+    return files
+
+
+def _kept(
+    keep: Callable[[Iterable[Row], str], Iterable[Row]], read: Callable[[], Iterable[Row]], where: str
+) -> list[Row]:
+    return list(keep(read(), where))
+
+
+def _kind(path: Path) -> str:
+    """`.csv` of `pairs.csv.gz`; empty for what is no table."""
+    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
+    return suffix if path.is_file() and suffix in _SUFFIXES else ""
+
+
+def table_rows(path: Path) -> Iterable[Row]:
+    """Rows of a local table.
+
+    Raises:
+        DataError: it is of no kind that is read, or cannot be read; names it.
+    """
+    kind = _kind(path)
+    if not kind:
+        raise DataError(
+            f"{path}: got {path.suffix or 'no ending'}, wanted {', '.join(_SUFFIXES)}, or .gz behind it"
+        )
+    if kind == ".parquet":
+        return parquet_rows(path)
+    return _csv_rows(path) if kind == ".csv" else json_rows(path)
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    csv.field_size_limit(
+        _LONGEST_CELL
+    )  # a conversation is longer than the 131,072 characters that are the default
+    opener = gzip.open if path.suffix == ".gz" else Path.open
+    try:
+        with opener(path, "rb") as stream:
+            reader = csv.DictReader(TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
+            for number, row in enumerate(reader, start=1):
+                if None in row or None in row.values():
+                    raise DataError(
+                        f"{path}: row {number} has more or fewer cells than the header; mend the file"
+                    )
+                yield {name: _cell(text) for name, text in row.items()}
+    except (UnicodeDecodeError, EOFError, OSError, csv.Error) as error:
+        raise DataError(f"{path}: not readable as UTF-8 CSV ({error}); save the file again") from error
+
+
+def _cell(text: str) -> Any:
+    """A cell; a list that is written as JSON, as messages are in a CSV file, is that list."""
+    if text.lstrip().startswith("[{"):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    return text
+
+
+# ------------------------------------------------------------------ columns
+def pair_rows(rows: Iterable[Row], where: str, *, columns: dict[str, str | None], key: str) -> Iterator[Row]:
+    """The named columns of every row, under the names of `COLUMNS`.
+
+    Args:
+        where: the file, for messages.
+        columns: whose name here is another one there; None: not to be read.
+        key: of the file's section in the configuration.
+
+    Raises:
+        DataError: a column that is needed or named is not there; says which are.
+    """
+    rows = list(rows)
+    names = {name: columns.get(name, name) for name in COLUMNS}
+    there = list(dict.fromkeys(column for row in rows for column in row))
+    needed = [name for name in COLUMNS if name in ("chosen", "rejected") or columns.get(name)]
+    require_columns({name: names[name] for name in needed} if rows else {}, there, where, key)
+    for row in rows:
+        yield {name: row[column] for name, column in names.items() if column in row}
+
+
+def require_columns(names: dict[str, str | None], there: Iterable[str], where: str, key: str) -> None:
+    """Refuse a file that lacks a column.
+
+    Args:
+        names: what is needed, and what it is called there.
+
+    Raises:
+        DataError: names the column and those that are there.
+    """
+    there = list(there)
+    for name, column in names.items():
+        if column not in there:
+            raise DataError(
+                f"{where}: no column {column!r} for {name}; it has {', '.join(there)}; say which it is: "
+                f"{key}.columns: {{{name}: ...}}"
+            )
