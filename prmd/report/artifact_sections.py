@@ -334,6 +334,8 @@ def data_section(paths: ArtifactPaths) -> Section:
             "missing": missing(paths, stage_command("split_objectives")),
             "table": None,
             "left_out": None,
+            "rows": None,
+            "told": [],
             "examples": [],
         }
     splits = tuple(dict.fromkeys(split for row in sizes.values() for split in row))
@@ -352,8 +354,34 @@ def data_section(paths: ArtifactPaths) -> Section:
             ("objective", *splits), rows, "Preference pairs per split; no prompt is in two splits."
         ),
         "left_out": Table(("what", "why", "count"), left_out, caption) if left_out else None,
+        "rows": _rows_table(stats.get("rows") or {}, splits),
+        "told": [f"{k}: {sentence}." for k, sentence in (stats.get("can_be_told") or {}).items()],
         "examples": [{"objective": k, "rows": [_example(r) for r in v]} for k, v in examples.items() if v],
     }
+
+
+def _rows_table(rows: dict[str, Any], splits: tuple[str, ...]) -> Table | None:
+    """What became of every row of each objective; None where its rows were not of one objective each."""
+
+    def counted(reasons: dict[str, int]) -> str:
+        said = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items() if count)
+        return f"{sum(reasons.values()):,}" + (f" ({said})" if said else "")
+
+    cells = tuple(
+        (
+            objective,
+            f"{row['read']:,}",
+            *(counted(row[key]) for key in ("refused", "left_out")),
+            *(f"{row['kept'].get(split, 0):,}" for split in splits),
+        )
+        for objective, row in rows.items()
+    )
+    columns = ("objective", "read", "refused", "left out", *splits)
+    return (
+        Table(columns, cells, "What became of every row: read = refused + left out + kept.")
+        if cells
+        else None
+    )
 
 
 def _example(row: dict[str, Any]) -> dict[str, str]:
