@@ -47,7 +47,7 @@ def _lost(directory: Path, files: Files) -> dict[str, str]:
     for name, entry in files.items():
         path = directory / name
         if not path.is_file():
-            if not name.startswith(_CHECKPOINTS):
+            if not name.startswith(_CHECKPOINTS) or path.exists():  # a folder of that name
                 found[name] = f"{name} is missing"
         elif (size := path.stat().st_size) != entry["size"]:
             found[name] = f"{name} has {size:,} bytes, {entry['size']:,} were written"

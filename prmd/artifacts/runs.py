@@ -167,6 +167,18 @@ def _files(directory: Path, record: dict[str, Any]) -> Files:
     return files
 
 
+def is_as_recorded(directory: Path, *names: str) -> bool:
+    """Whether files are what the record of their folder lists; one that is not is said.
+
+    What no record lists is believed: a stage that was interrupted has written it, or an earlier version.
+    """
+    recorded = (read_run(directory) or {}).get("files", {})
+    files = {name: recorded[name] for name in names if name in recorded}
+    if damage := lost_file(directory, files) or changed_file(directory, files, names):
+        logger.warning("%s: %s; it is made again", directory, damage)
+    return damage is None
+
+
 def vouch_again(path: Path) -> None:
     """Renew what the record of a finished artifact lists of a file that its own stage has written anew."""
     record = read_run(path.parent)
@@ -262,7 +274,7 @@ def _is_whole(directory: Path, fingerprint: str) -> bool:
     record = read_run(directory)
     if record is None or record.get("fingerprint") != fingerprint:
         return False
-    return lost_file(directory, record.get("files", {})) is None
+    return not damaged_files(directory, record.get("files", {}))
 
 
 def take_over(final: Path, partial: Path, *fingerprints: str, made_again: frozenset[str]) -> None:

@@ -3,7 +3,6 @@
 Headers differ in case between the published files, and wording between their versions, so behaviours are known by their index.
 """
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,9 +116,9 @@ def _attack_rows(path: Path) -> Iterable[Row]:
     if path.suffix != ".json":
         return json_rows(path)
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise DataError(f"{path}: not readable as UTF-8 JSON ({error}); fetch the file again") from error
+        found = io.parse_json(io.read_utf8(path))
+    except ValueError as error:
+        raise DataError(f"{path}: not readable as JSON ({error}); fetch the file again") from error
     rows = found.get("jailbreaks") if isinstance(found, dict) else found
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path}: jailbreaks: wanted a list of attacks; it must be an artifact as published")

@@ -67,7 +67,7 @@ def read_templates(path: Path) -> dict[str, Template]:
     found: dict[str, Template] = {}
     for number, row in enumerate(io.read_jsonl(path), start=1):
         name = row.get("name")
-        if name not in _FIELDS:
+        if not isinstance(name, str) or name not in _FIELDS:
             continue
         where = f"{path}:{number}: template {name!r}"
         if name in found:

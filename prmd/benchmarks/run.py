@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
-from prmd.artifacts.runs import read_run
+from prmd.artifacts.runs import is_as_recorded, read_run, vouch_again
 from prmd.benchmarks import BENCHMARKS, COMPANIONS, benchmark_names
 from prmd.benchmarks.base import BenchmarkResult, content_key
 from prmd.config.evaluation import EvaluationConfig
@@ -79,8 +79,13 @@ def _fingerprint(name: str, config: EvaluationConfig, models: CandidateModels) -
     )
 
 
+_ROWS = ("items", "samples", "judgements")
+"""Fields of a result that are files of their own."""
+
+
 def _is_finished(path: Path, key: str) -> bool:
-    if not path.is_file():
+    rows = [f"{path.stem}.{kind}.jsonl" for kind in _ROWS]
+    if not path.is_file() or not is_as_recorded(path.parent, path.name, *rows):
         return False
     found = io.read_json(path)
     return found["status"] == "done" and found["fingerprint"] == key
@@ -107,9 +112,9 @@ def _run_one(
     method, started = path.stem, time.monotonic()
     result = _stoppable(benchmark, method)
     if result.reason is None:
-        rows = {"items": result.items, "samples": result.samples, "judgements": result.judgements}
-        for kind in (kind for kind, found in rows.items() if found):
-            io.write_jsonl(path.with_name(f"{method}.{kind}.jsonl"), rows[kind])
+        for kind in _ROWS:
+            if rows := getattr(result, kind):
+                vouch_again(io.write_jsonl(path.with_name(f"{method}.{kind}.jsonl"), rows))
     seconds = time.monotonic() - started
     said = f"done, n = {len(result.items)}" if result.reason is None else f"not run: {result.reason}"
     logger.info("%s on %s: %s, %.0f s", result.label or name, method, said, seconds)
@@ -129,4 +134,4 @@ def _run_one(
     }
     if result.not_finite:
         record["not_finite"] = True
-    io.write_json(path, record)
+    vouch_again(io.write_json(path, record))

@@ -35,7 +35,7 @@ from prmd.errors import DataError, NotFiniteError, UserError
 from prmd.evaluation.comparison import compare_benchmarks, compare_methods
 from prmd.evaluation.held_out import Evaluation, evaluate_methods, is_finished, write_frontier
 from prmd.inference.candidates import Candidate, evaluation_prompts, find_candidates, policy_folders
-from prmd.judges.reward_model import Judge, given_judge, trained_judge
+from prmd.judges.reward_model import Judge, check_judge, given_judge, trained_judge
 from prmd.models.loading import load_tokenizer
 from prmd.pairs import PREPARE_COMMAND, read_pairs
 from prmd.report.evaluation_sections import benchmark_results, headline_section
@@ -110,6 +110,7 @@ def _judges(config: EvaluationConfig, force: bool) -> list[Judge]:
             judges.append(given_judge(objective, config.judges.paths[objective], load))
         else:
             folder = train_judge(config, objective=objective, force=force)
+            check_judge(folder, what=f"the {objective} judge")
             judges.append(trained_judge(objective, load(folder)))
     return judges
 

@@ -16,7 +16,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
-from prmd.artifacts.paths import ArtifactPaths
+from prmd.artifacts.paths import ArtifactPaths, policy_command
+from prmd.artifacts.runs import is_as_recorded, require_artifact
 from prmd.config.evaluation import EvaluationConfig, GenerationConfig
 from prmd.errors import NotFiniteError
 from prmd.evaluation.metrics import SampledMethod, judge_sanity_checks, method_metrics
@@ -157,7 +158,8 @@ def is_finished(evaluation: Evaluation, candidate: Candidate) -> bool:
     """Whether the candidate's files are there, made of the same weights by the same evaluation."""
     folder = evaluation.paths.metrics
     path = folder / f"{candidate.method}.json"
-    if not path.is_file() or not (folder / "samples" / f"{candidate.method}.jsonl").is_file():
+    samples = f"samples/{candidate.method}.jsonl"
+    if not (path.is_file() and (folder / samples).is_file() and is_as_recorded(folder, path.name, samples)):
         return False
     found, wanted = io.read_json(path)["evaluation"], evaluation.describe(candidate)
     same = all(found.get(key) == wanted[key] for key in ("fingerprint", "policy", "reward_models"))
@@ -369,7 +371,9 @@ def write_frontier(evaluation: Evaluation, candidates: Sequence[Candidate]) -> N
     path = evaluation.paths.metrics / FRONTIER_FILE
     wanted = evaluation.generation.checkpoints == "all"
     key = io.fingerprint([evaluation.fingerprint, [c.fingerprint for c in candidates]])
-    current = path.is_file() and io.read_json(path)["fingerprint"] == key
+    current = (
+        path.is_file() and is_as_recorded(path.parent, path.name) and io.read_json(path)["fingerprint"] == key
+    )
     if wanted and not current:
         first = evaluation.prompts[: evaluation.generation.checkpoint_prompts]
         io.write_json(path, {"fingerprint": key, **_frontier(replace(evaluation, prompts=first), candidates)})
@@ -400,6 +404,9 @@ def checkpoint_candidates(candidate: Candidate) -> list[Candidate]:
 
 def _frontier(evaluation: Evaluation, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """`prompts`, `reference` (its mean of the minimum) and `points`, one per policy and checkpoint."""
+    for policy in (c for c in candidates if c.directory is not None):
+        what, command = f"policy {policy.method}", policy_command(policy.directory.name)
+        require_artifact(policy.directory, what=what, command=command, read=["checkpoints/[0-9]*"])
     stages = {c.method: checkpoint_candidates(c) for c in candidates if c.method != REFERENCE}
     several = [(method, stage) for method, found in stages.items() for stage in found]
     logger.info(

@@ -46,13 +46,13 @@ def _next_shard(directory: Path, suffix: str) -> Path:
 def _whole_shards(directory: Path, suffix: str) -> Iterator[Path]:
     """The shards of a table that are as they were written; each other one is named in a warning, once."""
     for shard in sorted(directory.glob(f"shard-*{suffix}")):
-        if io.is_as_written(shard):
+        if shard.is_file() and io.is_as_written(shard):
             yield shard
         elif shard not in _reported:
             _reported.add(shard)
             logger.warning(
-                "%s: this file of the cache was changed since it was written (its sha256 is another); it is left out and "
-                "its rows are computed again; delete it",
+                "%s: this file of the cache was changed since it was written (its sha256 is another, or it is a folder); it "
+                "is left out and its rows are computed again; delete it",
                 shard,
             )
 

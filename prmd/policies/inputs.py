@@ -390,7 +390,11 @@ def policy_fingerprints(
         models: the reward models of all objectives; may be left out where the method reads no rewards.
     """
     rewarded = method_of(method).reads_rewards
-    splits = [shared.paths.split(objective, split) for objective in shared.paths.objectives for split in ("train", "val")]
+    splits = [
+        shared.paths.split(objective, split)
+        for objective in shared.paths.objectives
+        for split in ("train", "val")
+    ]
     data = io.files_sha256(splits)
     if rewarded:
         every = reward_keys(policy, method, [model.fingerprint for model in models])
