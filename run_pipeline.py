@@ -126,7 +126,8 @@ def main() -> None:
         start_run_log()
     seconds = run_stages(configs, force=arguments.force, dry_run=arguments.dry_run)
     if not arguments.dry_run:
-        conclude(configs[CONFIG_FILES[files[0]]].paths, seconds)
+        with user_errors_exit():
+            conclude(configs[CONFIG_FILES[files[0]]].paths, seconds)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config.masking import masked
-from prmd.errors import StoppedError, UserError
+from prmd.errors import StoppedError, UserError, user_line
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -95,8 +95,7 @@ def stage_parser(description: str, default: Path, files: Sequence[str]) -> argpa
 
 
 def _keys_of(path: Path) -> str:
-    shown = path.relative_to(CONFIG_DIR.parent).as_posix()
-    text = path.read_text(encoding="utf-8").rstrip()
+    shown, text = path.relative_to(CONFIG_DIR.parent).as_posix(), path.read_text(encoding="utf-8").rstrip()
     return f"keys of {shown} with defaults; a nested one is given as key.sub=value:\n\n{text}"
 
 
@@ -134,11 +133,13 @@ def forgive_console() -> None:
 
 @contextmanager
 def user_errors_exit(advice: str = "") -> Iterator[None]:
-    """Turn a `UserError` into its line on stderr, `advice` below it, and exit status 2; Ctrl-C into a line and 130."""
+    """Turn what the user can mend into a line on stderr, `advice` below it, and exit status 2; Ctrl-C into a line and 130."""
     try:
         yield
-    except UserError as error:
-        print(f"{error}\n{advice}".rstrip(), file=sys.stderr)
+    except (UserError, OSError) as error:
+        if not (line := user_line(error)):
+            raise
+        print(f"{line}\n{advice}".rstrip(), file=sys.stderr)
         raise SystemExit(USER_ERROR_STATUS) from None
     except (StoppedError, KeyboardInterrupt) as stop:
         said = str(stop) or "stopped; what is finished is kept, and the same command goes on from there"

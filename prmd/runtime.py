@@ -166,22 +166,36 @@ def peak_memory_bytes() -> int:
 
 def free_disk_bytes(path: Path) -> int:
     """Free space of the disk that holds `path`, which need not exist yet."""
+    return shutil.disk_usage(_existing(path)).free
+
+
+def _existing(path: Path) -> Path:
     while not path.exists():
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path
 
 
 def require_disk(path: Path, size: int) -> None:
-    """Refuse to start what would not fit on the disk.
+    """Refuse to start what would not fit on the disk, or may not be written there.
 
     Args:
         path: file or directory to be written; it need not exist.
         size: bytes it will take.
 
     Raises:
-        ConfigError: less than `size` bytes are free.
+        ConfigError: less than `size` bytes are free, the disk is read-only, or this account has no right to write.
     """
     path = path.absolute()
+    place = _existing(path)
+    if not place.is_dir() and place != path:
+        raise ConfigError(
+            f"{path}: {place} is a file, wanted a folder; move it away, or set another artifact_root"
+        )
+    if not os.access(place, os.W_OK):
+        raise ConfigError(
+            f"{path}: {place} cannot be written (read-only, or no right to it); give this account the right to it, or set "
+            "artifact_root to a folder you can write to"
+        )
     if (free := free_disk_bytes(path)) < size:
         raise ConfigError(
             f"{path}: got {free / GIB:.1f} GiB of free disk, wanted {size / GIB:.1f} GiB; "

@@ -4,6 +4,7 @@ A file appears whole or not at all (temporary name in the same folder, then `os.
 `publish_directory`. Nothing here knows what the data means, and no pickle is read or written.
 """
 
+import errno
 import hashlib
 import json
 import math
@@ -22,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prmd.errors import DataError
-from prmd.runtime import progress
+from prmd.runtime import free_disk_bytes, progress
 
 _MIB = 1 << 20
 _DIGITS = 16
@@ -42,11 +43,47 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        replace(temporary, path)
+        with disk_errors_named(path):
+            yield temporary
+            replace(temporary, path)
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+@contextmanager
+def disk_errors_named(path: Path) -> Iterator[None]:
+    """Give an error of the disk the path that was being written, where it names none.
+
+    The system names no file where a write fails (and not an opening), and safetensors, tokenizers and torch have errors of
+    their own for a full disk; each becomes the `OSError` that it was.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except Exception as error:
+        if (number := _system_error(error, path)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _system_error(error: Exception, path: Path) -> int | None:
+    """The number of the system's error behind that of a library, or None where there is none."""
+    if found := _RUST_ERROR.search(str(error)):
+        code = int(found[1])
+        return _DISK_FULL_ON_WINDOWS.get(code, errno.EIO) if os.name == "nt" else code
+    if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch's writer of archives
+        return errno.ENOSPC if free_disk_bytes(path.absolute()) < _FULL else errno.EIO
+    return None
+
+
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
+_DISK_FULL_ON_WINDOWS = {39: errno.ENOSPC, 112: errno.ENOSPC, 5: errno.EACCES}
+_FULL = 64 * _MIB
+"""Less than this left free after a failed write means a full disk."""
 
 
 def replace(source: Path, target: Path, attempts: int = 5) -> None:
@@ -70,7 +107,12 @@ def publish_directory(source: Path, target: Path) -> None:
         shutil.rmtree(former)
     if target.exists():
         replace(target, former)
-    replace(source, target)
+    try:
+        replace(source, target)
+    except OSError:
+        if former.exists():  # what was finished stays finished
+            replace(former, target)
+        raise
     _move_digests(source.resolve(), target.resolve())
     if former.exists():
         shutil.rmtree(former, ignore_errors=True)

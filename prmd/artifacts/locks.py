@@ -78,8 +78,8 @@ def let_go(final: Path) -> None:
     """Let go of the lock of an artifact; nothing where this process does not have it."""
     path = _lock_file(final)
     if lock := _held.pop(path, None):
-        _note_file(final).unlink(missing_ok=True)
-        with suppress(OSError):  # Windows removes an open file when it is closed
+        with suppress(OSError):  # a disk that went read-only; Windows removes an open file when it is closed
+            _note_file(final).unlink(missing_ok=True)
             path.unlink()  # whoever waits for this file finds it gone, and takes a new one
         lock.release()
 

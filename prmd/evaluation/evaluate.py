@@ -43,9 +43,12 @@ from prmd.report.page import build_report
 from prmd.report.tables import Table, format_estimate, format_number, to_markdown
 from prmd.rewards.reward_model import RewardModel, load_reward_model, load_reward_models
 from prmd.rewards.train import train_judge
+from prmd.runtime import require_disk
 from prmd.statistics.resampling import Resampling
 
 logger = logging.getLogger(__name__)
+_PAGES_BYTES = 32 * 2**20
+"""What samples, results, figures and the report of an evaluation take at least."""
 
 
 # ------------------------------------------------------------------ compute_metrics
@@ -81,11 +84,11 @@ def compute_metrics(config: EvaluationConfig, *, force: bool = False, dry_run: b
     judges = _judges(config, force)
     reward_models = _reward_models(config.shared)
     evaluation = Evaluation.of(config, tokenizer, prompts, judges, candidates[0], reward_models)
+    require_disk(config.paths.metrics, _PAGES_BYTES)  # before anything is sampled
     todo = [c for c in candidates if force or not is_finished(evaluation, c)]
-    unusable: dict[str, str] = {}
     if todo:
         (config.paths.metrics / RUN_FILE).unlink(missing_ok=True)
-        unusable = evaluate_methods(evaluation, todo, policies=[c.method for c in candidates[1:]])
+    unusable = evaluate_methods(evaluation, todo, policies=[c.method for c in candidates[1:]]) if todo else {}
     candidates = [c for c in candidates if c.method not in unusable]
     write_frontier(evaluation, candidates)
     comparison, table = _compare(evaluation, candidates, target, unusable)
@@ -189,6 +192,7 @@ def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bo
     candidates = find_candidates(
         config.shared.model, config.paths, tokenizer, other_approaches=config.generation.other_approaches
     )
+    require_disk(target, _PAGES_BYTES)
     results = [
         result
         for candidate in candidates

@@ -188,7 +188,8 @@ class PolicyFolders:
         clock, partial_folder = start_run(), partial_directory(directory, fingerprint, self.force)
         log_directory = paths.logs("policies", paths.approach, directory.name)
         metrics: dict[str, Any] = {"method": directory.name, "approach": paths.approach, "notes": []}
-        metrics |= make(partial_folder, log_directory)
+        with io.disk_errors_named(partial_folder):
+            metrics |= make(partial_folder, log_directory)
         if is_main_process():
             path = io.write_json(partial_folder / "metrics.json", metrics)
             figures.plot_policy_training(path, paths.visualizations)

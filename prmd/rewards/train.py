@@ -172,11 +172,12 @@ def _build(
     partial = partial_directory(task.directory, fingerprint, force)
     if not force:
         _keep_backbone(task, partial, fingerprints)
-    if bias and is_main_process():
-        io.write_json(partial / DEBIAS_FILE, bias.record)
-    facts = train_backbone(task, data, tokenizer, partial, debiasing)
-    if task.has_adapters:
-        train_members(task, data, tokenizer, partial, debiasing)
+    with io.disk_errors_named(partial):
+        if bias and is_main_process():
+            io.write_json(partial / DEBIAS_FILE, bias.record)
+        facts = train_backbone(task, data, tokenizer, partial, debiasing)
+        if task.has_adapters:
+            train_members(task, data, tokenizer, partial, debiasing)
     reward_model = load_reward_model(partial, shared=task.config)
     if task.has_heads:
         fit_heads(task, data.fit, reward_model, debiasing)
