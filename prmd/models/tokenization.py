@@ -177,11 +177,7 @@ def tokenize_pairs(
         rows.append(fitted[0])
         kept.append(fitted[1])
         truncated += fitted[1] is not pair
-    if same:
-        logger.warning(
-            "%d of %d pairs left out: chosen and rejected are the same tokens in the chat template; the first is %s of %s",
-            *(len(same), len(pairs), same[0].id, same[0].source),
-        )
+    say_left_out(same, len(pairs))
     if pairs and not rows:
         if same:
             raise DataError(
@@ -190,6 +186,25 @@ def tokenize_pairs(
             )
         raise DataError(f"none of {len(pairs)} pairs fits training.max_length={max_length} tokens; raise it")
     return TokenizedPairs(rows, kept, dropped + len(same), truncated)
+
+
+def say_left_out(same: Sequence[PreferencePair], total: int) -> None:
+    """Warn of the pairs whose sides are the same tokens, if there are any among `total`."""
+    if same:
+        logger.warning(
+            "%d of %d pairs left out: chosen and rejected are the same tokens in the chat template; the first is %s of %s",
+            *(len(same), total, same[0].id, same[0].source),
+        )
+
+
+def say_one_prompt(rows: Sequence[PrefixRow], name: str) -> None:
+    """Warn where all of several pairs of a training have one and the same prompt: nothing is learned of any other."""
+    if len(rows) > 1 and len({row.prompt_ids for row in rows}) == 1:
+        logger.warning(
+            "%s: all %d pairs have one and the same prompt of %d tokens; give other prompts, or raise training.max_length if "
+            "it cuts them to that",
+            *(name, len(rows), len(rows[0].prompt_ids)),
+        )
 
 
 def _fit_pair(

@@ -22,7 +22,7 @@ from prmd.config.policy import PairsConfig, PolicySection
 from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
 from prmd.inference.reference import reference_key, reference_logps, with_sample_count
-from prmd.models.tokenization import PrefixRow
+from prmd.models.tokenization import PrefixRow, say_one_prompt
 from prmd.policies.methods import (
     BASELINE,
     method_of,
@@ -154,6 +154,7 @@ def prepare(
         "policies: %d distinct pairs of %s, %d dropped and %d with a shortened prompt at max_length %d",
         *(len(tokenized.rows), source, tokenized.dropped, tokenized.truncated, tokens.max_length),
     )
+    say_one_prompt(tokenized.rows, "policies")
     biases = named_biases(methods, shared.paths)
     debiased = {objective: list(bias.names) for objective, bias in biases.items()}
     offsets = ()

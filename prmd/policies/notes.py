@@ -106,6 +106,8 @@ def method_notes(policy: PolicySection, method: str, train: PairScores, targets:
     notes = [*_unread(policy, method), *_without_weight(policy, method)]
     if kind == "distil":
         notes += _same_rewards(policy, method, k, m)
+    if POLICY_METHODS[method].reads_rewards:
+        notes += _without_margins(policy, train.rewards)
     if kind in ("distil", "paper", "edpo"):
         notes += _same_margins(policy, method, m)
         notes += _one_model(policy, method, train.rewards)
@@ -186,6 +188,16 @@ def _same_margins(policy: PolicySection, method: str, m: int) -> list[str]:
     if m > 1 and "paper_eq6" in (method, *same) and "paper_eq7" in (method, *same):
         reason = f"CVaR averages {policy.alpha * m:.3g} <= 1 members"
     return [f"{method} = {', '.join(sorted(same))}: {reason}"] if same else []
+
+
+def _without_margins(policy: PolicySection, rewards: Tensor) -> list[str]:
+    """Objectives that reward both sides of every pair alike, as a constant reward model does."""
+    margins = rewards[..., 0] - rewards[..., 1]
+    return [
+        f"{OBJECTIVES[k]} rewards both sides of all {margins.shape[-1]} training pairs alike: nothing is learned from it"
+        for k in weighted_objectives(policy)
+        if not bool(margins[k].any())
+    ]
 
 
 def _one_model(policy: PolicySection, method: str, rewards: Tensor) -> list[str]:

@@ -18,6 +18,7 @@ from prmd.models.tokenization import (
     PrefixRow,
     TokenizedPairs,
     Tokens,
+    say_left_out,
     tokenize_pairs,
     tokenize_prompt,
     tokenize_response,
@@ -163,9 +164,11 @@ class PairTokens:
             DataError: nothing is left.
         """
         found = [(pair, self._of_pair(pair)) for pair in pairs]
-        kept = [(pair, one) for pair, one in found if one is not None]
+        fitting = [(pair, one) for pair, one in found if one is not None]
+        kept = [(pair, one) for pair, one in fitting if not _is_tie(one)]
         if pairs and not kept:
             return self._tokenize(pairs)  # which says what is wrong
+        say_left_out([pair for pair, one in fitting if _is_tie(one)], len(pairs))
         rows = [one.rows[0] for _, one in kept]
         fitted = [replace(pair, prompt=one.pairs[0].prompt) if one.truncated else pair for pair, one in kept]
         return TokenizedPairs(rows, fitted, len(pairs) - len(kept), sum(one.truncated for _, one in kept))
@@ -174,18 +177,19 @@ class PairTokens:
         key = (_text(pair.prompt), pair.chosen, pair.rejected)
         if key not in self._pairs:
             try:
-                self._pairs[key] = self._tokenize([pair])
+                self._pairs[key] = self._tokenize([pair], keep_ties=True)
             except DataError:  # it does not fit
                 self._pairs[key] = None
         return self._pairs[key]
 
-    def _tokenize(self, pairs: Sequence[PreferencePair]) -> TokenizedPairs:
+    def _tokenize(self, pairs: Sequence[PreferencePair], *, keep_ties: bool = False) -> TokenizedPairs:
         return tokenize_pairs(
             pairs,
             self.tokenizer,
             max_length=self.max_length,
             over_length=self.over_length,
             keep_suffix=False,
+            keep_ties=keep_ties,
         )
 
     def for_rewards(self, tokenizer: PreTrainedTokenizerBase, tokenized: TokenizedPairs) -> list[PrefixRow]:
@@ -231,6 +235,12 @@ class PairTokens:
     def of_prompts(self, tokenized: TokenizedPairs) -> list[Tokens]:
         """The prompts of pairs, as the policy continues them."""
         return [self.of_prompt(pair.prompt, self.max_length) for pair in tokenized.pairs]
+
+
+def _is_tie(tokenized: TokenizedPairs) -> bool:
+    """Whether the two sides of a single pair are the same tokens."""
+    chosen, rejected = tokenized.rows[0].responses
+    return chosen == rejected
 
 
 def _text(messages: Sequence[Message]) -> Text:

@@ -21,7 +21,7 @@ from prmd.artifacts import io
 from prmd.models.classifiers import save_code
 from prmd.models.loading import add_lora, load_adapted, load_base_classifier, save_merged
 from prmd.models.sequence_models import SequenceRewards
-from prmd.models.tokenization import TokenizedPairs
+from prmd.models.tokenization import TokenizedPairs, say_one_prompt
 from prmd.pessimism.losses import bradley_terry_loss
 from prmd.rewards.adapters import (
     is_trained,
@@ -121,6 +121,7 @@ def _train(
         tokenize_reward_pairs(task, data.train, tokenizer),
         tokenize_reward_pairs(task, data.val, tokenizer),
     )
+    say_one_prompt(train.rows, task.name)
     config = task.config
     set_seed(config.seed)  # before loading: the scalar head is initialised at random
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from prmd.artifacts import io
+from prmd.errors import DataError
 from prmd.inference.reference import calibration_sampling, reference_samples
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs, tokenize_prompt
@@ -128,6 +129,9 @@ def calibrate_reward_model(task: RewardTask, reward_model: RewardModel) -> tuple
     Returns:
         The calibrated model; mean correlation of its members' rewards within prompts on reference samples, None without
         those.
+
+    Raises:
+        DataError: a member's rewards do not vary within any prompt.
     """
     config = task.config
     calibration, paths = config.calibration, config.paths
@@ -156,7 +160,13 @@ def calibrate_reward_model(task: RewardTask, reward_model: RewardModel) -> tuple
         rows = rows_of_samples(reward_model, prompts, samples)
     rewards = torch.cat(found := reward_model.rewards(rows, description="calibration"))
     index = torch.tensor([i for i, values in enumerate(found) for _ in values])
-    fitted = fit_calibration(rewards, index)
+    try:
+        fitted = fit_calibration(rewards, index)
+    except ValueError as error:
+        raise DataError(
+            f"{task.name}: its rewards of {len(rewards)} {calibration.source.replace('_', ' ')} of {len(found)} prompts give no "
+            f"scale ({error}); raise training.learning_rate or give more pairs, and train it again with --force"
+        ) from error
     if is_main_process():
         write_calibration(reward_model, fitted, source=calibration.source)
     correlation = None
