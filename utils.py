@@ -162,8 +162,7 @@ def check_setup(arguments: Sequence[str] | None = None) -> int:
         checks += check_directories(_artifact_root(options))
     except ModuleNotFoundError as error:
         checks.append(Check("fail", "directories", f"not made: {error.name} is not installed"))
-    for check in checks:
-        print(f"{check.status:<5} {check.name}: {check.detail}")
+    print(*(f"{check.status:<5} {check.name}: {check.detail}" for check in checks), sep="\n")
     for remedy in dict.fromkeys(check.remedy for check in checks if check.remedy):
         print(f"      {remedy}")
     return int(any(check.status == "fail" for check in checks))

@@ -157,5 +157,7 @@ class EvaluationConfig(RefersToRewardModelConfig):
     def judges_are_of_the_objectives(cls, value: JudgeConfig, info: ValidationInfo) -> JudgeConfig:
         shared = info.data.get("reward_model_config")  # missing where it is wrong itself
         if shared is not None:
-            check_objectives(value.paths, shared.data.objectives, "judges.paths names", "paths")
+            known = shared.data.objectives
+            check_objectives(value.paths, known, "judges.paths names", "paths")
+            check_objectives(value.debias.features, known, "debias.features names", "debias", "features")
         return value

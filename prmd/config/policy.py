@@ -20,7 +20,7 @@ from prmd.config.shared import (
     TuningConfig,
     check_objectives,
 )
-from prmd.objectives import OBJECTIVES
+from prmd.objectives import METHOD_LIKE, OBJECTIVES
 
 # ------------------------------------------------------------------ policies
 DistilledMethod = Literal["mean", "hard_min", "cvar", "hierarchical", "lcb", "softmin", "maxmin", "edpo"]
@@ -88,7 +88,12 @@ class PolicySection(Section):
                 "weights",
             )
         check_objectives(self.constraints, objectives, "constraints name", "constraints")
-        own = [m.removeprefix(OF_ONE_OBJECTIVE) for m in self.methods if m.startswith(OF_ONE_OBJECTIVE)]
+        named = [
+            m
+            for m in self.methods
+            if m.startswith(OF_ONE_OBJECTIVE) and m != f"{OF_ONE_OBJECTIVE}{METHOD_LIKE}"
+        ]
+        own = [m.removeprefix(OF_ONE_OBJECTIVE) for m in named]
         check_objectives(own, objectives, "methods name", "methods")
         return self.model_copy(update={"weights": {k: weights[k] for k in objectives}})
 

@@ -11,6 +11,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     field_validator,
     model_serializer,
     model_validator,
@@ -273,10 +274,7 @@ class DebiasConfig(Section):
 
     @field_validator("features")
     @classmethod
-    def features_name_objectives(
-        cls, value: dict[str, tuple[Feature, ...]]
-    ) -> dict[str, tuple[Feature, ...]]:
-        check_objectives(value, "debias.features names")
+    def features_are_named_once(cls, value: dict[str, tuple[Feature, ...]]) -> dict[str, tuple[Feature, ...]]:
         for objective, features in value.items():
             if len(set(features)) < len(features):
                 raise ValueError(f"features of {objective} must be named once each, got {list(features)}")
@@ -334,6 +332,13 @@ class RewardModelConfig(SharedConfig):
     centering_coefficient: float = Field(default=0.01, ge=0.0)
     debias: DebiasConfig = DebiasConfig()
     ensemble: EnsembleConfig = EnsembleConfig()
+
+    @field_validator("debias")
+    @classmethod
+    def debias_is_of_the_objectives(cls, value: DebiasConfig, info: ValidationInfo) -> DebiasConfig:
+        if (data := info.data.get("data")) is not None:  # missing where it is wrong itself
+            check_objectives(value.features, data.objectives, "debias.features names", "features")
+        return value
 
     @model_validator(mode="after")
     def adapters_need_lora(self) -> "RewardModelConfig":

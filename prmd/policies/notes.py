@@ -106,7 +106,7 @@ def method_notes(policy: PolicySection, method: str, train: PairScores, targets:
     notes = [*_unread(policy, method), *_without_weight(policy, method)]
     if kind == "distil":
         notes += _same_rewards(policy, method, k, m)
-    if POLICY_METHODS[method].reads_rewards:
+    if method_of(method).reads_rewards:
         notes += _without_margins(policy, train.rewards)
     if kind in ("distil", "paper", "edpo"):
         notes += _same_margins(policy, method, m)
@@ -193,8 +193,9 @@ def _same_margins(policy: PolicySection, method: str, m: int) -> list[str]:
 def _without_margins(policy: PolicySection, rewards: Tensor) -> list[str]:
     """Objectives that reward both sides of every pair alike, as a constant reward model does."""
     margins = rewards[..., 0] - rewards[..., 1]
+    names = list(policy.weights)
     return [
-        f"{OBJECTIVES[k]} rewards both sides of all {margins.shape[-1]} training pairs alike: nothing is learned from it"
+        f"{names[k]} rewards both sides of all {margins.shape[-1]} training pairs alike: nothing is learned from it"
         for k in weighted_objectives(policy)
         if not bool(margins[k].any())
     ]

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from prmd.artifacts import io
+from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
 from prmd.inference.reference import calibration_sampling, reference_samples
 from prmd.models.loading import load_tokenizer
-from prmd.models.tokenization import TokenizedPairs, tokenize_pairs, tokenize_prompt
+from prmd.models.tokenization import PrefixRow, TokenizedPairs, tokenize_pairs, tokenize_prompt
 from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.pessimism.calibration import fit_calibration, prompt_means
 from prmd.report import reward_figures
@@ -133,31 +134,8 @@ def calibrate_reward_model(task: RewardTask, reward_model: RewardModel) -> tuple
     Raises:
         DataError: a member's rewards do not vary within any prompt.
     """
-    config = task.config
-    calibration, paths = config.calibration, config.paths
-    per_objective = -(-calibration.prompts // len(paths.objectives))
-    pairs = [
-        pair
-        for objective in paths.objectives
-        for pair in sorted(
-            read_pairs(paths, objective, "val"), key=lambda p: hash_share("calibration", p.id)
-        )[:per_objective]
-    ]
-    training, tokenizer = config.training, reward_model.tokenizer
-    if calibration.source == "validation_responses":
-        rows = tokenize_pairs(
-            pairs,
-            tokenizer,
-            max_length=training.max_length,
-            over_length=training.over_length,
-            keep_suffix=True,
-        ).rows
-    else:
-        base = load_tokenizer(config.model, paths)
-        prompts = [tokenize_prompt(base, pair.prompt, max_length=training.max_length) for pair in pairs]
-        reward_model.release()  # the reference is loaded to be sampled from
-        samples = reference_samples(calibration_sampling(config), base, prompts)
-        rows = rows_of_samples(reward_model, prompts, samples)
+    calibration = task.config.calibration
+    rows = _calibration_rows(task.config, reward_model)
     rewards = torch.cat(found := reward_model.rewards(rows, description="calibration"))
     index = torch.tensor([i for i, values in enumerate(found) for _ in values])
     try:
@@ -174,3 +152,30 @@ def calibrate_reward_model(task: RewardTask, reward_model: RewardModel) -> tuple
         centred = rewards - prompt_means(rewards, index, len(found))[index]
         correlation = mean_pairwise_correlation(centred.T)
     return replace(reward_model, calibration=fitted), correlation
+
+
+def _calibration_rows(config: RewardModelConfig, reward_model: RewardModel) -> list[PrefixRow]:
+    """The responses that calibrate a reward model, one row for each validation prompt, of every objective as many."""
+    calibration, paths = config.calibration, config.paths
+    per_objective = -(-calibration.prompts // len(paths.objectives))
+    pairs = [
+        pair
+        for objective in paths.objectives
+        for pair in sorted(
+            read_pairs(paths, objective, "val"), key=lambda p: hash_share("calibration", p.id)
+        )[:per_objective]
+    ]
+    training, tokenizer = config.training, reward_model.tokenizer
+    if calibration.source == "validation_responses":
+        return tokenize_pairs(
+            pairs,
+            tokenizer,
+            max_length=training.max_length,
+            over_length=training.over_length,
+            keep_suffix=True,
+        ).rows
+    base = load_tokenizer(config.model, paths)
+    prompts = [tokenize_prompt(base, pair.prompt, max_length=training.max_length) for pair in pairs]
+    reward_model.release()  # the reference is loaded to be sampled from
+    samples = reference_samples(calibration_sampling(config), base, prompts)
+    return rows_of_samples(reward_model, prompts, samples)
