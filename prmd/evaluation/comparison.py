@@ -13,6 +13,7 @@ import numpy as np
 
 from prmd.artifacts.paths import stage_command
 from prmd.errors import DataError
+from prmd.evaluation.metrics import worst_at_equal_length
 from prmd.evaluation.over_optimisation import policy_points
 from prmd.inference.candidates import REFERENCE
 from prmd.statistics.outcomes import pairwise_win_rate
@@ -45,16 +46,23 @@ def compare_methods(
     check_comparable(metrics)
     by_method = {m["method"]: m for m in metrics}
     baseline = next(name for name in BASELINES if name in by_method)
+    reference = by_method[REFERENCE]
     others = [m for name, m in by_method.items() if name not in (baseline, REFERENCE)]
-    tests = [test for m in others for test in _paired(m, by_method[baseline], resampling)]
+    tests = [test for m in others for test in _paired(m, by_method[baseline], reference, resampling)]
     for test, adjusted in zip(tests, holm([t["p"] for t in tests]), strict=True):
         test["p_holm"] = float(adjusted)
     policies = [m for m in metrics if m["method"] != REFERENCE]
     return {
-        "rows": [_row(m) for m in metrics],
+        "rows": [_row(m, reference, resampling) for m in metrics],
         "paired": tests,
         "declared": _declared(baseline, len(tests)),
-        "win_matrix": win_matrix(rewards, list(metrics[0]["objectives"]), resampling),
+        "win_matrix": win_matrix(
+            rewards,
+            list(metrics[0]["objectives"]),
+            resampling,
+            lengths={m["method"]: np.array(m["per_prompt"]["length"]) for m in metrics},
+            debiased=[m["method"] for m in metrics if m.get("debiased")],
+        ),
         "hypervolume": _front(policies, resampling) if policies else None,
         "over_optimisation": _over_optimisation(by_method, resampling),
     }
@@ -88,25 +96,47 @@ def _declared(baseline: str, count: int) -> str:
     )
 
 
-def _row(metrics: dict[str, Any]) -> dict[str, Any]:
+def _row(metrics: dict[str, Any], reference: dict[str, Any], resampling: Resampling) -> dict[str, Any]:
+    controlled = {k: (v["length_controlled"] or {}).get("win_rate") for k, v in metrics["objectives"].items()}
+    worst = None
+    if metrics["method"] != REFERENCE:
+        wins = {k: np.array(v) for k, v in metrics["per_prompt"]["win_rate"].items()}
+        worst = worst_at_equal_length(wins, _longer(metrics, reference), resampling)
     return {
         "method": metrics["method"],
         "approach": metrics["approach"],
         "win_rate": {k: v["win_rate"] for k, v in metrics["objectives"].items()},
+        "length_controlled": controlled,
         "worst": metrics["worst_objective"]["win_rate"],
+        "worst_length_controlled": worst,
         "mean_of_min": metrics["mean_of_min"],
         "kl": metrics["kl"]["per_response"],
         "length": metrics["length"],
+        **({"debiased": metrics["debiased"]} if metrics.get("debiased") else {}),
     }
 
 
-def _paired(ours: dict[str, Any], theirs: dict[str, Any], resampling: Resampling) -> list[dict[str, Any]]:
-    tests = []
+def _longer(metrics: dict[str, Any], reference: dict[str, Any]) -> np.ndarray:
+    """Mean length of the responses minus that of the reference's, per prompt [X]."""
+    return np.subtract(*(np.array(m["per_prompt"]["length"]) for m in (metrics, reference)))
+
+
+def _paired(
+    ours: dict[str, Any], theirs: dict[str, Any], reference: dict[str, Any], resampling: Resampling
+) -> list[dict[str, Any]]:
+    """Tests of every measure; of win rates also the difference at equal length, with which a debiased one has to agree."""
+    tests, longer = [], [_longer(m, reference) for m in (ours, theirs)]
+    both = {"needs_both": True} if ours.get("debiased") or theirs.get("debiased") else {}
     for measure, values in _measures(ours).items():
         other = _measures(theirs)[measure]
         difference = resampling.difference(values, other)
         names = {"method": ours["method"], "against": theirs["method"], "measure": measure}
-        tests.append({**names, "difference": difference.to_json(), **_mean_test(values - other, resampling)})
+        found = {**names, "difference": difference.to_json()}
+        if measure != MEAN_OF_MIN:
+            sides = zip((values, other), longer, strict=True)
+            found["difference_at_equal_length"] = resampling.length_controlled_difference(*sides).to_json()
+            found |= both
+        tests.append({**found, **_mean_test(values - other, resampling)})
     return tests
 
 
@@ -124,22 +154,34 @@ def _measures(metrics: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def win_matrix(
-    rewards: Mapping[str, np.ndarray], objectives: Sequence[str], resampling: Resampling
+    rewards: Mapping[str, np.ndarray],
+    objectives: Sequence[str],
+    resampling: Resampling,
+    *,
+    lengths: Mapping[str, np.ndarray],
+    debiased: Sequence[str] = (),
 ) -> dict[str, list[dict[str, Any]]]:
-    """Win rate of every method over every later one, per objective; the other order is one minus it."""
+    """Win rate of every method over every later one, per objective, as it is and at equal length; the other order is one minus it.
+
+    Args:
+        lengths: mean length of each method's samples, per prompt [X].
+        debiased: methods whose reward models were debiased.
+    """
     names = list(rewards)
+
+    def duel(k: int, ours: str, theirs: str) -> dict[str, Any]:
+        wins = pairwise_win_rate(rewards[ours][k], rewards[theirs][k])
+        controlled = resampling.length_controlled(wins, lengths[ours] - lengths[theirs]).estimate
+        return {
+            "method": ours,
+            "against": theirs,
+            "win_rate": with_chance(resampling.win_rate(wins), 0.5),
+            "length_controlled": with_chance(controlled, 0.5),
+            **({"needs_both": True} if {ours, theirs} & set(debiased) else {}),
+        }
+
     return {
-        objective: [
-            {
-                "method": ours,
-                "against": theirs,
-                "win_rate": with_chance(
-                    resampling.win_rate(pairwise_win_rate(rewards[ours][k], rewards[theirs][k])), 0.5
-                ),
-            }
-            for i, ours in enumerate(names)
-            for theirs in names[i + 1 :]
-        ]
+        objective: [duel(k, ours, theirs) for i, ours in enumerate(names) for theirs in names[i + 1 :]]
         for k, objective in enumerate(objectives)
     }
 

@@ -20,7 +20,12 @@ from prmd.artifacts.paths import ArtifactPaths, policy_command
 from prmd.artifacts.runs import is_as_recorded, require_artifact
 from prmd.config.evaluation import EvaluationConfig, GenerationConfig
 from prmd.errors import NotFiniteError
-from prmd.evaluation.metrics import SampledMethod, judge_sanity_checks, method_metrics
+from prmd.evaluation.metrics import (
+    SampledMethod,
+    judge_sanity_checks,
+    method_metrics,
+    worst_at_equal_length,
+)
 from prmd.evaluation.over_optimisation import best_of_n_curves
 from prmd.evaluation.scores import MemberScores, ReferenceScores, proxy_metrics
 from prmd.inference.candidates import REFERENCE, Candidate, CandidateModels, EvaluationPrompt, policy_key
@@ -337,10 +342,18 @@ def _write_method(evaluation: Evaluation, run: Run, metrics: dict[str, Any], rew
         "approach": run.candidate.approach,
         "evaluation": evaluation.describe(run.candidate),
         **metrics,
+        **_debiased(run.candidate),
         "per_prompt": ids | metrics["per_prompt"],
         "samples": samples,
     }
     io.write_json(folder / f"{method}.json", record)
+
+
+def _debiased(candidate: Candidate) -> dict[str, Any]:
+    """The features that debiased the reward models of a policy, by objective, under `debiased`; empty without any."""
+    path = candidate.directory / "metrics.json" if candidate.directory else None
+    found = io.read_json(path).get("debiased") if path and path.is_file() else None
+    return {"debiased": found} if found else {}
 
 
 def _sample_row(
@@ -408,6 +421,7 @@ def _frontier(evaluation: Evaluation, candidates: Sequence[Candidate]) -> dict[s
         what, command = f"policy {policy.method}", policy_command(policy.directory.name)
         require_artifact(policy.directory, what=what, command=command, read=["checkpoints/[0-9]*"])
     stages = {c.method: checkpoint_candidates(c) for c in candidates if c.method != REFERENCE}
+    parents = {c.method: c.directory for c in candidates}
     several = [(method, stage) for method, found in stages.items() for stage in found]
     logger.info(
         "frontier: %d checkpoints of %d policies answer %d prompts each",
@@ -422,10 +436,20 @@ def _frontier(evaluation: Evaluation, candidates: Sequence[Candidate]) -> dict[s
     ]
     points = [
         _point(method, stage.method.removeprefix(method).removeprefix("@") or "end", found)
+        | {"worst_length_controlled": _worst_at_equal_length(found, measured[0], evaluation.resampling)}
+        | _debiased(replace(stage, directory=parents[method]))
         for (method, stage), found in zip(several, measured[1:], strict=True)
     ]
     reference = {"mean_of_min": measured[0]["mean_of_min"]}
     return {"prompts": len(evaluation.prompts), "reference": reference, "points": points}
+
+
+def _worst_at_equal_length(
+    metrics: dict[str, Any], reference: dict[str, Any], resampling: Resampling
+) -> dict[str, Any]:
+    lengths = [np.array(m["per_prompt"]["length"]) for m in (metrics, reference)]
+    wins = {k: np.array(v) for k, v in metrics["per_prompt"]["win_rate"].items()}
+    return worst_at_equal_length(wins, lengths[0] - lengths[1], resampling)
 
 
 def _point(method: str, checkpoint: str, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -4,10 +4,18 @@ What lives here: contents of `comparison.json`, `frontier.json` and the judges' 
 numbers of single methods (`tables`), sections and words (`evaluation_sections`, to be read next).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from prmd.report.tables import NOTHING, Estimate, Table, format_estimate, format_number, with_mark
+from prmd.report.tables import (
+    NOTHING,
+    Estimate,
+    Table,
+    format_estimate,
+    format_number,
+    with_agreed_mark,
+    with_mark,
+)
 
 BETTER, WORSE = "▲", "▼"
 SIGNIFICANT = 0.05
@@ -41,12 +49,21 @@ def readable(value: Any) -> str:
 
 
 def significance_marks(comparison: dict[str, Any]) -> dict[tuple[str, str], str]:
-    """▲ or ▼ by (method, measure) where the paired test against the baseline is significant after Holm's correction."""
+    """▲ or ▼ by (method, measure) where the paired test against the baseline is significant after Holm's correction.
+
+    Where reward models were debiased, the difference at equal length has to agree.
+    """
     return {
         (test["method"], test["measure"]): BETTER if test["difference"]["value"] > 0 else WORSE
         for test in comparison.get("paired") or []
-        if test.get("p_holm", 1.0) < SIGNIFICANT
+        if test.get("p_holm", 1.0) < SIGNIFICANT and (not test.get("needs_both") or _agrees(test))
     }
+
+
+def _agrees(test: dict[str, Any]) -> bool:
+    """Whether the interval of the difference at equal length lies on the side of the plain difference."""
+    at_equal_length = test["difference_at_equal_length"]
+    return at_equal_length["low"] > 0 if test["difference"]["value"] > 0 else at_equal_length["high"] < 0
 
 
 def win_matrix_tables(comparison: dict[str, Any]) -> dict[str, Table]:
@@ -54,13 +71,26 @@ def win_matrix_tables(comparison: dict[str, Any]) -> dict[str, Table]:
     tables = {}
     for objective, duels in (comparison.get("win_matrix") or {}).items():
         names = list(dict.fromkeys(name for duel in duels for name in (duel["method"], duel["against"])))
-        rates = {(d["method"], d["against"]): d["win_rate"] for d in duels}
-        rates |= {(b, a): _mirrored(rate) for (a, b), rate in rates.items()}
-        rows = tuple((a, *(with_mark(rates.get((a, b))) for b in names)) for a in names)
-        caption = "Row against column, over all pairs of samples of a prompt. ↑ ↓: the interval excludes ½."
+        cells = {}
+        for duel in duels:
+            a, b = duel["method"], duel["against"]
+            rates = [duel["win_rate"], duel.get("length_controlled")]
+            both = bool(duel.get("needs_both"))
+            cells[a, b] = _both_rates(rates, both)
+            cells[b, a] = _both_rates([_mirrored(rate) if rate else None for rate in rates], both)
+        rows = tuple((a, *(cells.get((a, b), NOTHING) for b in names)) for a in names)
+        caption = (
+            "Row against column, over all pairs of samples of a prompt; after the stroke at equal length. ↑ ↓: the interval "
+            "excludes ½; of methods with debiased reward models both have to."
+        )
         if rows:
             tables[f"Who beats whom: {objective}"] = Table(("method", *names), rows, caption)
     return tables
+
+
+def _both_rates(rates: Sequence[Estimate | None], needs_both: bool) -> str:
+    plain, controlled = with_agreed_mark(*rates, needs_both=needs_both)
+    return plain if rates[1] is None else f"{plain} / {controlled}"
 
 
 def _mirrored(rate: Estimate) -> Estimate:
@@ -115,14 +145,21 @@ def frontier_table(frontier: dict[str, Any] | None) -> Table | None:
             point["method"],
             point["checkpoint"] if point["checkpoint"] == "end" else f"{point['checkpoint']} %",
             format_estimate(point["kl"], 3),
-            with_mark(point["worst"]),
+            *with_agreed_mark(
+                point["worst"],
+                point.get("worst_length_controlled"),
+                needs_both=bool(point.get("debiased")),
+            ),
             format_estimate(point["mean_of_min"]),
             str(point["kl"]["n"]),
         )
         for point in frontier["points"]
     )
     caption = f"The first {frontier['prompts']} of the prompts; the same judges and decoding as above."
-    columns = ("method", "trained", "KL, nats/response", "worst objective", "mean of minimum", "n")
+    columns = (
+        *("method", "trained", "KL, nats/response", "worst objective", "at equal length"),
+        *("mean of minimum", "n"),
+    )
     return Table(columns, rows, caption)
 
 

@@ -136,8 +136,8 @@ def _summary(rows: list[dict[str, Any]]) -> str:
     ]
     if not policies:
         return "No policy has been evaluated yet."
-    better = [row["method"] for row in policies if row["worst"]["low"] > 0.5]
-    worse = [row["method"] for row in policies if row["worst"]["high"] < 0.5]
+    better = [row["method"] for row in policies if min(_verdict_on(row, "low")) > 0.5]
+    worse = [row["method"] for row in policies if max(_verdict_on(row, "high")) < 0.5]
     one = len(policies) == 1
     said = "The policy has no" if one else f"None of {len(policies)} policies has a"
     said += " worst-objective band wholly above ½."
@@ -150,6 +150,12 @@ def _summary(rows: list[dict[str, Any]]) -> str:
     undecided = len(policies) - len(better) - len(worse)
     whose = "The" if one else f"For {undecided} of {len(policies)} the"
     return said + (f" {whose} band contains ½: not decided." if undecided else "")
+
+
+def _verdict_on(row: dict[str, Any], end: str) -> list[float]:
+    """That end of the worst objective's band, and of its band at equal length where reward models were debiased."""
+    controlled = row.get("worst_length_controlled") if row.get("debiased") else None
+    return [band[end] for band in (row["worst"], controlled) if band]
 
 
 def _listed(names: list[str]) -> str:
@@ -168,7 +174,18 @@ def _measured_on(paths: ArtifactPaths, evaluation: dict[str, Any], comparison: d
         f"{evaluation.get('samples_per_prompt', '?')} samples of at most {evaluation.get('max_new_tokens', '?')} "
         f"tokens at temperature {evaluation.get('temperature', '?')}. Win rate: share of sample pairs the judge "
         "prefers to the reference, ties ½ (chance: 0.50). Brackets: 95 % intervals over prompts; for the worst objective a "
-        f"band, lowest lower to lowest upper end. ↑ ↓: the interval excludes ½.{paired}"
+        f"band, lowest lower to lowest upper end. At equal length: the win rate at the reference's length. ↑ ↓: the interval "
+        f"excludes ½.{paired}{_both_needed(comparison)}"
+    )
+
+
+def _both_needed(comparison: dict[str, Any]) -> str:
+    debiased = [row["method"] for row in comparison.get("rows") or [] if row.get("debiased")]
+    if not debiased:
+        return ""
+    return (
+        f" The reward models of {_listed(debiased)} were debiased, so a mark needs the win rate and the one at equal length to "
+        "agree; the mean of the minimum has no counterpart at equal length."
     )
 
 

@@ -80,6 +80,18 @@ def with_mark(estimate: Estimate | None, neutral: float = 0.5, digits: int = 2) 
     return f"{text} {mark}".rstrip()
 
 
+def with_agreed_mark(
+    plain: Estimate | None, controlled: Estimate | None, *, needs_both: bool, digits: int = 2
+) -> tuple[str, str]:
+    """A win rate as it is and at equal length, with their arrows; where both are needed, only arrows that agree."""
+    cells = (with_mark(plain, digits=digits), with_mark(controlled, digits=digits))
+    arrows = {cell[-1] for cell in cells if cell[-1] in (UP, DOWN)}
+    agree = len(arrows) == 1 and all(cell[-1] in arrows for cell in cells)
+    if not needs_both or agree:
+        return cells
+    return (format_estimate(plain, digits), format_estimate(controlled, digits))
+
+
 def format_seconds(seconds: float | None) -> str:
     """Seconds as a person reads them."""
     if seconds is None:
@@ -129,8 +141,9 @@ def headline_table(
     objectives = objectives_of(rows)
     columns = (
         "method",
-        *objectives,
+        *(name for k in objectives for name in (k, _EQUAL_LENGTH)),
         "worst objective",
+        _EQUAL_LENGTH,
         "mean of minimum",
         "KL, nats/response",
         "length, tokens",
@@ -138,15 +151,21 @@ def headline_table(
     body, marks = [], marks or {}
     for row in rows:
         name = row["method"]
-        rates = [
-            _joined(with_mark(row["win_rate"].get(k)), marks.get((name, f"win rate, {k}")))
-            for k in objectives
-        ]
-        worst = _joined(worst_names.get(name), with_mark(row.get("worst")))
+        both, controlled, rates = bool(row.get("debiased")), row.get("length_controlled") or {}, []
+        for k in objectives:
+            plain, equal = with_agreed_mark(row["win_rate"].get(k), controlled.get(k), needs_both=both)
+            rates += [_joined(plain, marks.get((name, f"win rate, {k}"))), equal]
+        worst, worst_equal = with_agreed_mark(
+            row.get("worst"), row.get("worst_length_controlled"), needs_both=both
+        )
+        worst = _joined(worst_names.get(name), worst)
         minimum = _joined(format_estimate(row.get("mean_of_min")), marks.get((name, "mean of minimum")))
         rest = (format_estimate(row.get("kl")), format_estimate(row.get("length"), 1))
-        body.append((name, *rates, worst, minimum, *rest))
+        body.append((name, *rates, worst, worst_equal, minimum, *rest))
     return Table(columns, tuple(body), caption)
+
+
+_EQUAL_LENGTH = "at equal length"
 
 
 def _joined(*parts: str | None) -> str:
@@ -183,7 +202,9 @@ def to_latex(table: Table) -> str:
 def headline_csv(rows: Sequence[dict[str, Any]]) -> str:
     """The headline table as numbers: four columns (value, low, high, n) for every measure."""
     measures = [(f"win_rate_{k}", "win_rate", k) for k in objectives_of(rows)]
-    measures += [(name, name, None) for name in ("worst", "mean_of_min", "kl", "length")]
+    measures += [(f"win_rate_at_equal_length_{k}", "length_controlled", k) for k in objectives_of(rows)]
+    names = ("worst", "worst_length_controlled", "mean_of_min", "kl", "length")
+    measures += [(name, name, None) for name in names]
     parts = ("value", "low", "high", "n")
     stream = text_io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")

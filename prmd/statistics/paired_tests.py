@@ -222,6 +222,33 @@ def length_controlled_win_rate(
     return LengthControlled(estimate, float(wins.mean()), float(_fit_length_model(matrix[None])[0, 1]))
 
 
+def length_controlled_difference(
+    ours: tuple[np.ndarray, np.ndarray],
+    theirs: tuple[np.ndarray, np.ndarray],
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> Estimate:
+    """Difference of two methods' win rates at the reference's length, each as `length_controlled_win_rate`.
+
+    Args:
+        ours: win probabilities and length differences to the reference, over the same prompts [X].
+        theirs: the same of the other method.
+        n_resamples: bootstrap resamples over prompts; both fits are repeated in each.
+        seed: of the bootstrap.
+
+    Returns:
+        The difference with its 95 % interval.
+    """
+
+    def difference(rows: np.ndarray) -> np.ndarray:
+        first, second = (expit(_fit_length_model(part)[:, 0]) for part in (rows[..., :2], rows[..., 2:]))
+        return first - second
+
+    matrix = np.stack([*ours, *theirs], axis=1).astype(np.float64)
+    return bootstrap_statistic(difference, matrix, n_resamples=n_resamples, seed=seed)
+
+
 def _fit_length_model(rows: np.ndarray) -> np.ndarray:
     """Newton's method for (theta, phi) of every resample at once: rows [b, X, 2] to parameters [b, 2]."""
     wins, lengths = rows[..., 0], rows[..., 1]

@@ -20,7 +20,11 @@ from prmd.statistics.intervals import (
     wilson_interval,
 )
 from prmd.statistics.outcomes import dominated_volumes
-from prmd.statistics.paired_tests import LengthControlled, length_controlled_win_rate
+from prmd.statistics.paired_tests import (
+    LengthControlled,
+    length_controlled_difference,
+    length_controlled_win_rate,
+)
 
 WORST_SHARE = 0.1
 """Share of prompts in the lower tail that is reported."""
@@ -61,10 +65,21 @@ class Resampling:
         """Mean of ours - theirs over the same prompts [X]."""
         return paired_bootstrap(ours, theirs, n_resamples=self.resamples, seed=self.seed)
 
-    def length_controlled(self, wins: np.ndarray, length_differences: np.ndarray) -> LengthControlled:
+    def length_controlled(
+        self, wins: np.ndarray, length_differences: np.ndarray, confidence: float = 0.95
+    ) -> LengthControlled:
         """Win rate [X] at equal length."""
         draws = min(self.resamples, _LENGTH_RESAMPLES)
-        return length_controlled_win_rate(wins, length_differences, n_resamples=draws, seed=self.seed)
+        return length_controlled_win_rate(
+            wins, length_differences, n_resamples=draws, seed=self.seed, confidence=confidence
+        )
+
+    def length_controlled_difference(
+        self, ours: tuple[np.ndarray, np.ndarray], theirs: tuple[np.ndarray, np.ndarray]
+    ) -> Estimate:
+        """Difference of two win rates at equal length; each method is its wins and its length differences [X]."""
+        draws = min(self.resamples, _LENGTH_RESAMPLES)
+        return length_controlled_difference(ours, theirs, n_resamples=draws, seed=self.seed)
 
     def volume(self, points: np.ndarray) -> Estimate:
         """Volume above the origin that the means of P methods dominate, [P, K, X].

@@ -4,29 +4,98 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.optimize import minimize
 
 from prmd.errors import DataError
 from prmd.evaluation.comparison import SHARED_PARTS, check_comparable, compare_methods, win_matrix
 from prmd.evaluation.metrics import SampledMethod, method_metrics
 from prmd.evaluation.scores import ReferenceScores
 from prmd.objectives import OBJECTIVES
+from prmd.report.comparison_tables import BETTER, significance_marks, win_matrix_tables
+from prmd.report.evaluation_sections import _summary
+from prmd.report.tables import DOWN, UP, headline_table
 from prmd.statistics.resampling import Resampling
 
 RESAMPLING = Resampling(200, 0)
 
 
-def method_files(scores: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+def method_files(
+    scores: dict[str, np.ndarray], lengths: dict[str, np.ndarray] | None = None
+) -> list[dict[str, Any]]:
     """Contents of the files of methods with these raw scores [K, X, n], the reference's first."""
     raw = scores["reference"]
     reference, zeros = ReferenceScores.fit(OBJECTIVES, raw), np.zeros(raw.shape[1:])
     files = []
     for method, values in scores.items():
-        sampled = SampledMethod(method, zeros, zeros, zeros, zeros + 4, np.ones(zeros.shape, bool))
-        metrics = method_metrics(sampled, values, reference, RESAMPLING, reference_lengths=zeros + 4)
+        tokens = lengths or dict.fromkeys(scores, zeros + 4)
+        sampled = SampledMethod(method, zeros, zeros, zeros, tokens[method], np.ones(zeros.shape, bool))
+        metrics = method_metrics(
+            sampled, values, reference, RESAMPLING, reference_lengths=tokens["reference"]
+        )
         metrics["per_prompt"]["ids"] = list(range(len(zeros)))
         shared = {"compared_on": dict.fromkeys(SHARED_PARTS, "same")}
         files.append({"method": method, "approach": "embedded", "evaluation": shared, **metrics})
     return files
+
+
+def at_equal_length(wins: np.ndarray, longer: np.ndarray) -> float:
+    """The win rate at a length difference of zero by scipy's minimiser, with the ridge that keeps separated wins finite."""
+    x = np.tanh(longer / longer.std()) if longer.std() else 0 * longer
+
+    def loss(p: np.ndarray) -> float:
+        z = p[0] + p[1] * x
+        return np.mean(np.logaddexp(0, z) - wins * z) + 0.5e-6 * (p @ p)
+
+    return float(1 / (1 + np.exp(-minimize(loss, np.zeros(2), tol=1e-12).x[0])))
+
+
+def by_length(bias: float, *, debiased: bool) -> dict[str, Any]:
+    """The comparison of a policy that a judge likes for its length alone (bias > 0) or also without it."""
+    rng = np.random.default_rng(11)
+    reference, dpo, noise = rng.normal(size=(3, 3, 120, 4))
+    lengths = {"reference": np.full((120, 4), 10.0), "dpo": np.full((120, 4), 10.0)}
+    lengths["cvar"] = 10 + rng.uniform(-2, 6, 120)[:, None] * np.ones(4)
+    gain = bias * (lengths["cvar"] - 10) / 2 if bias else 1.2
+    scores = {"reference": reference, "dpo": dpo, "cvar": noise + gain}
+    files = method_files(scores, lengths)
+    if debiased:
+        files[2]["debiased"] = {"helpful": ["length"]}
+    return compare_methods(files, scores, RESAMPLING)
+
+
+@pytest.mark.parametrize("debiased", [False, True])
+@pytest.mark.parametrize("bias", [0.0, 1.0])
+def test_a_verdict_on_debiased_reward_models_needs_equal_length_to_agree(bias: float, debiased: bool) -> None:
+    found = by_length(bias, debiased=debiased)
+    tests = {t["measure"]: t for t in found["paired"]}
+    test, row = tests["win rate, helpful"], found["rows"][2]
+    assert test["p_holm"] < 0.05 and test.get("needs_both", False) is debiased
+    low = test["difference_at_equal_length"]["low"]
+    assert (low > 0) is (bias == 0)
+    marked = significance_marks(found).get(("cvar", "win rate, helpful"))
+    assert marked == (None if debiased and bias else BETTER)
+    assert "difference_at_equal_length" not in tests["mean of minimum"]
+    cells = headline_table(found["rows"], {}, "").rows[2]
+    assert cells[1].endswith(UP) is not (debiased and bool(bias)) and cells[2].endswith(UP) is not bool(bias)
+    assert row["worst"]["low"] > 0.5 and (row["worst_length_controlled"]["low"] > 0.5) is not bool(bias)
+    matrix = win_matrix_tables(found)["Who beats whom: helpful"]
+    cell = matrix.rows[1][3]  # dpo against cvar
+    assert (DOWN in cell) is not (debiased and bool(bias)) and " / " in cell
+    said = _summary(found["rows"])
+    assert ("cvar beat the reference" in said) is not (debiased and bool(bias))
+
+
+def test_the_difference_at_equal_length_is_that_of_two_fits() -> None:
+    found = by_length(1.0, debiased=True)
+    files = {row["method"]: row for row in found["rows"]}
+    test = found["paired"][0]
+    assert test["measure"] == "win rate, helpful"
+    rates = [files[name]["length_controlled"]["helpful"]["value"] for name in ("cvar", "dpo")]
+    assert test["difference_at_equal_length"]["value"] == pytest.approx(rates[0] - rates[1], abs=1e-9)
+    worst = files["cvar"]["worst_length_controlled"]
+    assert worst["value"] == pytest.approx(
+        min(v["value"] for v in files["cvar"]["length_controlled"].values())
+    )
 
 
 def compared(scores: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -58,7 +127,8 @@ def test_a_method_that_is_better_on_one_objective_is_found_to_be() -> None:
 def test_win_matrix_counts_every_pair_of_samples() -> None:
     rng = np.random.default_rng(6)
     rewards = {name: rng.integers(0, 4, (3, 7, 2)).astype(float) for name in ("reference", "a", "b")}
-    matrix = win_matrix(rewards, OBJECTIVES, RESAMPLING)
+    lengths = {name: rng.integers(3, 9, 7).astype(float) for name in rewards}
+    matrix = win_matrix(rewards, OBJECTIVES, RESAMPLING, lengths=lengths, debiased=("b",))
     for k, objective in enumerate(OBJECTIVES):
         duels = [(d["method"], d["against"]) for d in matrix[objective]]
         assert duels == [("reference", "a"), ("reference", "b"), ("a", "b")]
@@ -68,6 +138,17 @@ def test_win_matrix_counts_every_pair_of_samples() -> None:
             assert duel["win_rate"]["value"] == pytest.approx(
                 np.mean([(p > q) + (p == q) / 2 for p, q in pairs])
             )
+            wins = np.array(
+                [
+                    np.mean([(p > q) + (p == q) / 2 for p in a for q in b])
+                    for a, b in zip(ours, theirs, strict=True)
+                ]
+            )
+            longer = lengths[duel["method"]] - lengths[duel["against"]]
+            assert duel["length_controlled"]["value"] == pytest.approx(
+                at_equal_length(wins, longer), abs=1e-4
+            )
+            assert duel.get("needs_both", False) is ("b" in (duel["method"], duel["against"]))
 
 
 def test_the_front_of_all_policies_is_no_smaller_than_of_one() -> None:
