@@ -6,6 +6,7 @@ are also compared with the reference, in both orders. Figures of different judge
 part of the name (arXiv:2306.05685).
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -271,6 +272,8 @@ def _judged(
         compare_answers(judge, data, answers, baseline, reply_tokens=reply_tokens) if baseline else (None, [])
     )
     metrics = mt_bench_metrics(ratings, constant, pairs, resamples=resampling.resamples, seed=resampling.seed)
+    if pairs is not None:
+        metrics |= win_rate_at_equal_length(pairs, responses, others, resampling)
     verdicts = [Verdict(r.key, None if r.value is None else True, r.value, r.reply) for r in ratings]
     card = judge_card(
         judge,
@@ -329,6 +332,25 @@ def mt_bench_metrics(
     unread = sum(rating.value is None for rating in ratings)
     found["unreadable ratings"] = with_chance(wilson_interval(unread, len(ratings)), None)
     return {name: estimate for name, estimate in found.items() if estimate is not None}
+
+
+def win_rate_at_equal_length(
+    pairs: PairwiseResult,
+    responses: Sequence[TwoAnswers],
+    others: Sequence[TwoAnswers],
+    resampling: Resampling,
+) -> dict[str, dict[str, Any]]:
+    """The win rate against the reference had both as many tokens, over questions with a readable outcome; else empty."""
+    outcomes = np.array([math.nan if v is None else v for v in pairs.outcomes]).reshape(-1, len(TURNS))
+    lengths = [np.array([[len(a.token_ids) for a in both] for both in side]) for side in (responses, others)]
+    longer = np.where(np.isnan(outcomes), math.nan, lengths[0] - lengths[1])
+    read = ~np.isnan(outcomes).all(axis=1)
+    if read.sum() < 2:
+        return {}
+    wins, longer = (np.nanmean(values[read], axis=1) for values in (outcomes, longer))
+    controlled = resampling.length_controlled(wins, longer).estimate
+    found = {**with_chance(controlled, 0.5), "items": int((~np.isnan(outcomes)).sum())}
+    return {"win rate against the reference, at equal length": found}
 
 
 def _items(ratings: Sequence[Rating], pairs: PairwiseResult | None) -> list[dict[str, Any]]:

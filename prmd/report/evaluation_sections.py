@@ -313,6 +313,11 @@ _MEANINGS = (
     ("average", "the judge's ratings from 1 to 10, both turns", "higher"),
     ("turn", "the judge's ratings of the first and of the second answer", "higher"),
     ("win rate", "wins over the reference in both orders, ties and disagreement ½", "higher"),
+    (
+        "win rate against the reference, at equal length",
+        "the same had both as many tokens: the logistic fit of the headline's length control",
+        "higher",
+    ),
     ("unreadable", "replies of the judge without a verdict, which count in no other metric", "lower"),
     ("empty", "answers without a word", "lower"),
 )

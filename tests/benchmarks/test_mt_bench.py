@@ -15,9 +15,11 @@ from prmd.benchmarks.base import BenchmarkResult
 from prmd.benchmarks.mt_bench import run_mt_bench
 from prmd.benchmarks.run import run_benchmarks
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, MtBenchConfig, TextJudgeConfig
-from prmd.judges.cards import CONSTANT_ANSWER
+from prmd.inference.generation import GeneratedResponse
+from prmd.judges.cards import CONSTANT_ANSWER, PairwiseResult
 from prmd.judges.chats import ReplayChat, conversation_key
 from prmd.pairs import Message
+from prmd.statistics.resampling import Resampling
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +143,28 @@ def test_a_judge_that_knows_the_policy_lets_it_win(root: Path, monkeypatch: pyte
     assert (
         set(silent.metrics) == {"unreadable ratings"} and silent.metrics["unreadable ratings"]["value"] == 1.0
     )
+
+
+def test_the_win_rate_at_equal_length_takes_out_what_length_wins() -> None:
+    """Wins that are a logistic function of length alone: one half at equal length, whatever the plain rate."""
+
+    def answers(tokens: list[int]) -> list[Any]:
+        return [
+            (GeneratedResponse("", (1,) * n, True), GeneratedResponse("", (1,) * (n + 2), True))
+            for n in tokens
+        ]
+
+    longer = [-4, -2, 0, 2, 4, 6, 8, 10]
+    pairs = PairwiseResult(tuple(float(n > 0) if n else 0.5 for n in longer for _ in (1, 2)), (), ())
+    both = answers([20 + n for n in longer]), answers([20] * 8)
+    [(name, found)] = mt_bench.win_rate_at_equal_length(pairs, *both, Resampling(200, 0)).items()
+    assert name == "win rate against the reference, at equal length"
+    assert found["value"] == pytest.approx(0.5, abs=0.02) and (found["n"], found["items"]) == (8, 16)
+    unread = PairwiseResult((None, 1.0, None, None, *pairs.outcomes[4:]), (), ())
+    found = mt_bench.win_rate_at_equal_length(unread, *both, Resampling(200, 0))[name]
+    assert (found["n"], found["items"]) == (7, 13)
+    none = PairwiseResult((None,) * 16, (), ())
+    assert mt_bench.win_rate_at_equal_length(none, *both, Resampling(200, 0)) == {}
 
 
 def test_pairwise_can_be_left_out_and_replies_cut_short(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
