@@ -122,9 +122,8 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
         check_engine(shared.calibration)
         directory = folders.of(next(iter(todo)))
         sampled = gamma_lengths(policy, list(todo), shared.calibration.max_new_tokens)
-        check_training(
-            shared.model, shared.paths, tuning, training, task="policy", directory=directory, sampled=sampled
-        )
+        disk: dict[str, Any] = {"directory": directory, "trainings": len(todo)}
+        check_training(shared.model, shared.paths, tuning, training, task="policy", sampled=sampled, **disk)
         tokens = PairTokens(tokenizer, max_length=training.max_length, over_length=training.over_length)
     for objective in dict.fromkeys(method_of(method).objective for method in todo):
         alike = {m: fingerprint for m, fingerprint in todo.items() if method_of(m).objective == objective}

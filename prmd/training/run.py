@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from prmd.artifacts import io
@@ -103,6 +104,7 @@ def check_training(
     task: str,
     directory: Path,
     sampled: Sequence[int] = (),
+    trainings: int = 1,
 ) -> None:
     """Refuse, before any model loads, a training that cannot learn or whose files do not fit the disk.
 
@@ -110,6 +112,7 @@ def check_training(
         task: `reward_model` or `policy`.
         directory: the folder that will be published; it need not exist.
         sampled: as for `memory.plan_memory`.
+        trainings: how many of them the stage does, one after the other, on the same disk.
 
     Raises:
         ConfigError: as `attention_implementation`, `step_size`, `choose_precision`, `refuse_if_stuck`, `require_disk`.
@@ -125,16 +128,23 @@ def check_training(
         dtype=precision.weights_dtype,
         lora=tuning.lora if tuning.method == "lora" else None,
     )
+    wanted = _files_bytes(
+        skeleton, precision.optimizer, checkpoints=len(training.checkpoints), trainings=trainings
+    )
+    require_disk(directory, wanted - _written(partial_path(directory)))
+
+
+def _files_bytes(skeleton: nn.Module, optimizer: str, *, checkpoints: int, trainings: int) -> int:
+    """Bytes on the disk at the end of the last of so many trainings, the largest moment: what it goes on from is still there."""
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in skeleton.parameters()]
     held = sum(size for size, _ in sizes)
-    resumable = sum(size for size, requires_grad in sizes if requires_grad)
-    resumable += sum(state_bytes(p, precision.optimizer) for p in skeleton.parameters() if p.requires_grad)
-    if (
-        requested_sharding()
-    ):  # FSDP and ZeRO-3 resume from a copy of their own: frozen weights too, tied ones twice
+    trained = sum(size for size, requires_grad in sizes if requires_grad)
+    resumable = trained + sum(state_bytes(p, optimizer) for p in skeleton.parameters() if p.requires_grad)
+    if requested_sharding():
+        # FSDP and ZeRO-3 resume from a copy of their own: frozen weights too, tied ones twice
         resumable += sum(tensor.numel() * tensor.element_size() for tensor in skeleton.state_dict().values())
-    wanted = resumable * (len(training.checkpoints) + 2) + held  # and the finished folder
-    require_disk(directory, wanted - _written(partial_path(directory)))
+    finished = trained * (checkpoints + 1)  # the models at its checkpoints, and the last one beside them
+    return resumable * (checkpoints + 2) + held + finished * (trainings - 1)
 
 
 def _written(folder: Path) -> int:

@@ -278,6 +278,24 @@ def test_disk_is_asked_for_what_the_training_writes(
     )
 
 
+def test_several_trainings_are_asked_for_together(
+    shared: RewardModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr("prmd.training.run.require_disk", lambda path, size: asked.append(size))
+    weights = sum(p.numel() for p in LlamaForCausalLM(tiny_config()).parameters()) * 4
+    full = TrainingConfig(learning_rate=1e-3, checkpoints=(0.5, 1.0))
+    for trainings in (1, 4):
+        check_training(
+            *(shared.model, shared.paths, TuningConfig(), full),
+            task="policy",
+            directory=tmp_path,
+            trainings=trainings,
+        )
+    one, four = asked
+    assert four - one == 3 * 3 * weights  # of each finished one: half-way, the end, and the end again
+
+
 def test_adapters_need_less_disk_than_all_weights(
     shared: RewardModelConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
