@@ -29,6 +29,7 @@ from prmd.inference.kl import response_kls
 from prmd.inference.reference import reference_key, reference_logps
 from prmd.inference.scoring import lookup, score_logps, score_rows
 from prmd.inference.vllm_engine import require_vllm, vllm_engine
+from prmd.models.agreement import check_agreement
 from prmd.models.bases import check_base
 from prmd.models.chat_templates import render
 from prmd.models.identity import model_files
@@ -284,6 +285,7 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
         if table.holds(rows):
             return [lookup(table, row) for row in rows]
         longest = max(row.longest for row in rows)
+        check_agreement(self.policy, SequenceLogps(self.policy), longest=longest)
         return score_rows(
             rows,
             lambda batch: response_kls(self.policy, self.as_reference, batch),

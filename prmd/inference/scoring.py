@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from prmd.inference.cache import ScoreTable, tokens_key
+from prmd.models.agreement import check_agreement
 from prmd.models.prefix_rows import attention_mask, collate_rows, plan_scoring
 from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, Tokens
@@ -155,6 +156,8 @@ def score_logps(
         return [lookup(table, row)[:, 0] for row in rows]
     scorer = SequenceLogps(model).eval()
     longest = max((row.longest for row in rows), default=0)
+    if not table.holds(rows):
+        check_agreement(model, scorer, longest=longest)
     values = score_rows(
         rows,
         lambda batch: scorer(**batch)[:, None],
@@ -203,8 +206,10 @@ def score_logps_behind_primer(
     options = {"table": table, "pad_id": pad_id, "tokens_per_batch": tokens_per_batch}
     if model is None or table.holds(rows):
         return [lookup(table, row)[:, 0] for row in rows]
+    longest = max(row.longest for row in rows)
+    check_agreement(model, SequenceLogps(model), longest=longest)
     scorer = PrimedLogps(model, shared_beginning(rows)).eval()
-    if not (scorer.primer and supports_shared_prompts(scorer.unwrapped.config, max(r.longest for r in rows))):
+    if not (scorer.primer and supports_shared_prompts(scorer.unwrapped.config, longest)):
         return score_logps(model, rows, description=description, **options)
     values = score_rows(
         rows,

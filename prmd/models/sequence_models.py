@@ -156,6 +156,15 @@ def _float32_linear(layer: nn.Linear, features: Tensor) -> Tensor:
     return functional.linear(features.float(), layer.weight.float(), bias)
 
 
+_seen_apart: set[type] = set()
+"""Configurations of models that were measured to look past a mask of shared prompts (`agreement`)."""
+
+
+def share_no_prompts(model_config: Any) -> None:
+    """Have `supports_shared_prompts` say no of models of this kind from now on."""
+    _seen_apart.add(type(model_config))
+
+
 def supports_shared_prompts(model_config: Any, longest: int) -> bool:
     """Whether rows of several responses are exact for this model.
 
@@ -167,7 +176,7 @@ def supports_shared_prompts(model_config: Any, longest: int) -> bool:
         longest: tokens of the longest single conversation.
     """
     attention = getattr(model_config, "_attn_implementation", "sdpa")
-    if attention not in ("sdpa", SDPA_OR_FLEX, SDPA_OR_FASTER_FLEX):
+    if type(model_config) in _seen_apart or attention not in ("sdpa", SDPA_OR_FLEX, SDPA_OR_FASTER_FLEX):
         return False
     text_config = model_config.get_text_config()  # of a multimodal model, that of its language part
     layer_types = getattr(text_config, "layer_types", None)

@@ -24,6 +24,7 @@ from prmd.errors import DataError
 from prmd.inference.cache import ScoreTable
 from prmd.inference.generation import GeneratedResponse, sample_rows
 from prmd.inference.scoring import lookup, score_rows
+from prmd.models.agreement import check_agreement
 from prmd.models.bases import check_base
 from prmd.models.chat_templates import read_template, template_fingerprint
 from prmd.models.identity import model_files, weight_files
@@ -147,13 +148,15 @@ class RewardModel:
         if table.holds(rows):
             return [lookup(table, row) for row in rows]
         model, compute = opened()
+        longest = max(row.longest for row in rows)
+        check_agreement(model, SequenceRewards(model), longest=longest)
         return score_rows(
             rows,
             compute,
             table=table,
             pad_id=self.tokenizer.pad_token_id,
             tokens_per_batch=self.scoring_tokens,
-            share_prompt=supports_shared_prompts(model.config, max(row.longest for row in rows)),
+            share_prompt=supports_shared_prompts(model.config, longest),
             device=model.device,
             description=description,
         )

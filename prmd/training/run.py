@@ -17,6 +17,7 @@ from prmd.artifacts.paths import ArtifactPaths
 from prmd.artifacts.runs import partial_path
 from prmd.config.shared import ModelConfig, SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
+from prmd.models.agreement import check_agreement
 from prmd.models.attention import attention_implementation
 from prmd.models.loading import load_model_config
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
@@ -162,7 +163,7 @@ def run_training(
         `training.checkpoints`, and none that was left behind before these shares were asked for.
 
     Raises:
-        ConfigError: as `refuse_if_stuck`, here on the model's own weights.
+        ConfigError: as `refuse_if_stuck`, here on the model's own weights, and `check_agreement`.
         StoppedError: as `StopRequests.heard`.
         NotFiniteError: a loss or gradient is NaN or infinite.
     """
@@ -235,6 +236,9 @@ def _load(run: TrainingRun, precision: Precision, *, on_card: bool) -> SequenceR
         progress,
         precision.learning_rate,
     )
+    if not requested_sharding():  # before a sharded model is wrapped, no process holds it whole
+        rows = [*run.data.rows, *(run.eval_data.rows if run.eval_data else ())]
+        check_agreement(model.model, model, longest=max(row.longest for row in rows))
     checkpointing = run.training.gradient_checkpointing
     if on_card if checkpointing == "auto" else checkpointing:
         enable_gradient_checkpointing(model.unwrapped)
