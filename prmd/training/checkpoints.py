@@ -217,11 +217,16 @@ def name_checkpoints(directory: Path, steps: dict[int, str], best: int | None = 
     """Turn `checkpoint-<step>` folders into `checkpoints/<name>` without the trainer's state, and copy the best one.
 
     Those of other steps, made when the training was stopped, go. What an interrupted call left undone, the next one does.
+
+    Raises:
+        DataError: one was damaged after it was saved.
     """
     for step, name in steps.items():
         source = directory / f"{PREFIX}{step}"
         if not source.is_dir():
             continue
+        if (source / MARKER).is_file() and (problem := _torn(source)):
+            raise DataError(f"{source}: {problem}; give --force to train again")
         _drop_state(source)
         io.publish_directory(source, directory / "checkpoints" / name)
     drop_checkpoints(directory)

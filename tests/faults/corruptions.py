@@ -149,7 +149,7 @@ TARGETS = (
             ),
             ("weights", f"{POLICIES}/.*/checkpoint-*/model.safetensors", HIERARCHICAL, "training.json", 1),
             ("markers", f"{POLICIES}/.*/checkpoint-*/COMPLETE", HIERARCHICAL, "training.json", 1),
-            ("notes", f"{REWARD_MODELS}/.helpful_rm.partial/*.json", HELPFUL, "training.json", 2),
+            ("notes", f"{REWARD_MODELS}/.helpful_rm.partial/*.json", HELPFUL, "backbone.json", 2),
             (
                 "adapters",
                 f"{POLICIES}/.*/checkpoint-*/adapter_model.safetensors",
@@ -158,7 +158,7 @@ TARGETS = (
                 1,
             ),
             ("checkpoints (TRL)", f"{POLICIES}/.*/checkpoint-*/*", "3 baseline, TRL", "training.json", 2),
-            ("members", f"{REWARD_MODELS}/.*/members/**/*", HARMLESS, "members/2/training.json", 1),
+            ("members", f"{REWARD_MODELS}/.*/members/**/*", HARMLESS, "members/1/training.json", 1),
         )
     ),
     *(

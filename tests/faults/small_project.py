@@ -199,7 +199,8 @@ class Project:
         wrong = [name for name in names if found.get(name) != wanted[name]]
         if wrong:
             state = "differs" if wrong[0] in found else "is missing"
-            return f"{wrong[0]} {state}" + (f", and {len(wrong) - 1} more" if wrong[1:] else "")
+            others = [name for name in wrong[1:] if not name.startswith("data/cache/")]
+            return f"{wrong[0]} {state}, and {len(wrong) - 1} more: {', '.join(others[:4])}"
         return unvouched(root, without)
 
 
