@@ -164,8 +164,15 @@ class OwnPairsConfig(Section):
 
     @model_validator(mode="after")
     def names_are_file_names(self) -> "OwnPairsConfig":
+        scored = tuple(self.scored.scores) if self.scored else ()
+        if twice := sorted(set(self.objectives) & set(scored)):
+            raise MisplacedError(
+                f"got {twice[0]}, which has a file of its own in objectives; leave it out of one of them",
+                "scored",
+                "scores",
+            )
         if problem := names_problem(self.names):
-            raise MisplacedError(problem, "objectives")
+            raise MisplacedError(problem, *(("objectives",) if self.objectives else ("scored", "scores")))
         return self
 
 

@@ -95,7 +95,7 @@ def _tables(
 ) -> dict[str, Table]:
     """Every table beside the headline and the judges' by its heading; those without data are left out."""
     methods = list(metrics)
-    front = format_estimate(comparison.get("hypervolume"), 3)
+    front = comparison.get("hypervolume_left_out") or format_estimate(comparison.get("hypervolume"), 3)
     found = {
         "Paired comparisons": paired_table(comparison),
         "Everything else the judges say": measure_table(

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from prmd.artifacts.paths import ArtifactPaths
+from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths
+from prmd.config.loading import load_pipeline
 from prmd.config.shared import RewardModelConfig
 from prmd.data import prepare, readers
 from prmd.data.own.scored import as_score, preferred
@@ -436,3 +437,21 @@ def test_an_empty_folder_and_a_lost_path_are_named(tmp_path):
         ConfigError, match=r"objectives\.polite\.path: .*lost\.jsonl.* neither an existing folder"
     ):
         download_dataset(own_config(tmp_path, tmp_path / "lost.jsonl"))
+
+
+def test_the_shipped_example_prepares_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overrides = [f"artifact_root={tmp_path.as_posix()}"]
+    config = load_pipeline(CONFIG_DIR / "own_pairs", overrides)[RewardModelConfig]
+    assert config.paths.objectives == ("helpful", "honest")
+    stats = json.loads((prepared(config) / "stats.json").read_text(encoding="utf-8"))
+    for row in stats["rows"].values():
+        assert row["read"] == 224 == sum(sum(row[key].values()) for key in ("refused", "left_out", "kept"))
+        assert all(row["kept"].values()) and not row["refused"]
+    split_objectives(config)  # current: reused
+    download_dataset(config)
+    with pytest.raises(DataError, match="was downloaded with"):
+        changed = load_pipeline(
+            CONFIG_DIR / "own_pairs", [*overrides, "data.own_pairs.objectives.honest.columns={id: null}"]
+        )
+        split_objectives(changed[RewardModelConfig])

@@ -1,11 +1,15 @@
 """`data.own.formats`: one row of every usual form, worked out by hand, and the rows that are no pair."""
 
 import json
+import re
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prmd.artifacts.paths import PROJECT_ROOT
+from prmd.config.shared import DataConfig
 from prmd.data.own.formats import RowError, compare, form_of
 from prmd.pairs import PreferencePair, make_pair
 
@@ -151,3 +155,19 @@ def test_any_row_is_a_storable_pair_or_refused(row):
         objective="polite",
     )
     assert PreferencePair.from_row(pair.to_row(), objective="polite", where="a") == pair
+
+
+def test_every_example_of_the_page_is_read_as_it_says():
+    page = (PROJECT_ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    rows = [json.loads(text) for text in re.findall(r"```json\n(.*?)\n```", page, flags=re.DOTALL)]
+    pairs = [compare(row) for row in rows if "chosen" in row]
+    assert len(pairs) == 6 and all(pair.prompt == (USER,) for pair in pairs)
+    assert {pair.chosen for pair in pairs} == {"It is blue."}
+    sections = [
+        yaml.safe_load(text)["data"] for text in re.findall(r"```yaml\n(.*?)\n```", page, flags=re.DOTALL)
+    ]
+    assert [DataConfig.model_validate(section).objectives for section in sections] == [
+        ("concise", "polite", "correct"),
+        ("helpful", "honest"),
+        ("helpful", "honest"),
+    ]

@@ -7,6 +7,7 @@ import pytest
 from scipy.optimize import minimize
 
 from prmd.errors import DataError
+from prmd.evaluation import comparison
 from prmd.evaluation.comparison import SHARED_PARTS, check_comparable, compare_methods, win_matrix
 from prmd.evaluation.metrics import SampledMethod, method_metrics
 from prmd.evaluation.scores import ReferenceScores
@@ -182,3 +183,17 @@ def test_prompts_in_another_order_are_refused() -> None:
     files[1]["per_prompt"]["ids"] = files[1]["per_prompt"]["ids"][::-1]
     with pytest.raises(DataError, match="different prompts"):
         check_comparable(files)
+
+
+def test_a_volume_that_would_take_too_long_is_left_out_and_said() -> None:
+    rng = np.random.default_rng(0)
+    files = [
+        {"per_prompt": {"mean_reward": {f"o{k}": list(rng.uniform(size=8)) for k in range(12)}}}
+        for _ in range(12)
+    ]
+    found = comparison._front(files, RESAMPLING)
+    assert found["hypervolume"] is None and "12 policies on 12 objectives" in found["hypervolume_left_out"]
+    assert "hypervolume_left_out" not in comparison._front(files[:4], RESAMPLING)
+    assert comparison._front(files[:1], RESAMPLING)["hypervolume"]["value"] == pytest.approx(
+        np.prod([np.mean(v) for v in files[0]["per_prompt"]["mean_reward"].values()])
+    )
