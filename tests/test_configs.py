@@ -32,12 +32,12 @@ def dotted_keys_of_file(path: Path) -> list[str]:
 @pytest.mark.parametrize(("name", "kind"), CONFIG_FILES.items())
 def test_shipped_file_is_the_defaults(name: str, kind: type[BaseModel]) -> None:
     """But for what a file that was written before there was this key or value, and lacks it, need not follow: the pairs of a
-    step, which such a file changes with the batch, and where targets are cut.
+    step, which such a file changes with the batch, where targets are cut, and how often a pair is drawn.
     """
     sections = {RewardModelConfig: [], EvaluationConfig: ["judges.training"]}.get(kind, ["training"])
     keys = [f"{section}.pairs_per_step=null" for section in (*sections, "reward_model_config.training")]
     if kind is PolicyConfig:
-        keys.append("policy.margin_clip=5.0")
+        keys += ["policy.margin_clip=5.0", "pairs.max_repeats=null"]
     assert load_config(CONFIG_DIR / name, kind, keys) == kind()
 
 

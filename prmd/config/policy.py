@@ -14,6 +14,7 @@ from prmd.config.shared import (
     LoraConfig,
     MisplacedError,
     PositiveFloat,
+    PositiveInt,
     RefersToRewardModelConfig,
     Section,
     TrainingConfig,
@@ -101,6 +102,7 @@ class PolicySection(Section):
 class PairsConfig(Section):
     reference_samples: Annotated[int, Field(ge=0)] = 0
     share: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.5
+    max_repeats: PositiveInt | None = None
 
     @field_validator("reference_samples")
     @classmethod

@@ -40,8 +40,13 @@ from prmd.policies.pairs import (
     ReferenceSamples,
     ScaleResponses,
     Split,
+    binding_repeats,
+    describe_draws,
+    draws_line,
     held_out_pairs,
     pooled_pairs,
+    split_sizes,
+    training_mixture,
 )
 from prmd.policies.robust_reward import RobustReward, solve_reward
 from prmd.policies.sample_pairs import (
@@ -75,8 +80,8 @@ class Prepared:
     """Everything frozen that methods on the same pairs share.
 
     `scores` and `scale` are None when no reward model is needed, `samples` when no method trains on reference samples;
-    `ref_logps` are [n, 2] of training and held-out pairs, `offsets` [n] what features that are held to be a bias predict of their
-    labels, and `debiased` says of which objectives' reward models these were named.
+    `ref_logps` are [n, 2] of training and held-out pairs, `draws` from `pairs.describe_draws`, `offsets` [n] what features that
+    are held to be a bias predict of their labels, and `debiased` says of which objectives' reward models these were named.
     """
 
     pairs: PolicyPairs
@@ -87,6 +92,7 @@ class Prepared:
     samples: ReferenceSamples | None = None
     offsets: tuple[Tensor, ...] = ()
     debiased: Mapping[str, list[str]] = field(default_factory=dict)
+    draws: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,8 @@ def prepare(
         source: whose pairs these are, for people.
     """
     pairs = pooled_pairs(splits["train"], mixture, tokens)
+    draws = describe_draws(split_sizes(splits["train"]), mixture)
+    logger.info("policies: %s", draws_line(draws))
     watched = held_out_pairs(splits["val"], mixture, tokens, len(pairs.tokenized.rows))
     held_out = PolicyPairs(watched, list(range(len(watched.rows))))
     tokenized = pairs.tokenized
@@ -160,7 +168,7 @@ def prepare(
     offsets = ()
     if any(_is_debiased_dpo(method) for method in methods):
         offsets = tuple(_label_offsets(side, biases, tokens) for side in (pairs, held_out))
-    named: dict[str, Any] = {"offsets": offsets, "debiased": debiased}
+    named: dict[str, Any] = {"offsets": offsets, "debiased": debiased, "draws": draws}
     if not any(method_of(method).reads_rewards for method in methods):
         sides = (pairs, held_out) if any(method != BASELINE for method in methods) else ()
         logps = [reference_logps(shared, tokens.tokenizer, side.tokenized.rows) for side in sides]
@@ -383,11 +391,13 @@ def policy_fingerprints(
     sample_pairs: PairsConfig,
     tuning: TuningConfig,
     training: TrainingConfig,
+    train: Split,
     models: Sequence[RewardModel] = (),
 ) -> Keys:
     """Key of everything a finished policy depends on, and of nothing its method does not read; then that of earlier versions.
 
     Args:
+        train: the training pairs of each objective.
         models: the reward models of all objectives; may be left out where the method reads no rewards.
     """
     rewarded = method_of(method).reads_rewards
@@ -406,8 +416,32 @@ def policy_fingerprints(
     calibrations = calibration_keys(shared.calibration) if rewarded else (None, None)
     today, earlier = zip(training_keys(training), calibrations, strict=True)
     read, before = settings_keys(policy, sample_pairs, method)
+    drawing: dict[str, Any] = {"policy": policy, "sample_pairs": sample_pairs, "training": training}
+    if repeats := binding_repeats(split_sizes(train), method_mixture(method, train, **drawing, seed=seed)):
+        read, before = ({**values, "max_repeats": repeats} for values in (read, before))
     return tuple(
         io.fingerprint([method, settings, how, trained, seed, calibration, base, data, keys])
         for keys in every
         for settings, (trained, calibration) in ((read, today), (before, today), (before, earlier))
+    )
+
+
+def method_mixture(
+    method: str,
+    train: Split,
+    *,
+    policy: PolicySection,
+    sample_pairs: PairsConfig,
+    training: TrainingConfig,
+    seed: int,
+) -> Mixture:
+    """How a method's labelled pairs, those of the training split, are mixed."""
+    return training_mixture(
+        train,
+        weights=policy.weights,
+        max_pairs=training.max_pairs,
+        epochs=training.epochs,
+        seed=seed,
+        max_repeats=sample_pairs.max_repeats,
+        objective=method_of(method).objective,
     )

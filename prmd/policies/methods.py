@@ -120,7 +120,7 @@ def settings_read(policy: PolicySection, pairs: PairsConfig, method: str) -> dic
         if kind == "distil" and policy.loss == "huber":
             names.append("huber_delta")
         if pairs.reference_samples:
-            values["pairs"] = pairs.model_dump()
+            values["pairs"] = pairs.model_dump(exclude={"max_repeats"})  # which is read where it binds
     elif kind == "modpo":
         values["reference_samples"] = pairs.reference_samples
     return values | {name: getattr(policy, name) for name in names}

@@ -56,12 +56,14 @@ class Mixture:
         weights: share of each objective.
         total: pairs of an epoch.
         epochs: passes over them.
+        max_repeats: draws of one pair in an epoch at most; None: no limit.
     """
 
     weights: Mapping[str, float]
     total: int
     epochs: float
     seed: int
+    max_repeats: int | None = None
 
 
 def read_splits(paths: ArtifactPaths) -> dict[str, Split]:
@@ -84,6 +86,7 @@ def training_mixture(
     max_pairs: int | None,
     epochs: float,
     seed: int,
+    max_repeats: int | None = None,
     objective: str | None = None,
 ) -> Mixture:
     """The mixture of a training: as many pairs per epoch as the split holds, and no more than `max_pairs`.
@@ -94,19 +97,76 @@ def training_mixture(
     """
     held = sum(map(len, train.values()))
     own = {k: float(k == objective) for k in weights} if objective else weights
-    return Mixture(own, min(held, max_pairs or held), epochs, seed)
+    return Mixture(own, min(held, max_pairs or held), epochs, seed, max_repeats)
+
+
+def objective_draws(
+    sizes: Mapping[str, int], weights: Mapping[str, float], total: int, max_repeats: int | None = None
+) -> dict[str, int]:
+    """How many of the `total` draws of an epoch are of each objective: round(weight x total), as far as its pairs allow.
+
+    An objective whose every pair is drawn `max_repeats` times has its share filled; what is left over is shared by weight
+    among those that have draws left, so that an epoch keeps its size as long as there are any.
+
+    Args:
+        max_repeats: draws of one pair at most; None: no limit.
+    """
+    draws = {k: round(weights[k] * total) for k in weights}
+    if max_repeats is None:
+        return draws
+    most = {k: max_repeats * sizes[k] for k in weights}
+    left = sum(max(0, draws[k] - most[k]) for k in weights)
+    draws = {k: min(draws[k], most[k]) for k in weights}
+    while left and (able := [k for k in weights if weights[k] > 0 and draws[k] < most[k]]):
+        whole, shared = sum(weights[k] for k in able), left
+        for k in able:  # at least one each, so that it ends
+            more = min(left, most[k] - draws[k], max(1, int(shared * weights[k] / whole)))
+            draws[k], left = draws[k] + more, left - more
+    return draws
+
+
+def binding_repeats(sizes: Mapping[str, int], mixture: Mixture) -> int | None:
+    """`max_repeats` where it changes what is drawn, else None: the training is then that of no limit."""
+    free, limited = (
+        objective_draws(sizes, mixture.weights, mixture.total, most) for most in (None, mixture.max_repeats)
+    )
+    return None if free == limited else mixture.max_repeats
+
+
+def describe_draws(sizes: Mapping[str, int], mixture: Mixture) -> dict[str, dict[str, float]]:
+    """Of each objective its draws in an epoch, their share of all, and the passes over its pairs in the whole training."""
+    draws = objective_draws(sizes, mixture.weights, mixture.total, mixture.max_repeats)
+    return {
+        k: {
+            "draws": n,
+            "share": n / max(1, sum(draws.values())),
+            "passes": mixture.epochs * n / max(1, sizes[k]),
+        }
+        for k, n in draws.items()
+    }
+
+
+def draws_line(draws: Mapping[str, Mapping[str, float]]) -> str:
+    """`describe_draws` in words."""
+    parts = (f"{k} {row['share']:.1%} ({row['passes']:.3g} passes)" for k, row in draws.items())
+    return f"pairs drawn: {', '.join(parts)}"
 
 
 def pool_order(
-    sizes: Mapping[str, int], weights: Mapping[str, float], total: int, seed: int
+    sizes: Mapping[str, int],
+    weights: Mapping[str, float],
+    total: int,
+    seed: int,
+    max_repeats: int | None = None,
 ) -> list[tuple[str, int]]:
-    """Draw `total` (objective, index) pairs, round(weight x total) of each objective, in random order.
+    """Draw `total` (objective, index) pairs, `objective_draws` of each objective, in random order.
 
     An objective with fewer pairs repeats them, one with more is subsampled: data-set size has no say.
     """
     drawn: list[tuple[str, int]] = []
+    draws = objective_draws(sizes, weights, total, max_repeats)
     for objective in weights:
-        wanted, indices = round(weights[objective] * total), []
+        wanted, indices = draws[objective], []
         for repeat in range(-(-wanted // sizes[objective]) if wanted else 0):
             order = list(range(sizes[objective]))
             random.Random(f"{seed}-{objective}-{repeat}").shuffle(order)
@@ -116,12 +176,25 @@ def pool_order(
     return drawn
 
 
+def _epoch_size(sizes: Mapping[str, int], mixture: Mixture) -> int:
+    """Pairs of an epoch: `mixture.total`, or fewer where the limit leaves no objective enough draws."""
+    if binding_repeats(sizes, mixture) is None:
+        return mixture.total
+    draws = objective_draws(sizes, mixture.weights, mixture.total, mixture.max_repeats)
+    return min(mixture.total, sum(draws.values()))
+
+
+def split_sizes(split: Split) -> dict[str, int]:
+    """Pairs of each objective."""
+    return {objective: len(pairs) for objective, pairs in split.items()}
+
+
 def pooled_pairs(split: Split, mixture: Mixture, tokens: "PairTokens") -> PolicyPairs:
     """Pool the pairs of a split by the objective weights and tokenize each once."""
-    sizes, drawn = {objective: len(pairs) for objective, pairs in split.items()}, []
+    sizes, drawn = split_sizes(split), []
     for epoch in range(-int(-mixture.epochs // 1)):
-        drawn += pool_order(sizes, mixture.weights, mixture.total, mixture.seed + epoch)
-    drawn = drawn[: round(mixture.epochs * mixture.total)]
+        drawn += pool_order(sizes, mixture.weights, mixture.total, mixture.seed + epoch, mixture.max_repeats)
+    drawn = drawn[: round(mixture.epochs * _epoch_size(sizes, mixture))]
     tokenized = tokens.of_pairs([split[k][i] for k, i in dict.fromkeys(drawn)])
     position = {pair.id: i for i, pair in enumerate(tokenized.pairs)}
     ids = [split[k][i].id for k, i in drawn]
@@ -136,7 +209,7 @@ def held_out_pairs(split: Split, mixture: Mixture, tokens: "PairTokens", trained
         trained: distinct pairs of the training.
     """
     total = max(3, min(EVAL_PAIRS, int(EVAL_SHARE * trained)))
-    return pooled_pairs(split, replace(mixture, total=total, epochs=1.0), tokens).tokenized
+    return pooled_pairs(split, replace(mixture, total=total, epochs=1.0, max_repeats=None), tokens).tokenized
 
 
 # ------------------------------------------------------------------ their tokens

@@ -22,6 +22,7 @@ from prmd.inference.reference import calibration_sampling, samples_table, with_s
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import Tokens
 from prmd.pessimism.kl_budget import gate_row, usable_kl_target
+from prmd.policies.inputs import method_mixture
 from prmd.policies.methods import (
     BASELINE,
     POLICY_METHODS,
@@ -31,7 +32,15 @@ from prmd.policies.methods import (
     soup_members,
     uses_gamma,
 )
-from prmd.policies.pairs import PairTokens, ScaleResponses, Split, read_splits
+from prmd.policies.pairs import (
+    PairTokens,
+    ScaleResponses,
+    Split,
+    describe_draws,
+    draws_line,
+    read_splits,
+    split_sizes,
+)
 from prmd.policies.robust_reward import solve_reward
 from prmd.policies.sample_pairs import GAMMA_SAMPLES
 from prmd.policies.scores import (
@@ -62,6 +71,9 @@ def describe_policies(
     train, val = ([paths.split(k, split) for k in paths.objectives] for split in ("train", "val"))
     if any(method_of(method).reads_rewards for method in methods):
         describe_reward_models(paths)
+    drawn_from = {
+        k: io.read_jsonl(file) for k, file in zip(paths.objectives, train, strict=True) if file.is_file()
+    }
     for method in methods:
         directory = paths.policy(method, run_name)
         if method == SOUP:
@@ -80,6 +92,10 @@ def describe_policies(
             output=directory,
             sampled=sampled,
         )
+        if len(drawn_from) == len(paths.objectives) and all(drawn_from.values()):
+            how = {"policy": policy, "sample_pairs": sample_pairs, "training": training}
+            mixture = method_mixture(method, drawn_from, **how, seed=shared.seed)
+            logger.info("%s", draws_line(describe_draws(split_sizes(drawn_from), mixture)))
         if method == BASELINE:
             logger.info(
                 "TRL trains it: prompts twice, padded, all logits at once; the memory above is too low"

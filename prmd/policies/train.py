@@ -44,6 +44,7 @@ from prmd.policies.inputs import (
     MethodInputs,
     Prepared,
     method_inputs,
+    method_mixture,
     policy_fingerprints,
     prepare,
     say_inputs,
@@ -56,7 +57,7 @@ from prmd.policies.methods import (
     reference_sample_count,
     soup_members,
 )
-from prmd.policies.pairs import PairTokens, PolicyPairs, Split, read_splits, training_mixture
+from prmd.policies.pairs import PairTokens, PolicyPairs, Split, read_splits
 from prmd.policies.preview import describe_gate, describe_policies, gamma_lengths, preview_gate
 from prmd.policies.soup import average_policies
 from prmd.policies.targets import describe_targets, policy_loss, with_clip
@@ -112,7 +113,7 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
     folders = PolicyFolders(
         config.paths, shared.model, config.run_name, force, partial(finish_run, config=config)
     )
-    key = partial(policy_fingerprints, tokenizer=tokenizer, **settings, **how)
+    key = partial(policy_fingerprints, tokenizer=tokenizer, train=splits["train"], **settings, **how)
     if SOUP in methods:
         _check_soup(folders, key, being_trained=trained)
     rewarded = any(method_of(method).reads_rewards for method in trained)
@@ -177,18 +178,21 @@ class PolicyFolders:
         if not self.force:
             refuse_replacing(self.of(method), *fingerprints, what=f"policy {method}")
 
-    def write(self, method: str, fingerprint: str, make: Callable[[Path, Path], dict[str, Any]]) -> None:
+    def write(
+        self, method: str, fingerprint: str, make: Callable[[Path, Path], dict[str, Any]], **also: Any
+    ) -> None:
         """Build a policy's folder and publish it.
 
         Args:
             make: (folder, log directory) -> its metrics; leaves the weights in the folder.
+            also: further metrics.
         """
         paths, directory = self.paths, self.of(method)
         clock, partial_folder = start_run(), partial_directory(directory, fingerprint, self.force)
         log_directory = paths.logs("policies", paths.approach, directory.name)
         metrics: dict[str, Any] = {"method": directory.name, "approach": paths.approach, "notes": []}
         with io.disk_errors_named(partial_folder):
-            metrics |= make(partial_folder, log_directory)
+            metrics |= make(partial_folder, log_directory) | also
         if is_main_process():
             path = io.write_json(partial_folder / "metrics.json", metrics)
             figures.plot_policy_training(path, paths.visualizations)
@@ -237,14 +241,8 @@ def _prepare(
         models: the reward models of all objectives; none where no method of the stage reads rewards.
         reward_model_length: tokens to which stage 2 cut the prompts that it sampled.
     """
-    mixture = training_mixture(
-        splits["train"],
-        weights=policy.weights,
-        max_pairs=training.max_pairs,
-        epochs=training.epochs,
-        seed=shared.seed,
-        objective=objective,
-    )
+    drawing: dict[str, Any] = {"policy": policy, "sample_pairs": sample_pairs, "training": training}
+    mixture = method_mixture(methods[0], splits["train"], **drawing, seed=shared.seed)
     settings: dict[str, Any] = {"shared": shared, "policy": policy, "sample_pairs": sample_pairs}
     source = objective or shared.paths.approach
     prepared = prepare(methods, models, tokens, splits=splits, mixture=mixture, source=source, **settings)
@@ -286,7 +284,7 @@ def _train_alike(
             train = partial(_train_baseline, prepared.pairs, tokenizer, **how)
         else:
             train = partial(_distil, method, inputs.pop(method), tokenizer, **how)
-        folders.write(method, fingerprint, train)
+        folders.write(method, fingerprint, train, draws=prepared.draws)
 
 
 def _train_baseline(

@@ -317,11 +317,21 @@ def policies_section(paths: ArtifactPaths) -> Section:
         steps = max((row.get("step", 0) for row in metrics.get("curve") or []), default=0)
         scale = format_number(metrics.get("reward_scale"), 3)
         spread = tuple(format_number(targets.get(key)) for key in ("mean", "sd"))
-        rows.append((name, scale, *spread, NOTHING if share is None else f"{share:.1%}", str(steps)))
-    columns = ("method", "reward scale", "target margin, mean", "sd", "clipped targets", "steps")
+        clipped = NOTHING if share is None else f"{share:.1%}"
+        rows.append((name, scale, *spread, clipped, str(steps), _draws(metrics.get("draws") or {})))
+    spread_columns = ("target margin, mean", "sd", "clipped targets")
+    columns = ("method", "reward scale", *spread_columns, "steps", "draws (passes)")
     notes = [f"{name}: {note}" for name, m in policies.items() for note in m.get("notes") or []]
-    caption = "Targets are what each policy's implicit margins were pulled to; DPO has none."
+    caption = (
+        "Targets are what each policy's implicit margins were pulled to; DPO has none. Draws: share of an objective's labelled "
+        "pairs in all that are drawn, and how often the training passes over them."
+    )
     return {"missing": None, "table": Table(columns, tuple(rows), caption), "notes": notes}
+
+
+def _draws(draws: dict[str, Any]) -> str:
+    parts = (f"{k} {row['share']:.0%} ({format_number(row['passes'])})" for k, row in draws.items())
+    return ", ".join(parts) or NOTHING
 
 
 # ------------------------------------------------------------------ data

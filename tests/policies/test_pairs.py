@@ -18,7 +18,17 @@ from prmd.errors import DataError
 from prmd.models.tokenization import tokenize_pairs, tokenize_prompt, tokenize_row
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, make_pair
-from prmd.policies.pairs import PairTokens, pool_order, pooled_pairs, read_splits
+from prmd.policies.pairs import (
+    Mixture,
+    PairTokens,
+    binding_repeats,
+    describe_draws,
+    draws_line,
+    objective_draws,
+    pool_order,
+    pooled_pairs,
+    read_splits,
+)
 
 K = len(OBJECTIVES)
 
@@ -45,6 +55,53 @@ def test_pool_holds_each_objective_by_its_weight_not_its_size(
         least = counts[objective] // size_of[objective]
         assert set(uses.values()) <= {least, least + 1} and (least == 0 or len(uses) == size_of[objective])
     assert pool_order(size_of, weights, total, seed) == drawn
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    sizes=st.tuples(*[st.integers(1, 40)] * K),
+    raw=st.tuples(*[st.integers(0, 9)] * K).filter(any),
+    total=st.integers(1, 90),
+    most=st.integers(1, 6),
+)
+def test_no_pair_is_drawn_more_often_than_asked_and_an_epoch_keeps_its_size(
+    sizes: tuple[int, ...], raw: tuple[int, ...], total: int, most: int
+) -> None:
+    weights = {k: w / sum(raw) for k, w in zip(OBJECTIVES, raw, strict=True)}
+    size_of = dict(zip(OBJECTIVES, sizes, strict=True))
+    drawn = pool_order(size_of, weights, total, 0, most)
+    assert max(Counter(drawn).values(), default=0) <= most
+    free, limited = (objective_draws(size_of, weights, total, limit) for limit in (None, most))
+    able = sum(most * size_of[k] for k in OBJECTIVES if weights[k] > 0)
+    assert len(drawn) == sum(limited.values()) == min(sum(free.values()), able)
+    assert all(limited[k] == 0 for k in OBJECTIVES if weights[k] == 0)
+    if all(free[k] <= most * size_of[k] for k in OBJECTIVES):
+        assert drawn == pool_order(size_of, weights, total, 0)
+
+
+def test_what_few_honest_pairs_leave_over_goes_to_the_others_by_weight() -> None:
+    sizes = {"helpful": 43_000, "harmless": 42_000, "honest": 830}
+    weights = {"helpful": 0.4, "harmless": 0.2, "honest": 0.4}
+    draws = objective_draws(sizes, weights, 60_000, 10)
+    assert draws["honest"] == 8300 and sum(draws.values()) == 60_000
+    assert draws["helpful"] / draws["harmless"] == pytest.approx(2, rel=1e-3)
+    mixture = Mixture(weights, 60_000, 2.0, 0, 10)
+    described = describe_draws(sizes, mixture)
+    assert described["honest"] == {"draws": 8300, "share": 8300 / 60_000, "passes": 20.0}
+    assert "honest 13.8% (20 passes)" in draws_line(described)
+    assert binding_repeats(sizes, mixture) == 10
+    assert (
+        binding_repeats(sizes, replace(mixture, max_repeats=29)) is None
+    )  # 24,000 draws of 830 are 28.9 passes
+
+
+def test_an_epoch_without_enough_draws_is_shorter(config: PolicyConfig) -> None:
+    train = read_splits(config.paths)["train"]
+    mixture = replace(mixture_of(config, "honest"), max_repeats=2, epochs=1.5)
+    pairs = pooled_pairs(train, mixture, tokens_of(config))
+    held = len(train["honest"])
+    assert len(pairs.stream) == 3 * held < 1.5 * mixture.total
+    assert max(Counter(pairs.stream[: 2 * held]).values()) == 2
 
 
 def test_pool_is_mixed_and_another_seed_is_another_order() -> None:
