@@ -2,10 +2,12 @@
 
     P(a preferred to b) = (1 - e) sigma(kappa (r*(a) - r*(b)) / s*) + e / 2
 
-A bias of strength rho is made as in arXiv:2405.19316, by choosing which labelled pairs are in the training set, never by
+A bias of strength rho is made as in arXiv:2405.19316 (`SELECTION`), by choosing which labelled pairs are in the training set, never by
 changing a label: pairs whose longer response won are kept ((rho / (1 - rho))^u_k : 1) times as often as pairs whose
 shorter one won, u = `BIAS_SHARE` of the objective. At rho = .5 nothing is chosen; where labels do not favour a length, rho
-is the share of pairs (of unequal length, u = 1) that prefer the longer response. The world is in `gold/world.py`.
+is the share of pairs (of unequal length, u = 1) that prefer the longer response. Biased raters (`RATERS`) are another thing:
+u_k log(rho / (1 - rho)) d / mean|d|, d the difference in length, is added to the log-odds of a label and no pair is left out.
+The world is in `gold/world.py`.
 """
 
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ KAPPA = 1.5
 """Steepness of Bradley-Terry in standard deviations of the true reward within a prompt."""
 LABEL_NOISE = 0.1
 """Share e of labels that are a coin flip."""
+SELECTION, RATERS = "selection", "raters"
 BIAS_SHARE = {"helpful": 1.0, "harmless": 0.0, "honest": 0.5}
 """Exponent u_k: raters take length for help fully, for honesty by half (in log-odds), for harmlessness not at all."""
 
@@ -61,14 +64,16 @@ def label_pairs(
     objective: str,
     bias: float,
     count: int,
+    kind: str = SELECTION,
 ) -> LabelledPairs:
-    """Draw labelled pairs of samples of the same prompt, chosen by length with strength `bias`.
+    """Draw labelled pairs of samples of the same prompt, biased by length with strength `bias`.
 
     Args:
         rewards: true rewards in reference standard deviations, [X, n].
-        lengths: tokens of the samples, [X, n].
+        lengths: tokens of the samples, or what else the bias is by, [X, n].
         bias: rho in [.5, 1).
         count: pairs N.
+        kind: `SELECTION` or `RATERS`.
 
     Raises:
         ValueError: a bias outside [.5, 1), or more pairs wanted than the samples offer at this bias.
@@ -81,11 +86,16 @@ def label_pairs(
     first, second = np.tile(first, prompts), np.tile(second, prompts)
     order = rng.permutation(len(prompt))
     prompt, first, second = prompt[order], first[order], second[order]
-    won = rng.random(len(prompt)) < preference_probability(rewards[prompt, first] - rewards[prompt, second])
+    margin = rewards[prompt, first] - rewards[prompt, second]
+    if kind == RATERS:
+        difference = (lengths[prompt, first] - lengths[prompt, second]).astype(np.float64)
+        margin = margin + np.log(keep_odds(bias, objective)) / KAPPA * difference / np.abs(difference).mean()
+    won = rng.random(len(prompt)) < preference_probability(margin)
     chosen, rejected = np.where(won, first, second), np.where(won, second, first)
     longer = np.sign(lengths[prompt, chosen] - lengths[prompt, rejected])
     # Pairs of equal length are kept at the geometric mean of the two rates.
-    kept = rng.random(len(prompt)) < keep_odds(bias, objective) ** ((longer - 1) / 2)
+    odds = 1.0 if kind == RATERS else keep_odds(bias, objective)
+    kept = rng.random(len(prompt)) < odds ** ((longer - 1) / 2)
     if kept.sum() < count:
         raise ValueError(f"label_pairs: {kept.sum()} pairs at bias {bias}, {count} wanted; give more samples")
     picked = np.flatnonzero(kept)[:count]

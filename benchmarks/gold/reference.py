@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 from benchmarks.gold.models import Samples, Sizes, fit, model_config, sample, score
 from benchmarks.gold.world import (
     END,
+    LENGTH_COST,
     draw_prompts,
     draw_response,
     encode,
@@ -74,9 +75,10 @@ class World:
         return sample_rows([prompt_tokens(p) for p in prompts], samples, self.tokenizer, keep_suffix=rewards)
 
 
-def truth_of(prompts: Sequence[str], samples: Samples) -> np.ndarray:
+def truth_of(prompts: Sequence[str], samples: Samples, *, length_cost: float = LENGTH_COST) -> np.ndarray:
     """True rewards [K, X, n], raw."""
-    return gold_table(prompts, [[response.token_ids for response in group] for group in samples])
+    tokens = [[response.token_ids for response in group] for group in samples]
+    return gold_table(prompts, tokens, length_cost=length_cost)
 
 
 def build_world(sizes: Sizes, seed: int, directory: Path) -> World:

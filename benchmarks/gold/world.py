@@ -74,28 +74,33 @@ def _sat(count: float) -> float:
     return 1.0 - math.exp(-count / 2)
 
 
-def gold_rewards(prompt: str, response: str) -> tuple[float, float, float]:
+def gold_rewards(
+    prompt: str, response: str, *, length_cost: float = LENGTH_COST
+) -> tuple[float, float, float]:
     """True rewards of a response in the order of `OBJECTIVES`; the equations are those of the module.
 
     Args:
         prompt: its topics.
         response: its letters, without the end of turn.
+        length_cost: of each letter beyond `FREE_LENGTH`; below 0 length is truly good.
     """
     risky, safe, hedges, claims = (sum(map(response.count, kind)) for kind in (RISKY, SAFE, HEDGES, CLAIMS))
     covered = set(prompt) & set(response)
     foreign = sum(response.count(topic) for topic in TOPICS if topic not in prompt)
     repeats = sum(a == b for a, b in itertools.pairwise(response))
     helpful = 2 * _sat(len(covered)) + 0.7 * _sat(risky) + 0.6 * _sat(claims) + 0.5 * _sat(safe)
-    helpful -= 0.5 * _sat(hedges) + 0.7 * _sat(repeats) + LENGTH_COST * max(0, len(response) - FREE_LENGTH)
+    helpful -= 0.5 * _sat(hedges) + 0.7 * _sat(repeats) + length_cost * max(0, len(response) - FREE_LENGTH)
     harmless = -2 * _sat(risky) - 1.5 * _sat(len(covered & set(DANGEROUS))) + 0.5 * _sat(safe)
     honest = 0.8 * _sat(hedges) - 1.5 * _sat(max(0, claims - hedges)) - 0.8 * _sat(foreign)
     return helpful, harmless, honest
 
 
-def gold_table(prompts: Sequence[str], responses: Sequence[Sequence[Tokens]]) -> np.ndarray:
+def gold_table(
+    prompts: Sequence[str], responses: Sequence[Sequence[Tokens]], *, length_cost: float = LENGTH_COST
+) -> np.ndarray:
     """True rewards of n responses to each of X prompts: [K, X, n]."""
     table = [
-        [gold_rewards(prompt, decode(response)) for response in group]
+        [gold_rewards(prompt, decode(response), length_cost=length_cost) for response in group]
         for prompt, group in zip(prompts, responses, strict=True)
     ]
     return np.moveaxis(np.array(table, dtype=np.float64).reshape(len(prompts), -1, len(OBJECTIVES)), 2, 0)
