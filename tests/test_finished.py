@@ -218,6 +218,23 @@ def test_new_values_of_the_shipped_file_keep_what_is_finished(
     assert "policy hierarchical: finished before" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_what_is_finished_is_not_reused_on_a_base_that_was_edited_since(
+    finished: Finished, no_forward: None, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, path = finished.load(RewardModelConfig), finished.folder / "base" / name
+    text = path.read_text(encoding="utf-8")
+    train_reward_model(config, objective="helpful")
+    path.write_text(text.replace("{", '{"edited": true,', 1), encoding="utf-8")
+    with pytest.raises(ConfigError, match="finished with other settings or data"):
+        train_reward_model(config, objective="helpful")
+    path.write_text(text, encoding="utf-8")
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="prmd"):
+        train_reward_model(config, objective="helpful")
+    assert "helpful reward model: finished before" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("stage", "kind", "override"),
     [
