@@ -38,7 +38,7 @@ class PreferencePair:
         chosen: text of the preferred response.
         rejected: text of the other one.
         source: where it comes from, `hh_rlhf/helpful-base/train:12` (source, file, 1-based row).
-        objective: `helpful`, `harmless` or `honest`.
+        objective: one of the approach, `helpful`, `harmless` or `honest` of the built-in ones.
     """
 
     id: str

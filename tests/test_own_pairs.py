@@ -59,7 +59,7 @@ def check_follows(pipeline: Pipeline, objectives: tuple[str, ...], overrides: li
     assert "no objective named honest" in page
 
 
-def test_two_objectives_with_weights_a_constraint_and_a_soup(tmp_path: Path) -> None:
+def test_two_objectives_with_weights_and_a_soup(tmp_path: Path) -> None:
     objectives = ("concise", "polite")
     overrides = [
         "policy.methods=[hard_min, dpo_concise, dpo_polite, soup]",

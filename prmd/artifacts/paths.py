@@ -68,6 +68,13 @@ class ArtifactPaths:
         return self.root / "models" / "reward_models" / self.approach / f"{_component(objective)}_rm"
 
     @property
+    def reward_model_commands(self) -> str:
+        """The commands that train the reward models of all objectives, as one pattern."""
+        if set(self.objectives) <= set(OBJECTIVES):
+            return reward_model_command("*")
+        return f"{TRAIN_COMMAND} objective=<{' | '.join(self.objectives)}>"
+
+    @property
     def policies(self) -> Path:
         return self.root / "models" / "policy_models" / self.approach
 

@@ -234,7 +234,7 @@ def cached_responses(
             if found := _scored_prompts(sampling, models, tokens, candidates):
                 return score_samples(models, found, by_prompt=by_prompt, source=source)
     if by_prompt:
-        return f"no scored reference samples are cached; stage 2 ({reward_model_command('*')}) makes them"
+        return f"no scored reference samples are cached; stage 2 ({shared.paths.reward_model_commands}) makes them"
     return f"no scored reference samples are cached; {stage_command('pessimistic_dpo')} makes them"
 
 

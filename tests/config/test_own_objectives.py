@@ -29,6 +29,10 @@ def test_the_keys_are_the_objectives_in_their_order() -> None:
     names = [name for name, _, _ in stages(configs[RewardModelConfig].paths.objectives)]
     assert names[2:5] == ["train_concise_rm", "train_polite_rm", "baseline_dpo"]
     assert reward_model_command("polite") == "python 2_reward_modeling/train_rm.py objective=polite"
+    assert configs[PolicyConfig].paths.reward_model_commands.endswith(
+        "train_rm.py objective=<concise | polite>"
+    )
+    assert load_config(CONFIG_DIR, RewardModelConfig).paths.reward_model_commands.endswith("train_*_rm.py")
     assert soup_members(("concise", "polite")) == ("dpo_concise", "dpo_polite")
     assert method_of("dpo_polite").objective == "polite" and method_of("dpo_polite").loss == "dpo"
 
