@@ -133,12 +133,22 @@ def _torn(checkpoint: Path) -> str | None:
     marker = checkpoint / MARKER
     if not marker.is_file():
         return "it was not finished"
-    try:
-        manifest = {
-            checkpoint / name: tuple(values) for name, values in io.read_json(marker)["files"].items()
-        }
-    except (DataError, KeyError, TypeError, AttributeError):
+    manifest = _manifest(checkpoint)
+    if manifest is None:
         return f"its {MARKER} is not readable, or of an earlier version"
+    return _damage(manifest)
+
+
+def _manifest(checkpoint: Path) -> dict[Path, tuple[int, str]] | None:
+    """Sizes and digests of the files that a marker names, or None where it cannot be read."""
+    try:
+        files = io.read_json(checkpoint / MARKER)["files"]
+        return {checkpoint / name: (size, digest) for name, (size, digest) in files.items()}
+    except (DataError, KeyError, TypeError, ValueError, AttributeError):
+        return None
+
+
+def _damage(manifest: Mapping[Path, tuple[int, str]]) -> str | None:
     for path, (size, _) in manifest.items():
         if not path.is_file():
             return f"its {path.name} is missing"
@@ -225,7 +235,9 @@ def name_checkpoints(directory: Path, steps: dict[int, str], best: int | None = 
         source = directory / f"{PREFIX}{step}"
         if not source.is_dir():
             continue
-        if (source / MARKER).is_file() and (problem := _torn(source)):
+        state = _state_files(source)
+        model = {path: saved for path, saved in (_manifest(source) or {}).items() if path not in state}
+        if problem := _damage(model):
             raise DataError(f"{source}: {problem}; give --force to train again")
         _drop_state(source)
         io.publish_directory(source, directory / "checkpoints" / name)

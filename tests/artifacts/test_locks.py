@@ -103,3 +103,12 @@ def test_what_another_run_finished_in_the_meantime_is_not_built_again(tmp_path: 
     for fingerprint, force in (("abd", False), ("abc", True)):
         assert runs.partial_directory(final, fingerprint, force=force) == runs.partial_path(final)
     locks.let_go(final)
+
+
+def test_what_was_damaged_is_built_again_and_no_other_run_is_blamed(tmp_path: Path) -> None:
+    final = tmp_path / "cvar"
+    write_json(final / "calibration.json", 1)
+    runs.finish_run(final, config=RewardModelConfig(), inputs={}, fingerprint="abc", clock=runs.start_run())
+    write_json(final / "calibration.json", 2)  # of the same size
+    assert runs.partial_directory(final, "abc", force=False) == runs.partial_path(final)
+    locks.let_go(final)

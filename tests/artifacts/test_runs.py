@@ -137,6 +137,22 @@ def test_published_partial_directory_is_the_finished_artifact(tmp_path: Path) ->
     assert runs.is_current(final, "abc") and not partial.exists()
 
 
+def test_what_is_not_as_the_record_says_is_said_and_what_it_does_not_list_is_believed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_text(tmp_path / "cvar.json", "one")
+    write_text(tmp_path / "mean.json", "one")
+    assert runs.is_as_recorded(tmp_path, "cvar.json")  # no record yet
+    finish(tmp_path)
+    write_text(tmp_path / "new.json", "one")
+    assert runs.is_as_recorded(tmp_path, "cvar.json", "mean.json", "new.json") and not caplog.text
+    write_text(tmp_path / "cvar.json", "two")
+    assert not runs.is_as_recorded(tmp_path, "cvar.json") and "cvar.json was changed" in caplog.text
+    assert runs.is_as_recorded(tmp_path, "mean.json")
+    (tmp_path / "mean.json").unlink()
+    assert not runs.is_as_recorded(tmp_path, "mean.json")
+
+
 def test_step_results_never_overwrite(tmp_path: Path) -> None:
     paths = ArtifactPaths(tmp_path, "embedded")
     written = [runs.write_step_result(paths, "split_objectives", {"rows": i}) for i in range(3)]

@@ -84,6 +84,7 @@ def test_four_templates_each(category: str, turn: int, single: str, pair: str) -
         ("reference_answer/gpt-4.jsonl", 1, {"question_id": 82}, r"gpt-4\.jsonl:2: question_id 82"),
         ("reference_answer/gpt-4.jsonl", 0, {"choices": []}, r"gpt-4\.jsonl:1: choices"),
         ("judge_prompts.jsonl", 0, {"name": "other"}, r"lacks the templates single-v1;"),
+        ("judge_prompts.jsonl", 0, {"name": ["single-v1"]}, r"lacks the templates single-v1;"),
         ("judge_prompts.jsonl", 1, {"name": "single-v1"}, r":2: template 'single-v1' is there twice"),
         ("judge_prompts.jsonl", 0, {"prompt_template": "{answer_b}"}, r":1: template .* \['answer_b'\]"),
         ("judge_prompts.jsonl", 0, {"prompt_template": "{question"}, r":1: template .* brace"),

@@ -96,6 +96,16 @@ def test_what_a_torn_write_leaves_is_ignored(tmp_path):
     assert len(ScoreTable(tmp_path / "t", 1)) == 1
 
 
+@pytest.mark.parametrize("kind", ["scores", "samples"])
+def test_a_folder_in_the_place_of_a_shard_is_left_out(tmp_path, kind):
+    for number in range(2):
+        add(opened(kind, tmp_path / "t"), number)
+    first = min((tmp_path / "t").iterdir())
+    first.unlink()
+    first.mkdir()
+    assert len(opened(kind, tmp_path / "t")._rows) == 1
+
+
 def test_holds_asks_for_every_response(tmp_path):
     table = ScoreTable(tmp_path / "t", 1)
     row = PrefixRow((1, 2), ((3,), (4, 5)))

@@ -10,6 +10,7 @@ from tiny_models import VOCABULARY, tiny_causal_lm, tiny_classifier
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
 from prmd.config.shared import LoraConfig, ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
+from prmd.errors import DataError
 from prmd.models.loading import add_lora, load_base_classifier, load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.models.tokenization import PrefixRow
@@ -148,6 +149,19 @@ def test_named_checkpoints_hold_the_model_and_nothing_of_the_trainer(tmp_path):
     for name, step in {"start": 0, "33": 3, "end": 9, "best": 3}.items():
         [file] = (tmp_path / "checkpoints" / name).iterdir()
         assert file.read_text(encoding="utf-8") == f"model.safetensors {step}"
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_text("model.safetensors of 3")])
+def test_a_model_that_is_not_what_was_saved_is_not_named(tmp_path, damage):
+    for step in (2, 9):
+        a_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoint-9" / "optimizer.pt").write_text("changed", encoding="utf-8")  # goes in any case
+    damage(tmp_path / "checkpoint-2" / "model.safetensors")
+    with pytest.raises(DataError, match=r"checkpoint-2: its model\.safetensors is .*--force"):
+        name_checkpoints(tmp_path, {2: "33", 9: "end"})
+    assert (tmp_path / "checkpoint-9" / "model.safetensors").is_file()
+    name_checkpoints(tmp_path, {9: "end"})
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["end"]
 
 
 # ------------------------------------------------------------------ resuming
