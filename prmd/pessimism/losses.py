@@ -5,6 +5,9 @@ caller's. Not here: how targets are made pessimistic (`aggregation.py`), how log
 (`models/sequence_models.py`), the reference-sample and likelihood anchors (`policies/targets.py`). Read `aggregation.py` next.
 """
 
+import math
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -276,3 +279,42 @@ def edpo_loss(
     targets = member_targets[rows, selected].to(implicit_margins.dtype)
     errors = (targets - implicit_margins).square()
     return (weights.to(errors)[:, None] * errors).sum(dim=0)
+
+
+# ------------------------------------------------------------------ how far targets are reached
+_MOMENTS = ("implicit", "target", "implicit_squared", "target_squared", "product")
+
+
+def margin_moments(implicit: Tensor, target: Tensor) -> dict[str, Tensor]:
+    """What `learning_measures` needs the means of, of each pair: implicit and target margins [B], their squares and product."""
+    values = (implicit, target, implicit**2, target**2, implicit * target)
+    return {f"moments/{name}": value for name, value in zip(_MOMENTS, values, strict=True)}
+
+
+def learning_measures(means: Mapping[str, float]) -> dict[str, float]:
+    """How far implicit margins have come to their targets, in the place of the means of `margin_moments`.
+
+        slope = cov(Delta_theta, Delta*) / var(Delta*)     sd_ratio = sd(Delta_theta) / sd(Delta*)
+        explained = 1 - mean (Delta_theta - Delta*)^2 / mean Delta*^2
+
+    For Gaussian margins the KL reached is about kl_target sd_ratio^2. All are 0 before training; slope and explained fall
+    behind sd_ratio where margins move without going where they should.
+
+    Args:
+        means: of logged values, by name.
+
+    Returns:
+        The others, and `targets/slope`, `targets/sd_ratio`, `targets/explained` where targets vary.
+    """
+    kept = {name: value for name, value in means.items() if not name.startswith("moments/")}
+    if len(kept) == len(means):
+        return kept
+    implicit, target, implicit_2, target_2, product = (means[f"moments/{name}"] for name in _MOMENTS)
+    variance = target_2 - target**2
+    if variance <= 1e-12 * target_2 or target_2 == 0:  # rounding of equal targets
+        return kept
+    return kept | {
+        "targets/slope": (product - implicit * target) / variance,
+        "targets/sd_ratio": math.sqrt(max(0.0, implicit_2 - implicit**2) / variance),
+        "targets/explained": (2 * product - implicit_2) / target_2,
+    }

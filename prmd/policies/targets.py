@@ -27,6 +27,7 @@ from prmd.pessimism.losses import (
     edpo_select,
     implicit_margins,
     ipo_loss,
+    margin_moments,
     modpo_loss,
     offset_dpo_loss,
     target_margins,
@@ -317,6 +318,7 @@ def policy_loss(
     if "target_margins" in columns:
         target = columns["target_margins"]
         metrics["margins/target"] = target
+        metrics |= margin_moments(implicit.detach(), target)
         if policy.margin_clip != "auto":
             metrics["margins/clipped"] = (target.abs() >= policy.margin_clip).float()
     kind = kind or ("distil" if "target_margins" in columns else "dpo")

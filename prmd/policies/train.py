@@ -71,6 +71,9 @@ from prmd.training.trainer import LossFunction
 
 logger = logging.getLogger(__name__)
 
+UNDER_TRAINED = 0.5
+"""Ratio of held-out standard deviations below which a training is warned of: about a quarter of kl_target is reached there."""
+
 
 def train_baseline_dpo(config: PolicyConfig, *, force: bool = False, dry_run: bool = False) -> Path:
     """Train the plain DPO baseline with TRL's own trainer on the same pooled pairs."""
@@ -366,12 +369,23 @@ def _distil(
     if is_main_process():
         name_checkpoints(folder, steps)
         copy_model(folder / "checkpoints" / "end", folder)
-    return _described(inputs, history)
+    return _described(method, inputs, history, policy)
 
 
-def _described(inputs: MethodInputs, history: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def _described(
+    method: str, inputs: MethodInputs, history: Sequence[Mapping[str, float]], policy: PolicySection
+) -> dict[str, Any]:
     """What the metrics of a policy hold of its targets and its training."""
     described = describe_targets(inputs.targets) if inputs.targets else {}
+    found = [row for row in history if "eval_targets/sd_ratio" in row]
+    if found:
+        names = ("slope", "sd_ratio", "explained")
+        reached = {name: found[-1][f"eval_targets/{name}"] for name in names}
+        described["held_out_learning"] = reached
+        level = logging.WARNING if reached["sd_ratio"] < UNDER_TRAINED else logging.INFO
+        text = "policy %s: held-out margins: slope on their targets %.2f, sd ratio %.2f, explained %.2f"
+        logger.log(level, text, method, *reached.values())
+        described["kl_target"] = policy.kl_target if policy.reward_scale == "auto" else None
     return {**described, **inputs.debiased, "notes": list(inputs.notes), "curve": list(history)}
 
 

@@ -309,7 +309,12 @@ def policies_section(paths: ArtifactPaths) -> Section:
     policies = {p.name: load(p / "metrics.json") for p in folders(paths.policies)}
     policies = {name: m for name, m in policies.items() if m}
     if not policies:
-        return {"missing": missing(paths, stage_command("pessimistic_dpo")), "table": None, "notes": []}
+        return {
+            "missing": missing(paths, stage_command("pessimistic_dpo")),
+            "table": None,
+            "notes": [],
+            "learning": None,
+        }
     rows = []
     for name, metrics in policies.items():
         targets = metrics.get("target_margins") or {}
@@ -326,7 +331,30 @@ def policies_section(paths: ArtifactPaths) -> Section:
         "Targets are what each policy's implicit margins were pulled to; DPO has none. Draws: share of an objective's labelled "
         "pairs in all that are drawn, and how often the training passes over them."
     )
-    return {"missing": None, "table": Table(columns, tuple(rows), caption), "notes": notes}
+    table = Table(columns, tuple(rows), caption)
+    return {"missing": None, "table": table, "notes": notes, "learning": _learning(paths, policies)}
+
+
+def _learning(paths: ArtifactPaths, policies: dict[str, dict[str, Any]]) -> Table | None:
+    """How far held-out margins came to their targets, beside the KL aimed at and reached."""
+    rows = []
+    for name, metrics in policies.items():
+        if not (found := metrics.get("held_out_learning")):
+            continue
+        reached = ((load(paths.metrics / f"{name}.json") or {}).get("kl") or {}).get("per_response")
+        expected = metrics.get("kl_target") and metrics["kl_target"] * found["sd_ratio"] ** 2
+        numbers = (found["sd_ratio"], found["slope"], found["explained"], metrics.get("kl_target"), expected)
+        rows.append((name, *(format_number(value) for value in numbers), with_mark(reached)))
+    if not rows:
+        return None
+    columns = ("method", "sd ratio", "slope", "explained", "kl_target, nats", "× sd ratio²", "KL reached")
+    caption = (
+        "Held-out pairs at the end of training: spread of implicit margins in that of their targets, slope of the former on the "
+        "latter, 1 − squared error / mean squared target. All are 0 before training; a sd ratio below 0.5 is a training cut "
+        "short, and a low slope beside a high ratio is one that repeated its pairs. For Gaussian margins the KL is about "
+        "kl_target times the squared ratio."
+    )
+    return Table(columns, tuple(rows), caption)
 
 
 def _draws(draws: dict[str, Any]) -> str:

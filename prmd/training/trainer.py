@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from prmd.errors import DataError, NotFiniteError
 from prmd.models.prefix_rows import collate_rows, padding_share, plan_scoring
 from prmd.models.tokenization import PrefixRow
+from prmd.pessimism.losses import learning_measures
 from prmd.runtime import get_device
 from prmd.training.batches import MicroBatch
 from prmd.training.sharding import RefuseUnsharded, in_step, prepare_fsdp
@@ -212,7 +213,7 @@ class PairTrainer(Trainer):
         """Add pair-weighted means, tokens per second (this process) and the share of padding to a training log."""
         if "loss" in logs:
             seconds = max(time.monotonic() - self._clock, 1e-9)
-            logs = logs | self._means.drain()
+            logs = logs | learning_measures(self._means.drain())
             padding = float(self._padding)
             logs["tokens_per_second"] = (self._tokens - padding) / seconds
             logs["padding_share"] = padding / max(self._tokens, 1)
@@ -237,7 +238,9 @@ class PairTrainer(Trainer):
             self._refuse_not_finite(result.loss, group, self.eval_data)
             if counts:
                 means.add({"loss": result.loss, **result.metrics})
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.drain().items()}
+        metrics = {
+            f"{metric_key_prefix}_{name}": value for name, value in learning_measures(means.drain()).items()
+        }
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._clock += time.monotonic() - started  # held-out passes are no part of the training speed

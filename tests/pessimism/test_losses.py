@@ -214,3 +214,22 @@ def test_tabular_distillation_recovers_the_tilted_reference(seed, kind):
 
     solver.step(closure)
     np.testing.assert_allclose(logits.detach().softmax(dim=0).numpy(), expected, atol=2e-6)
+
+
+def test_learning_measures_are_those_of_a_regression() -> None:
+    rng = np.random.default_rng(0)
+    target = rng.normal(0.3, 0.4, size=400)
+    implicit = 0.6 * target + 0.1 * rng.normal(size=400) + 0.05
+    moments = losses.margin_moments(torch.from_numpy(implicit), torch.from_numpy(target))
+    found = losses.learning_measures({"loss": 1.0} | {k: float(v.mean()) for k, v in moments.items()})
+    assert set(found) == {"loss", "targets/slope", "targets/sd_ratio", "targets/explained"}
+    assert found["targets/slope"] == pytest.approx(np.polyfit(target, implicit, 1)[0])
+    assert found["targets/sd_ratio"] == pytest.approx(implicit.std() / target.std())
+    share = 1 - ((implicit - target) ** 2).mean() / (target**2).mean()
+    assert found["targets/explained"] == pytest.approx(share)
+    at_the_start = losses.margin_moments(torch.zeros(400), torch.from_numpy(target))
+    begun = losses.learning_measures({k: float(v.mean()) for k, v in at_the_start.items()})
+    assert set(begun.values()) == {0.0}
+    equal = losses.margin_moments(torch.ones(4), torch.full((4,), 0.7))
+    assert losses.learning_measures({k: float(v.mean()) for k, v in equal.items()}) == {}
+    assert losses.learning_measures({"loss": 2.0}) == {"loss": 2.0}
