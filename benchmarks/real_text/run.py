@@ -23,7 +23,8 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.data.prepare import download_dataset, split_objectives
 from prmd.errors import DataError
-from prmd.evaluation.held_out import Evaluation, checkpoint_candidates, judge_runs, measure, sample
+from prmd.evaluation.frontier import checkpoint_candidates
+from prmd.evaluation.held_out import Evaluation, judge_runs, measure, sample
 from prmd.inference.candidates import (
     REFERENCE,
     Candidate,

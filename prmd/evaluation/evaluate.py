@@ -33,7 +33,8 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import ModelConfig, SharedConfig
 from prmd.errors import DataError, NotFiniteError, UserError
 from prmd.evaluation.comparison import compare_benchmarks, compare_methods
-from prmd.evaluation.held_out import Evaluation, evaluate_methods, is_finished, write_frontier
+from prmd.evaluation.frontier import write_frontier
+from prmd.evaluation.held_out import Evaluation, evaluate_methods, is_finished
 from prmd.inference.candidates import Candidate, evaluation_prompts, find_candidates, policy_folders
 from prmd.judges.reward_model import Judge, check_judge, given_judge, trained_judge
 from prmd.models.loading import load_tokenizer

@@ -12,7 +12,8 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.evaluation import EvaluationConfig
 from prmd.evaluation.evaluate import compute_metrics
-from prmd.evaluation.held_out import Evaluation, checkpoint_candidates
+from prmd.evaluation.frontier import checkpoint_candidates
+from prmd.evaluation.held_out import Evaluation
 from prmd.inference.candidates import Candidate
 from prmd.judges.cards import CONSTANT_ANSWER
 from prmd.models.loading import load_tokenizer
