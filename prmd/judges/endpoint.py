@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 6
 FIRST_PAUSE_SECONDS = 1.0
 LONGEST_PAUSE_SECONDS = 60.0
-TIMEOUT_SECONDS = 120.0
-"""For a request as a whole, from looking up the host to the last byte of the answer."""
+TIMEOUT_SECONDS, TOKEN_SECONDS = 20.0, 0.1
+"""For a request as a whole, from looking up the host to the last byte of the answer, and more for every token it may write:
+a verdict of one word is given up in seconds, a page may be written slowly."""
 REPLY_BYTES = 64 << 20
 PASSING_STATUSES = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 """HTTP statuses that may be another one a little later."""
@@ -121,7 +122,8 @@ class Endpoint:
         self._next_start = time.monotonic() + self.seconds_between
 
     def _attempt(self, body: dict[str, Any]) -> Reply:
-        answer = exchange(self._request(body), seconds=TIMEOUT_SECONDS, most_bytes=REPLY_BYTES)
+        seconds = TIMEOUT_SECONDS + TOKEN_SECONDS * body["max_tokens"]
+        answer = exchange(self._request(body), seconds=seconds, most_bytes=REPLY_BYTES)
         if isinstance(answer.error, AnswerTooLargeError):
             raise EndpointError(f"{self.address}: {answer.error}; see text_judge.base_url")
         if answer.status is None:

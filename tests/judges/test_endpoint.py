@@ -21,6 +21,7 @@ from prmd.inference.cache import JsonTable
 from prmd.judges import endpoint as endpoint_module
 from prmd.judges.chats import EndpointChat, conversation_key
 from prmd.judges.endpoint import ATTEMPTS, Endpoint, EndpointError, Reply, make_endpoint
+from prmd.judges.exchange import Answer
 
 KEY = "secret-key-0123456789"
 ASKED = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Häßlich?"}]
@@ -279,6 +280,7 @@ def test_a_request_has_one_deadline_as_a_whole(
     begin: bytes, piece: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(endpoint_module, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(endpoint_module, "TOKEN_SECONDS", 0.0)
     monkeypatch.setattr(endpoint_module, "ATTEMPTS", 2)
     started = time.monotonic()
     with ChatServer(lambda i, _: drip(begin, piece)) as server:
@@ -290,6 +292,7 @@ def test_a_request_has_one_deadline_as_a_whole(
 
 def test_a_refusal_that_drips_is_still_a_refusal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint_module, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(endpoint_module, "TOKEN_SECONDS", 0.0)
     with (
         ChatServer(lambda i, _: drip(b"HTTP/1.1 401 No\r\n\r\n", b" ")) as server,
         pytest.raises(EndpointError, match=r"HTTP 401: No; .* JUDGE_KEY was refused"),
@@ -302,6 +305,7 @@ def test_a_whole_reply_before_the_deadline_is_taken_where_the_line_stays_open(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(endpoint_module, "TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(endpoint_module, "TOKEN_SECONDS", 0.0)
     begin = HEAD + b"Content-Length: 100000\r\n\r\n" + completion("yes")[2]
     with ChatServer(lambda i, _: drip(begin, b"\n")) as server:
         assert endpoint(server.url).complete(ASKED, max_new_tokens=7) == Reply("yes", 10, 2)
@@ -535,3 +539,18 @@ def test_no_file_holds_a_secret_and_another_key_asks_nothing_again(tmp_path: Pat
         other = with_secrets(server.url).replace(SECRET, "another").replace(PASSWORD, "another")
         assert chat(tmp_path, other).complete(PROMPTS, max_new_tokens=7) == replies
         assert len(server.requests) == 5
+
+
+def test_a_long_reply_gets_more_time_than_a_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+
+    def note(request: object, *, seconds: float, most_bytes: int) -> Answer:
+        given.append(seconds)
+        return Answer(error=TimeoutError("late"))
+
+    monkeypatch.setattr(endpoint_module, "exchange", note)
+    monkeypatch.setattr(endpoint_module, "ATTEMPTS", 1)
+    for tokens in (16, 2048):
+        with pytest.raises(EndpointError, match="no answer after 1 attempts"):
+            endpoint("http://127.0.0.1:9/v1").complete(ASKED, max_new_tokens=tokens)
+    assert given == pytest.approx([21.6, 224.8])
