@@ -2,8 +2,8 @@
 
 Reward models are linear on frozen representations of pi_ref (`benchmarks/closed_form/`), policies are the exact optimum of their
 robust reward on fresh samples of pi_ref for held-out prompts, tilted to a KL. What is left out is what training adds:
-optimization, and a policy that leaves the samples. Scenarios are in `gold/scenarios.py`; the numbers of many seeds are put
-together in `gold/closed_form_page.py`.
+optimization, and a policy that leaves the samples. Scenarios are in `closed_form/scenarios.py`; the numbers of many seeds are put
+together in `closed_form/letters_summary.py`.
 """
 
 from pathlib import Path
@@ -15,9 +15,9 @@ import torch
 from benchmarks.closed_form.families import STRENGTHS, TWINS, members_of, offsets_of, with_twins
 from benchmarks.closed_form.fits import fit_linear
 from benchmarks.closed_form.gates import in_reference_units, optimum, outcome
+from benchmarks.closed_form.scenarios import SCENARIOS, UNBIASED, Scenario, feature_of, scenario_pairs
 from benchmarks.gold.models import Samples, sample
 from benchmarks.gold.reference import World, truth_of
-from benchmarks.gold.scenarios import SCENARIOS, UNBIASED, Scenario, feature_of, scenario_pairs
 from benchmarks.gold.world import END, prompt_tokens
 from prmd.artifacts import io
 from prmd.config.policy import PolicySection

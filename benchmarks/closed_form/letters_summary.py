@@ -8,8 +8,8 @@ too, as nothing else reads them.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.closed_form.scenarios import ABOUT_LENGTH, SCENARIOS
 from benchmarks.gold.page import markdown
-from benchmarks.gold.scenarios import ABOUT_LENGTH, SCENARIOS
 from benchmarks.gold.summary import t_interval
 
 Row = dict[str, Any]
@@ -23,7 +23,7 @@ def closed_form_rows(seeds: Sequence[Sequence[Mapping[str, Any]]]) -> list[Row]:
     """One row for each (scenario, family, method, KL) over seeds.
 
     Args:
-        seeds: contents of the files of `closed_form.run_closed_form`.
+        seeds: contents of the files of `letters.run_closed_form`.
 
     Returns:
         scenario, family, method, kl, seeds; worst_per_world, mean_of_min and length, each with its `_ci`; and
