@@ -165,6 +165,17 @@ def test_a_member_learns_from_the_pairs_of_its_own_bootstrap_alone(monkeypatch):
     torch.testing.assert_close(found[:, 2:], start[:, 2:], rtol=1e-3, atol=1e-3)  # no pair: as initialised
 
 
+def test_each_member_has_its_own_offsets(monkeypatch):
+    """A member without offsets is as it was; one whose offsets explain the labels learns less from them."""
+    monkeypatch.setattr("prmd.rewards.heads.FIT_STEPS", 60)
+    pairs = data(n=80)
+    offsets = torch.tensor([0.0, 0.0, 4.0, -4.0])[:, None] * torch.ones(80)
+    plain, shifted = fit_anew(pairs), fit_anew(pairs | {"offsets": offsets})
+    before, after = margins(plain, pairs), margins(shifted, pairs)
+    assert torch.equal(after[:, :2], before[:, :2])
+    assert after[:, 2].mean() < before[:, 2].mean() < before[:, 2].mean() + 1 < after[:, 3].mean()
+
+
 def test_fitting_is_reproducible(monkeypatch):
     monkeypatch.setattr("prmd.rewards.heads.FIT_STEPS", 40)
     pairs = data()
