@@ -1,6 +1,6 @@
 """The gold-reward study: does pessimistic distillation do what it promises, where the true rewards are known?
 
-    python benchmarks/gold_reward.py [--quick] [--workers 2] [--work FOLDER] [--output FILE]
+    python benchmarks/gold_reward.py [--closed-form] [--quick] [--workers 2] [--work FOLDER] [--output FILE]
 
 World (`gold/world.py`): prompts and responses are strings of letters; the true rewards r*_k of helpful, harmless and honest
 are counted in them, saturate, and conflict. A two-layer transformer fitted to a diverse prior is pi_ref. Preferences
@@ -11,7 +11,11 @@ are counted in them, saturate, and conflict. A two-layer transformer fitted to a
 and chosen by length with strength rho as in arXiv:2405.19316 (fully for helpful, by half for honest, not for harmless).
 Reward models, ensembles, calibration, robust rewards, distillation, DPO, sampling and KL are the project's own code.
 
-Shown, at equal KL from pi_ref and with intervals over seeds: (a) true win rate over rho for seven methods; (b) proxy and
+`--closed-form` trains no policy and no reward model: linear reward models on pi_ref's representations and the exact optimum of
+their robust reward, 20 seeds, eleven ways in which labels are biased (`closed_form/scenarios.py`), families of members with and
+without the bias told to them (`closed_form/families.py`). It adds the list `closed_form` to FILE and its tables to the page.
+
+Shown by the trainings, at equal KL from pi_ref and with intervals over seeds: (a) true win rate over rho for seven methods; (b) proxy and
 true reward over sqrt(KL); (c) worst objective and balance, raw and calibrated, DPO and distillation; (d) ensemble size,
 CVaR's alpha, beta, kl_target; and which heads make a good ensemble (`gold/heads.py`). Writes FILE (default:
 benchmarks/results/gold_reward.json) with its tables as Markdown and figures beside it. Finished trainings are kept in
@@ -33,19 +37,23 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # runs uninstalled, from any folder
 
-from benchmarks.gold.figures import plot_gold_reward
+from benchmarks.closed_form.letters_summary import closed_form_page
+from benchmarks.gold.figures import plot_closed_form, plot_gold_reward
 from benchmarks.gold.page import page
 from benchmarks.gold.plan import FULL, QUICK
-from benchmarks.gold.run import run_study
+from benchmarks.gold.run import run_closed_forms, run_study
 from prmd.artifacts import io
 from prmd.artifacts.paths import PROJECT_ROOT
+from prmd.artifacts.runs import git_state
 from prmd.runtime import configure_logging, hardware
 from utils import user_errors_exit
 
 logger = logging.getLogger("prmd.gold_reward")
+CLOSED_FORM_SEEDS = tuple(range(20))
 WORK, RESULTS = PROJECT_ROOT / "outputs" / "gold_reward", PROJECT_ROOT / "benchmarks" / "results"
 
 
@@ -58,17 +66,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="worker processes (default 2)")
     parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER", help="finished trainings")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the results go, as JSON")
+    parser.add_argument("--closed-form", action="store_true", help="linear reward models, no training")
     options = parser.parse_args(arguments)
     configure_logging()
     started = time.monotonic()
-    results = run_study(QUICK if options.quick else FULL, options.work, workers=options.workers)
-    results["setup"] |= {"hardware": hardware(), "minutes": round((time.monotonic() - started) / 60, 1)}
     default = options.work / "quick.json" if options.quick else RESULTS / "gold_reward.json"
-    path = io.write_json(options.output or default, results)
-    text = page(results, path.stem)
+    path = options.output or default
+    preset, kept = QUICK if options.quick else FULL, io.read_json(path) if path.is_file() else {}
+    if options.closed_form:
+        seeds = CLOSED_FORM_SEEDS[: 2 if options.quick else None]
+        results = run_closed_forms(preset.sizes, seeds, options.work, workers=options.workers)
+    else:
+        results = run_study(preset, options.work, workers=options.workers)
+    how = {"hardware": hardware(), "minutes": round((time.monotonic() - started) / 60, 1), **git_state()}
+    results["closed_form_setup" if options.closed_form else "setup"] |= how
+    results = kept | results
+    io.write_json(path, results)
+    text = whole_page(results, path.stem)
     print(text)
-    for figure in (path, io.write_text(path.with_suffix(".md"), text), *plot_gold_reward(path)):
+    drawn = plot_gold_reward(path) if "summary" in results else []
+    drawn += plot_closed_form(path) if "closed_form" in results else []
+    for figure in (path, io.write_text(path.with_suffix(".md"), text), *drawn):
         logger.info("written: %s", figure)
+
+
+def whole_page(results: dict[str, Any], name: str) -> str:
+    """The tables of the parts that were run."""
+    parts = [page(results, name)] if "summary" in results else ["# Gold-reward study\n"]
+    if "closed_form" in results:
+        parts.append(closed_form_page(results["closed_form"], results["closed_form_setup"], name))
+    return "\n".join(parts)
 
 
 if __name__ == "__main__":

@@ -84,14 +84,36 @@ def _interval(name: str, values: Sequence[float]) -> Row:
 
 
 # ------------------------------------------------------------------ tables
-def closed_form_page(rows: Sequence[Row], method: str = "hard_min") -> str:
-    """Markdown: at each KL, scenarios by row and families by column, of one method beside DPO."""
+def closed_form_page(rows: Sequence[Row], setup: Row, name: str) -> str:
+    """Markdown: at each KL, scenarios by row and families by column, of every method beside DPO.
+
+    Args:
+        setup: `closed_form_setup` of the results.
+        name: of the results' file, after which the figure is named.
+    """
+    parts = ["## Closed form", _about(setup), f"Figure: [over length bias]({name}_closed_form.png)."]
+    for method in dict.fromkeys(row["method"] for row in rows if row["family"] != "none"):
+        parts += _method_tables(rows, method)
+    return "\n\n".join(parts) + "\n"
+
+
+def _about(setup: Row) -> str:
+    return (
+        f"Linear reward models on pi_ref's representations ({setup['members']} members), exact optima on {setup['samples']} "
+        f"samples of each held-out prompt, {len(setup['seeds'])} worlds (seeds), commit {str(setup['commit'])[:7]}. Columns: DPO, "
+        "DPO debiased, then families of members: on the labels as they are (bootstrap), told of the bias in full (debiased), "
+        "from not at all to in full (strengths), with their residuals (twins), and on unbiased labels, the ceiling. The named "
+        "feature is length, but where filler is. Student t intervals over seeds."
+    )
+
+
+def _method_tables(rows: Sequence[Row], method: str) -> list[str]:
     parts = []
     for kl in dict.fromkeys(row["kl"] for row in rows):
         own = [row for row in rows if row["kl"] == kl]
         parts += [f"### {method}, {kl:g} nats: worst objective of each world", _table(own, method)]
         parts += ["Less DPO on the same labels:", _table(own, method, "worst_less_dpo")]
-    return "\n\n".join(parts)
+    return parts
 
 
 def _table(rows: Sequence[Row], method: str, value: str = "worst_per_world") -> str:

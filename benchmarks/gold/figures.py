@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.closed_form.scenarios import SCENARIOS
 from prmd.artifacts import io
 from prmd.report.figures import GREY, MARKERS, PALETTE, Axes, canvas, legend_below, objective_colour
 
@@ -43,6 +44,48 @@ def plot_gold_reward(results_json: Path, directory: Path | None = None) -> list[
     if tables:
         drawn.append(_draw_ablations(path("ablations"), tables, setup))
     return drawn
+
+
+def plot_closed_form(results_json: Path, directory: Path | None = None) -> list[Path]:
+    """Worst objective over the share of longer responses chosen: DPO, today's heads, the family, and the ceiling."""
+    results, folder = io.read_json(results_json), directory or results_json.parent
+    kl = results["closed_form"][0]["kl"]
+    biases = {name: s.bias for name, s in SCENARIOS.items() if name.startswith("L")}
+    rows = {(r["family"], r["method"], r["scenario"]): r for r in results["closed_form"] if r["kl"] == kl}
+    path = folder / f"{results_json.stem}_closed_form.png"
+    with canvas(path, height=4.6) as axes:
+        for i, (label, family, method) in enumerate(_CLOSED_FORM_LINES):
+            own = [rows[family, method, name] for name in biases]
+            axes.errorbar(
+                [bias + (i - 1.5) * 0.003 for bias in biases.values()],
+                [row["worst_per_world"] for row in own],
+                yerr=np.hstack([_bars(row, "worst_per_world", "worst_per_world_ci") for row in own]),
+                elinewidth=0.9,
+                capsize=2,
+                label=label,
+                linestyle=":" if i == len(_CLOSED_FORM_LINES) - 1 else "-",
+                **_style(i),
+            )
+        axes.axhline(0.5, color="black", linewidth=1, linestyle=":")
+        axes.set_xlabel("length bias ρ: helpful pairs preferring the longer")
+        axes.set_ylabel(_WORST)
+        axes.set_title(_closed_form_message(rows, kl))
+        legend_below(axes)
+    return [path]
+
+
+_CLOSED_FORM_LINES = (
+    ("DPO", "none", "dpo"),
+    ("hard_min, members on the labels", "bootstrap", "hard_min"),
+    ("hard_min, members over the strength of the bias", "strengths", "hard_min"),
+    ("hard_min, unbiased labels", "unbiased labels", "hard_min"),
+)
+
+
+def _closed_form_message(rows: Mapping[tuple[str, str, str], Row], kl: float) -> str:
+    """What the figure shows, in the numbers of the strongest selection that all studies have."""
+    own, dpo = rows["strengths", "hard_min", "L90"], rows["none", "dpo", "L90"]
+    return f"ρ = .9, {kl:g} nats: family {own['worst_per_world']:.2f}, DPO {dpo['worst_per_world']:.2f} ({own['seeds']} worlds)"
 
 
 def _bars(row: Row, value: str, ends: str) -> np.ndarray:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.closed_form.letters import GATE_SAMPLES, MEMBERS, run_closed_form
+from benchmarks.closed_form.letters_summary import closed_form_rows
 from benchmarks.gold.ensembles import make_reward_model
 from benchmarks.gold.heads import FIT_FRACTIONS, heads_rows, study_heads
 from benchmarks.gold.labels import BIAS_SHARE, KAPPA, LABEL_NOISE
@@ -65,6 +67,11 @@ def heads_task(sizes: Sizes, root: Path, seed: int, bias: float, fit_fraction: f
 def unit_task(sizes: Sizes, root: Path, unit: Unit) -> Path:
     """Train and evaluate one policy."""
     return run_unit(_world(sizes, unit.seed, root), unit, root)
+
+
+def closed_form_task(sizes: Sizes, root: Path, seed: int) -> Path:
+    """Every scenario of a seed, without a training."""
+    return run_closed_form(_world(sizes, seed, root))
 
 
 def _start_worker() -> None:
@@ -120,6 +127,14 @@ def run_study(preset: Preset, work: Path, *, workers: int) -> dict[str, Any]:
     results = {unit: io.read_json(path) for unit, path in zip(units, paths, strict=True)}
     reward_models = [io.read_json(path) for path in measured]
     return assemble(preset, results, reward_models) | {"heads": heads_rows(compared)}
+
+
+def run_closed_forms(sizes: Sizes, seeds: Sequence[int], work: Path, *, workers: int) -> dict[str, Any]:
+    """The closed-form part: `closed_form`, rows of `letters_summary.closed_form_rows`, and `closed_form_setup`."""
+    root = work / sizes.key
+    paths = _run([partial(closed_form_task, sizes, root, seed) for seed in seeds], workers, "closed form")
+    setup = {"seeds": list(seeds), "sizes": asdict(sizes), "members": MEMBERS, "samples": GATE_SAMPLES}
+    return {"closed_form": closed_form_rows([io.read_json(p) for p in paths]), "closed_form_setup": setup}
 
 
 def assemble(
