@@ -67,25 +67,28 @@ def plot_closed_form(results_json: Path, directory: Path | None = None) -> list[
                 **_style(i),
             )
         axes.axhline(0.5, color="black", linewidth=1, linestyle=":")
-        axes.set_xlabel("length bias ρ: helpful pairs preferring the longer")
+        seeds = rows["none", "dpo", "L90"]["seeds"]
+        axes.set_xlabel(
+            f"length bias ρ: helpful pairs preferring the longer\n{kl:g} nats, {seeds} worlds; members of hard_min"
+        )
         axes.set_ylabel(_WORST)
-        axes.set_title(_closed_form_message(rows, kl))
+        axes.set_title(_closed_form_message(rows))
         legend_below(axes)
     return [path]
 
 
 _CLOSED_FORM_LINES = (
     ("DPO", "none", "dpo"),
-    ("hard_min, members on the labels", "bootstrap", "hard_min"),
-    ("hard_min, members over the strength of the bias", "strengths", "hard_min"),
-    ("hard_min, unbiased labels", "unbiased labels", "hard_min"),
+    ("on the labels", "bootstrap", "hard_min"),
+    ("over the bias", "strengths", "hard_min"),
+    ("unbiased labels", "unbiased labels", "hard_min"),
 )
 
 
-def _closed_form_message(rows: Mapping[tuple[str, str, str], Row], kl: float) -> str:
+def _closed_form_message(rows: Mapping[tuple[str, str, str], Row]) -> str:
     """What the figure shows, in the numbers of the strongest selection that all studies have."""
     own, dpo = rows["strengths", "hard_min", "L90"], rows["none", "dpo", "L90"]
-    return f"ρ = .9, {kl:g} nats: family {own['worst_per_world']:.2f}, DPO {dpo['worst_per_world']:.2f} ({own['seeds']} worlds)"
+    return f"At ρ = .9: family {own['worst_per_world']:.2f}, DPO {dpo['worst_per_world']:.2f}"
 
 
 def _bars(row: Row, value: str, ends: str) -> np.ndarray:
