@@ -1,14 +1,19 @@
 """Linear reward models, their families and the worth of their optimum, against derivations of their own."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from scipy.optimize import minimize
 
+from benchmarks.closed_form import letters_summary
 from benchmarks.closed_form.families import STRENGTHS, members_of, offsets_of, with_twins
 from benchmarks.closed_form.fits import fit_linear
 from benchmarks.closed_form.gates import in_reference_units, optimum, outcome
 from benchmarks.closed_form.scenarios import ABOUT_LENGTH, SCENARIOS, UNBIASED
+from benchmarks.gold.figures import plot_closed_form
 from benchmarks.gold.labels import KAPPA, RATERS, label_pairs, preference_probability
 from benchmarks.gold.world import FREE_LENGTH, LENGTH_COST, gold_rewards
 from benchmarks.real_text.closed_form import (
@@ -21,6 +26,7 @@ from benchmarks.real_text.closed_form import (
     draw_training,
 )
 from benchmarks.real_text.closed_form_summary import association_rows, closed_form_rows
+from prmd.artifacts import io
 from prmd.objectives import OBJECTIVES
 
 
@@ -206,3 +212,48 @@ def test_rows_of_seeds_are_means_paired_with_dpo() -> None:
 def test_associations_have_intervals() -> None:
     [row] = association_rows({"a": (60, 100)})
     assert row["share"] == 0.6 and row["ci"][0] == pytest.approx(0.502, abs=2e-3)
+
+
+# ------------------------------------------------------------------ the letters' world over seeds
+def letters_rows(seed: int) -> list[dict[str, object]]:
+    """What one seed's file holds, with made-up numbers."""
+    rng = np.random.default_rng(seed)
+    policies = [(family, "hard_min") for family in (*STRENGTHS, "twins", "unbiased labels")]
+    policies += [("none", "dpo"), ("none", "dpo_debiased")]
+    return [
+        {"seed": seed, "scenario": name, "family": family, "method": method, "kl": 0.75}
+        | {measure: float(rng.random()) for measure in ("worst_win_rate", "mean_of_min", "length")}
+        for name in SCENARIOS
+        for family, method in policies
+    ]
+
+
+def test_rows_of_worlds_are_paired_and_the_worst_is_each_worlds_own() -> None:
+    seeds = [letters_rows(seed) for seed in range(3)]
+    rows = {(r["scenario"], r["family"], r["method"]): r for r in letters_summary.closed_form_rows(seeds)}
+    value = {(s, r["scenario"], r["family"]): r["worst_win_rate"] for s, own in enumerate(seeds) for r in own}
+    value |= {
+        (s, r["scenario"], "dpo"): r["worst_win_rate"]
+        for s, own in enumerate(seeds)
+        for r in own
+        if r["method"] == "dpo"
+    }
+    less = [value[s, "L90", "strengths"] - value[s, "L90", "dpo"] for s in range(3)]
+    row = rows["L90", "strengths", "hard_min"]
+    assert row["worst_less_dpo"] == pytest.approx(np.mean(less)) and row["seeds"] == 3
+    half = stats.t.ppf(0.975, 2) * np.std(less, ddof=1) / np.sqrt(3)
+    assert row["worst_less_dpo_ci"] == pytest.approx([np.mean(less) - half, np.mean(less) + half])
+    worst = [min(value[s, name, "strengths"] for name in ABOUT_LENGTH) for s in range(3)]
+    assert rows["worst of nine", "strengths", "hard_min"]["worst_per_world"] == pytest.approx(np.mean(worst))
+    assert rows["L90", "none", "dpo"]["worst_less_dpo"] is None
+
+
+def test_page_and_figure_show_every_scenario(tmp_path: Path) -> None:
+    rows = letters_summary.closed_form_rows([letters_rows(seed) for seed in range(3)])
+    setup = {"members": 10, "samples": 48, "seeds": [0, 1, 2], "commit": "abcdef0123"}
+    text = letters_summary.closed_form_page(rows, setup, "study")
+    assert all(f"| {scenario.title} |" in text for scenario in SCENARIOS.values())
+    assert "3 worlds (seeds), commit abcdef0" in text and "study_closed_form.png" in text
+    path = io.write_json(tmp_path / "study.json", {"closed_form": rows})
+    assert [p.name for p in plot_closed_form(path)] == ["study_closed_form.png"]
+    assert (tmp_path / "study_closed_form.png").stat().st_size > 5000
