@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 
 from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
-from prmd.models.loading import load_causal_lm, lora_config, refuse_not_finite
+from prmd.models.loading import load_causal_lm, lora_config
 from prmd.pairs import PreferencePair
 from prmd.policies.pairs import PolicyPairs
 from prmd.runtime import get_device, get_runtime, is_main_process, set_seed
@@ -132,8 +132,6 @@ def train_trl_dpo(
 
 def _save(trainer: DPOTrainer, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Save the policy; every process takes part where its weights are spread over them."""
-    # nothing is evaluated here, so nobody else would see that the last step overflowed
-    refuse_not_finite(trainer.model, NAME, "lower the learning rate")
     whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if requested_sharding() else None
     if is_main_process():
         model = trainer.accelerator.unwrap_model(trainer.model)

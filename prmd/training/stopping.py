@@ -13,7 +13,9 @@ import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prmd.errors import NotFiniteError, StoppedError
+from prmd.models.loading import refuse_not_finite
 from prmd.runtime import get_device
+from prmd.training.sharding import requested_sharding
 
 logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -104,3 +106,9 @@ class RefuseNotFinite(TrainerCallback):
                 f"{self.name}: the gradient is not finite at step {state.global_step + 1}, of the pairs {rows}; nothing of "
                 "this step was learned; inspect these pairs or lower the learning rate"
             )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not requested_sharding():  # else a process holds a part of them alone
+            refuse_not_finite(kwargs["model"], self.name, "its last step overflowed; lower the learning rate")

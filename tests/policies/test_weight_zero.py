@@ -184,6 +184,7 @@ def keys_of(folder: Path, method: str, models: list[str], policy: PolicySection)
         sample_pairs=config.pairs,
         tuning=config.tuning,
         training=config.training,
+        train={objective: [] for objective in config.paths.objectives},
         models=[SimpleNamespace(fingerprint=key) for key in models],
     )
 

@@ -18,7 +18,7 @@ from prmd.errors import NotFiniteError
 from prmd.models.loading import load_tokenizer
 from prmd.policies.trl_baseline import train_trl_dpo
 from prmd.training.batches import plan_training
-from prmd.training.stopping import named_rows
+from prmd.training.stopping import RefuseNotFinite, named_rows
 from prmd.training.trainer import Columns, PairData, PairLoss
 
 IDS = [f"honest-{i}" for i in range(len(ROWS))]
@@ -92,6 +92,15 @@ def test_held_out_pairs_are_named_too(shared: RewardModelConfig, tmp_path: Path)
     run = a_run(shared, tmp_path / "run", data=marked(), eval_data=marked(2), loss_function=bad)
     with pytest.raises(NotFiniteError, match=r"at step 0 for held-out pairs \[honest-2\]"):
         train(run)
+
+
+def test_a_last_step_that_overflows_is_found_out() -> None:
+    model = torch.nn.Linear(2, 1)
+    guard = RefuseNotFinite("policy x", [])
+    guard.on_train_end(None, None, None, model=model)
+    model.weight.data[0, 1] = float("inf")
+    with pytest.raises(NotFiniteError, match="policy x: its weights are not finite: 1 of 2 tensors"):
+        guard.on_train_end(None, None, None, model=model)
 
 
 def test_many_rows_are_counted() -> None:
