@@ -124,12 +124,17 @@ def as_dict(config: BaseModel) -> dict[str, Any]:
 
 def kept_model(path: Path) -> ModelConfig | None:
     """The base model that the `config.yaml` kept beside an artifact names, whatever else an earlier version wrote there."""
-    if not path.is_file():
-        return None
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    model = (values.get(REFERENCE) or values).get("model") or {}
+    model = kept_values(path).get("model") or {}
     names = {key: model[key] for key in ("source", "name", "revision") if key in model}
     return ModelConfig(**names) if "name" in names else None
+
+
+def kept_values(path: Path) -> dict[str, Any]:
+    """What that file says of model and data, as it was written; empty where it is missing."""
+    if not path.is_file():
+        return {}
+    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    return values.get(REFERENCE) or values
 
 
 def _refuse(mistakes: list[str]) -> None:

@@ -1,0 +1,178 @@
+"""The model card of what is published: made of its records, with intervals, licenses, limits and how to load it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from prmd.errors import ConfigError
+
+_HH = ("[HH-RLHF](https://huggingface.co/datasets/Anthropic/hh-rlhf)", "MIT")
+_TRUTHFULQA = ("[TruthfulQA](https://huggingface.co/datasets/truthfulqa/truthful_qa)", "Apache-2.0")
+_PKU = ("[PKU-SafeRLHF](https://huggingface.co/datasets/PKU-Alignment/PKU-SafeRLHF)", "CC-BY-NC-4.0")
+_EMBEDDED = ("examples that come with the project", "the project's own, MIT")
+_EQUATIONS = {
+    "reward_model": "Bradley-Terry: -log sigma(r(x, y_chosen) - r(x, y_rejected)), with a small centering term",
+    "baseline_dpo": "DPO on the labels: -log sigma(beta * (log-ratio of chosen - log-ratio of rejected))",
+    "other": "the policy's log-ratio margin beta * (h(y_1) - h(y_2)) is regressed on, or trained towards, the margin of the "
+    "pessimistic reward R = across_k(within_m(r[k, m])) of all objectives k and ensemble members m",
+}
+_SCORE = """```python
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("{here}")
+model = AutoModelForSequenceClassification.from_pretrained("{here}")
+text = tokenizer.apply_chat_template(messages, tokenize=False)  # the response is the last message
+reward = model(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, 0]
+```"""
+_ENSEMBLE = """The whole ensemble, with `prmd_scorer.py` from this folder:
+
+```python
+from prmd_scorer import Scorer
+scorer = Scorer("FOLDER")  # a local copy of this repository
+print(scorer.calibrated([messages]))  # every member, in calibrated units
+print(scorer.pessimistic([messages]))  # R, the lowest of them
+```"""
+_ADAPTER = """```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{here}")
+tokenizer = AutoTokenizer.from_pretrained("{here}")
+```"""
+_POLICY = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("{here}")
+tokenizer = AutoTokenizer.from_pretrained("{here}")
+```"""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a card says.
+
+    Attributes:
+        kind: `reward_model`, `policy` or `judge`.
+        name: objective or method.
+        here: how a reader names what was published.
+        base: hub id of the base, or the name of its local folder.
+        is_hub_base: whether a stranger can fetch the base by that name.
+        license: what the user gives for own pairs; else None.
+    """
+
+    kind: str
+    name: str
+    here: str
+    base: str
+    is_hub_base: bool
+    revision: str | None
+    approach: str
+    metrics: dict[str, Any]
+    record: dict[str, Any]
+    command: str
+    license: str | None
+    is_adapter: bool
+    has_ensemble: bool
+    has_members: bool
+
+
+def licensed_data(facts: Facts) -> list[tuple[str, str]]:
+    """(data, license) of everything it was trained on.
+
+    Raises:
+        ConfigError: own pairs, whose license nobody has given.
+    """
+    if facts.approach == "own_pairs":
+        if facts.license is None:
+            raise ConfigError("--license: got none, wanted the license of your own pairs, such as cc-by-4.0")
+        return [("the author's own preference pairs", facts.license)]
+    if facts.approach == "embedded":
+        return [_EMBEDDED]
+    honest = _PKU if facts.approach == "pku_safe" else _TRUTHFULQA
+    objectives = {
+        "helpful": _PKU if facts.approach == "pku_safe" else _HH,
+        "harmless": _PKU if facts.approach == "pku_safe" else _HH,
+        "honest": honest,
+    }
+    own = [objectives[facts.name]] if facts.kind != "policy" else objectives.values()
+    return list(dict.fromkeys(own))
+
+
+def model_card(facts: Facts) -> str:
+    """The text of README.md.
+
+    Raises:
+        ConfigError: as `licensed_data`.
+    """
+    data = licensed_data(facts)
+    parts = [
+        _head(facts, data),
+        f"# {facts.name} ({facts.kind.replace('_', ' ')})",
+        _method(facts),
+        "## How to load\n\n" + _loading(facts),
+        "## Measured\n\n" + _measured(facts.metrics),
+        "## Data and licenses\n\n" + "\n".join(f"- {what}: {license_}" for what, license_ in data),
+        "## Limits\n\n" + _limits(facts),
+        "## Made by\n\n" + _made_by(facts),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(facts: Facts, data: list[tuple[str, str]]) -> str:
+    licenses = [license_ for _, license_ in data]
+    own = facts.license if facts.approach == "own_pairs" else "other"
+    chosen = "cc-by-nc-4.0" if "CC-BY-NC-4.0" in licenses else own
+    task = "text-generation" if facts.kind == "policy" else "text-classification"
+    lines = ["---", f"license: {chosen}", f"pipeline_tag: {task}"]
+    lines += [f"library_name: {'peft' if facts.is_adapter else 'transformers'}"]
+    lines += [f"base_model: {facts.base}"] if facts.is_hub_base else []
+    return "\n".join([*lines, "---"])
+
+
+def _method(facts: Facts) -> str:
+    key = facts.name.split("-")[0] if facts.kind == "policy" else "reward_model"
+    equation = _EQUATIONS.get(key, _EQUATIONS["other"])
+    local = "" if facts.is_hub_base else " (a local folder of its author, not on the hub: ask for it)"
+    revision = f" at revision {facts.revision}" if facts.revision else ""
+    notes = "".join(f"\n- {note}" for note in facts.metrics.get("notes", []))
+    lines = [f"- base model: {facts.base}{revision}{local}", f"- method: {facts.name}, {equation}"]
+    return "\n".join(lines) + notes
+
+
+def _loading(facts: Facts) -> str:
+    if facts.kind == "policy":
+        return (_ADAPTER if facts.is_adapter else _POLICY).format(base=facts.base, here=facts.here)
+    text = _SCORE.format(here=facts.here)
+    if facts.has_members:
+        return text + (
+            "\n\nThat is r_0. The ensemble is the adapters in `members/`, for peft on the base model; `scoring.json` holds "
+            "their calibration, in the order of the adapters."
+        )
+    return f"{text}\n\n{_ENSEMBLE}" if facts.has_ensemble else text
+
+
+def _measured(metrics: dict[str, Any]) -> str:
+    """Every estimate that has an interval, and the sizes of what it was measured on."""
+    rows = [
+        f"| {name.replace('_', ' ')} | {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] | {value['n']} | "
+        f"{value['method']} |"
+        for name, value in metrics.items()
+        if isinstance(value, dict) and {"value", "low", "high", "n", "method"} <= set(value)
+    ]
+    if not rows:
+        return "Nothing was measured beside the training; judge it on your own prompts before use."
+    return "\n".join(
+        ["| held-out pairs | value [interval] | n | method |", "| --- | --- | --- | --- |", *rows]
+    )
+
+
+def _limits(facts: Facts) -> str:
+    common = "English preference data of the sources above; their annotators' biases are in it. Not a safety guarantee."
+    if facts.kind == "policy":
+        return f"{common} It was moved from its base by a learned reward, and may exploit that reward's mistakes."
+    return f"{common} Rewards compare responses to one prompt; they mean little between prompts, or on other chat templates."
+
+
+def _made_by(facts: Facts) -> str:
+    record = facts.record
+    dirty = " with uncommitted changes" if record.get("dirty") else ""
+    versions = ", ".join(f"{name} {value}" for name, value in record.get("versions", {}).items() if value)
+    lines = [f"- command: `{facts.command}`", f"- commit: {record.get('commit') or 'unknown'}{dirty}"]
+    return "\n".join([*lines, f"- versions: {versions}", f"- seed: {record.get('seed')}"])
