@@ -8,7 +8,7 @@ from prmd.errors import ConfigError
 _HH = ("[HH-RLHF](https://huggingface.co/datasets/Anthropic/hh-rlhf)", "MIT")
 _TRUTHFULQA = ("[TruthfulQA](https://huggingface.co/datasets/truthfulqa/truthful_qa)", "Apache-2.0")
 _PKU = ("[PKU-SafeRLHF](https://huggingface.co/datasets/PKU-Alignment/PKU-SafeRLHF)", "CC-BY-NC-4.0")
-_EMBEDDED = ("examples that come with the project", "the project's own, MIT")
+_EMBEDDED = ("examples that come with the project", "the project's own, Apache-2.0")
 _EQUATIONS = {
     "reward_model": "Bradley-Terry: -log sigma(r(x, y_chosen) - r(x, y_rejected)), with a small centering term",
     "baseline_dpo": "DPO on the labels: -log sigma(beta * (log-ratio of chosen - log-ratio of rejected))",
