@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prmd.artifacts import io
+from prmd.errors import DataError
 
 Files = Mapping[str, Mapping[str, Any]]
 """`size` (bytes) and `sha256` by name, with `/` between folders."""
@@ -17,6 +18,8 @@ EVERYTHING = ("*",)
 """Every file but the kept checkpoints."""
 _CHECKPOINTS = "checkpoints/"
 _RECORD = "run.json"
+UNFINISHED = ".digests.json"
+"""The list of what is done in a folder whose artifact is still being built; `publish` deletes it."""
 
 
 def list_files(directory: Path) -> dict[str, dict[str, Any]]:
@@ -86,3 +89,41 @@ def _named(files: Files, read: Sequence[str]) -> Iterable[str]:
         patterns = [p for p in read if p.startswith(_CHECKPOINTS) or not name.startswith(_CHECKPOINTS)]
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             yield name
+
+
+def remember(directory: Path, paths: Iterable[Path]) -> None:
+    """Add files below `directory`, which is being built, to what `refuse_changed` compares when its building goes on."""
+    remember_digests(directory, dict(zip(found := list(paths), map(_state, found), strict=True)))
+
+
+def _state(path: Path) -> tuple[int, str]:
+    return path.stat().st_size, io.file_sha256(path)
+
+
+def remember_digests(directory: Path, states: Mapping[Path, tuple[int, str]]) -> None:
+    """As `remember`, with size and sha256 of each file as they are known already."""
+    kept = directory / UNFINISHED
+    entries = {
+        path.relative_to(directory).as_posix(): {"size": size, "sha256": key}
+        for path, (size, key) in states.items()
+    }
+    io.make_durable([io.write_json(kept, (io.read_json(kept) if kept.is_file() else {}) | entries)])
+
+
+def refuse_changed(partial: Path) -> None:
+    """Refuse to go on with a folder in which a file was changed after `remember` listed it; one that is gone is made again.
+
+    Raises:
+        DataError: one was, or a list is not readable.
+    """
+    for kept in sorted(partial.rglob(UNFINISHED)):
+        try:
+            files = {
+                name: entry for name, entry in io.read_json(kept).items() if (kept.parent / name).exists()
+            }
+            everything = (*EVERYTHING, f"{_CHECKPOINTS}*")
+            changed = lost_file(kept.parent, files) or changed_file(kept.parent, files, everything)
+        except (AttributeError, KeyError, TypeError, ValueError, OSError):
+            changed = "it is not a list of files"
+        if changed:
+            raise DataError(f"{kept}: {changed}; give --force to make everything in {partial} again")

@@ -31,7 +31,15 @@ from prmd.artifacts.io import (
     write_json,
     write_text,
 )
-from prmd.artifacts.manifest import Files, changed_file, damaged_files, list_files, lost_file
+from prmd.artifacts.manifest import (
+    UNFINISHED,
+    Files,
+    changed_file,
+    damaged_files,
+    list_files,
+    lost_file,
+    refuse_changed,
+)
 from prmd.artifacts.paths import PROJECT_ROOT, ArtifactPaths
 from prmd.errors import ConfigError, DataError
 from prmd.runtime import get_runtime, hardware, is_main_process, peak_memory_bytes, wait_for_everyone
@@ -244,6 +252,7 @@ def partial_directory(final: Path, fingerprint: str, force: bool) -> Path:
 
     Raises:
         ConfigError: another run builds it, or has just finished it.
+        DataError: what an interrupted run left was changed since.
     """
     partial = partial_path(final)
     if is_main_process():
@@ -265,6 +274,11 @@ def partial_directory(final: Path, fingerprint: str, force: bool) -> Path:
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(partial)
+        try:
+            refuse_changed(partial)
+        except DataError:
+            locks.let_go(final)
+            raise
         write_json(marker, {"fingerprint": fingerprint})
     wait_for_everyone()
     return partial
@@ -308,6 +322,8 @@ def publish(partial: Path, final: Path) -> None:
         record = read_run(partial) or {}
         if lost := lost_file(partial, record.get("files", {})):
             raise DataError(f"{partial}: {lost}, so {final} is not replaced; give the same command again")
+        for kept in list(partial.rglob(UNFINISHED)):
+            kept.unlink()
         publish_directory(partial, final)
         locks.let_go(final)
     wait_for_everyone()

@@ -17,7 +17,7 @@ from prmd.artifacts.runs import is_as_recorded, read_run, vouch_again
 from prmd.benchmarks import BENCHMARKS, COMPANIONS, benchmark_names
 from prmd.benchmarks.base import BenchmarkResult, content_key
 from prmd.config.evaluation import EvaluationConfig
-from prmd.errors import NotFiniteError
+from prmd.errors import DataError, NotFiniteError
 from prmd.inference.candidates import REFERENCE, Candidate, CandidateModels
 from prmd.judges.endpoint import EndpointError
 
@@ -85,10 +85,14 @@ _ROWS = ("items", "samples", "judgements")
 
 def _is_finished(path: Path, key: str) -> bool:
     rows = [f"{path.stem}.{kind}.jsonl" for kind in _ROWS]
+    for file in (path, *map(path.with_name, rows)):
+        if file.is_dir():
+            raise DataError(f"{file}: is a folder, wanted a file; remove it and give the same command again")
     if not path.is_file() or not is_as_recorded(path.parent, path.name, *rows):
         return False
     found = io.read_json(path)
-    return found["status"] == "done" and found["fingerprint"] == key
+    lost = found.get("n", 0) and not path.with_name(rows[0]).is_file()
+    return found["status"] == "done" and found["fingerprint"] == key and not lost
 
 
 def _stoppable(benchmark: Callable[[], BenchmarkResult], method: str) -> BenchmarkResult:

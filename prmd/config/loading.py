@@ -123,18 +123,40 @@ def as_dict(config: BaseModel) -> dict[str, Any]:
 
 
 def kept_model(path: Path) -> ModelConfig | None:
-    """The base model that the `config.yaml` kept beside an artifact names, whatever else an earlier version wrote there."""
-    model = kept_values(path).get("model") or {}
-    names = {key: model[key] for key in ("source", "name", "revision") if key in model}
-    return ModelConfig(**names) if "name" in names else None
+    """The base model that the `config.yaml` kept beside an artifact names, whatever else an earlier version wrote there.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
+    try:
+        model = kept_values(path).get("model") or {}
+        names = {key: model[key] for key in ("source", "name", "revision") if key in model}
+        return ModelConfig(**names) if "name" in names else None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from None
 
 
 def kept_values(path: Path) -> dict[str, Any]:
-    """What that file says of model and data, as it was written; empty where it is missing."""
+    """What that file says of model and data, as it was written; empty where it is missing.
+
+    Raises:
+        ConfigError: it is damaged.
+    """
     if not path.is_file():
         return {}
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    return values.get(REFERENCE) or values
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        return dict(values.get(REFERENCE) or values)
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    problem = " ".join(str(error).split())[:200]
+    return ConfigError(
+        f"{path}: damaged ({problem}), wanted the configuration that was written there; restore it, or make {path.parent} "
+        "again with --force"
+    )
 
 
 def _refuse(mistakes: list[str]) -> None:

@@ -34,6 +34,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from prmd.artifacts import io
+from prmd.artifacts.manifest import remember
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import ModelConfig
 from prmd.models.loading import (
@@ -47,7 +48,7 @@ from prmd.models.sequence_models import SequenceRewards
 from prmd.pairs import PreferencePair, hash_share
 from prmd.rewards.heads import bootstrap_weights
 from prmd.runtime import free_memory
-from prmd.training.checkpoints import copy_model, drop_checkpoints
+from prmd.training.checkpoints import copy_model, drop_checkpoints, remember_trained
 
 logger = logging.getLogger(__name__)
 
@@ -260,4 +261,6 @@ def keep_adapter(folder: Path, best: Path) -> None:
     if base.is_absolute():  # a path that holds on this machine alone
         io.write_json(partial / ADAPTER_CONFIG, values | {"base_model_name_or_path": base.name})
     io.publish_directory(partial, folder / ADAPTER_FOLDER)
+    remember(folder, [path for path in sorted(folder.glob(f"{ADAPTER_FOLDER}/*")) if path.is_file()])
+    remember_trained(folder)
     drop_checkpoints(folder)

@@ -33,7 +33,13 @@ from prmd.rewards.adapters import (
 from prmd.rewards.debias import Debiasing
 from prmd.rewards.task import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.runtime import free_memory, is_main_process, set_seed, wait_for_everyone
-from prmd.training.checkpoints import best_step, copy_model, drop_checkpoints, name_checkpoints
+from prmd.training.checkpoints import (
+    best_step,
+    copy_model,
+    drop_checkpoints,
+    name_checkpoints,
+    remember_trained,
+)
 from prmd.training.run import TrainingRun, run_training
 from prmd.training.trainer import Columns, PairData, PairLoss
 
@@ -68,6 +74,7 @@ def train_backbone(
         if is_main_process():
             _save_best(task, tokenizer, partial, partial / f"checkpoint-{facts['best_step']}")
             io.write_json(done, facts)
+            remember_trained(partial)
         wait_for_everyone()
     facts = io.read_json(done)
     if is_main_process():

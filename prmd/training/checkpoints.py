@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prmd.artifacts import io
+from prmd.artifacts.manifest import remember, remember_digests
 from prmd.errors import DataError
 from prmd.runtime import is_main_process, wait_for_everyone
 
@@ -192,6 +193,9 @@ def _drop_old_states(directory: Path, kept: Mapping[int, str]) -> None:
     marked = sorted((path.parent for path in directory.glob(f"{PREFIX}*/{MARKER}")), key=_step)
     for checkpoint in marked[:-RESUMABLE]:
         if _step(checkpoint) in kept:
+            state = _state_files(checkpoint)
+            saved = _manifest(checkpoint) or {}
+            remember_digests(directory, {path: saved[path] for path in saved if path not in state})
             _drop_state(checkpoint)
         else:
             shutil.rmtree(checkpoint)
@@ -241,9 +245,20 @@ def name_checkpoints(directory: Path, steps: dict[int, str], best: int | None = 
             raise DataError(f"{source}: {problem}; give --force to train again")
         _drop_state(source)
         io.publish_directory(source, directory / "checkpoints" / name)
+        remember(directory, _files_of(directory / "checkpoints" / name))
     drop_checkpoints(directory)
     if best is not None:
         copy_model(directory / "checkpoints" / steps[best], directory / "checkpoints" / "best")
+        remember(directory, _files_of(directory / "checkpoints" / "best"))
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def remember_trained(folder: Path) -> None:
+    """Have all files that lie in the folder of a finished training itself compared, should its stage be interrupted now."""
+    remember(folder, [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")])
 
 
 def trained_once(folder: Path, train: Callable[[], Trained]) -> Trained:
@@ -255,6 +270,7 @@ def trained_once(folder: Path, train: Callable[[], Trained]) -> Trained:
             io.make_durable(path for path in folder.iterdir() if path.is_file())
             names = {str(step): name for step, name in steps.items()}
             io.make_durable([io.write_json(done, {"curve": curve, "checkpoints": names})])
+            remember_trained(folder)
         wait_for_everyone()
     facts = io.read_json(done)
     return facts["curve"], {int(step): name for step, name in facts["checkpoints"].items()}

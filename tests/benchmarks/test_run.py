@@ -22,7 +22,7 @@ from prmd.artifacts import io
 from prmd.benchmarks import BENCHMARKS, benchmark_names
 from prmd.benchmarks.base import content_key
 from prmd.benchmarks.hh_holdout import held_out_pairs, run_heldout_pairs, run_hh_holdout
-from prmd.benchmarks.run import _fingerprint
+from prmd.benchmarks.run import _fingerprint, _is_finished
 from prmd.config.evaluation import (
     BenchmarksConfig,
     EvaluationConfig,
@@ -30,6 +30,7 @@ from prmd.config.evaluation import (
     MtBenchConfig,
     TextJudgeConfig,
 )
+from prmd.errors import DataError
 from prmd.evaluation.evaluate import benchmark_eval
 from prmd.models.loading import load_policy
 from prmd.models.tokenization import tokenize_row
@@ -204,3 +205,15 @@ def test_a_dry_run_names_everything_and_writes_nothing(
     assert "split_objectives.py" in caplog.text and "3_policy_training" in caplog.text
     assert all(name in caplog.text for name in benchmark_names(config.benchmarks.run))
     assert "mt_bench: would not run: data missing at benchmarks.mt_bench.path: null" in caplog.text
+
+
+def test_a_result_without_its_items_is_not_finished(tmp_path: Path) -> None:
+    path, items = tmp_path / "cvar.json", tmp_path / "cvar.items.jsonl"
+    io.write_json(path, {"status": "done", "fingerprint": "key", "n": 2})
+    io.write_jsonl(items, [{"id": "a"}, {"id": "b"}])
+    assert _is_finished(path, "key") and not _is_finished(path, "other")
+    items.unlink()
+    assert not _is_finished(path, "key")
+    items.mkdir()
+    with pytest.raises(DataError, match=r"cvar\.items\.jsonl: is a folder, wanted a file"):
+        _is_finished(path, "key")

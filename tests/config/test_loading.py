@@ -8,7 +8,7 @@ import yaml
 from prmd.artifacts.paths import PROJECT_ROOT
 from prmd.artifacts.runs import dump_yaml
 from prmd.config.evaluation import EvaluationConfig
-from prmd.config.loading import as_dict, load_config, load_pipeline
+from prmd.config.loading import as_dict, kept_model, load_config, load_pipeline
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError
@@ -292,3 +292,15 @@ def test_a_file_that_is_not_utf8(folder: Path) -> None:
     assert mistakes(folder, RewardModelConfig) == [
         "reward_model_config.yaml: not UTF-8; save the file as UTF-8"
     ]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"model: [", b"- 1", b"model: 3", b"\xff", b"model: {name: [3]}", b"a: \x00", b"model: {name: \n"],
+)
+def test_a_damaged_configuration_beside_an_artifact_is_one_line(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config\.yaml: damaged \(.*--force$") as caught:
+        kept_model(path)
+    assert len(str(caught.value).splitlines()) == 1

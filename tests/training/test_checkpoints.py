@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from tiny_models import VOCABULARY, tiny_causal_lm, tiny_classifier
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
+from prmd.artifacts import locks
+from prmd.artifacts.runs import partial_directory, publish
 from prmd.config.shared import LoraConfig, ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import DataError
 from prmd.models.loading import add_lora, load_base_classifier, load_causal_lm, load_tokenizer
@@ -24,6 +26,7 @@ from prmd.training.checkpoints import (
     mean_loss,
     name_checkpoints,
     newest_complete,
+    trained_once,
 )
 from prmd.training.run import TrainingRun, run_training
 from prmd.training.trainer import PairData, PairLoss
@@ -103,10 +106,11 @@ def test_the_two_newest_keep_their_state_and_only_planned_ones_their_model(tmp_p
         "checkpoint-2": False,
         "checkpoint-4": True,
         "checkpoint-9": True,
+        ".digests.json": False,
     }
     assert [p.name for p in (tmp_path / "checkpoint-2").iterdir()] == ["model.safetensors"]
     name_checkpoints(tmp_path, {2: "33", 9: "end"})
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoints"}
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoints", ".digests.json"}
     assert {p.name for p in (tmp_path / "checkpoints").iterdir()} == {"33", "end"}
 
 
@@ -308,3 +312,51 @@ def test_a_torn_checkpoint_is_ignored(tmp_path):
     for name, tensor in weights_of(whole.directory / "checkpoint-6").items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-5, atol=1e-6)
     AutoModelForCausalLM.from_pretrained(torn / "checkpoint-4")  # written anew
+
+
+def test_what_is_edited_between_the_last_step_and_publication_is_refused(tmp_path):
+    final = tmp_path / "policy"
+    folder = partial_directory(final, "key", force=False)
+    callback = ShareCheckpoints({2: "33", 9: "end"})
+    args = SimpleNamespace(output_dir=str(folder), should_save=True)
+    for step in (2, 3, 4, 9):
+        a_checkpoint(folder, step, marked=False)
+        callback.on_save(args, TrainerState(global_step=step), TrainerControl())
+    older = folder / "checkpoint-2" / "model.safetensors"  # its marker went with its state
+    _edited_is_refused(final, older)
+    rows, steps = [{"step": 9, "loss": 0.5}], {2: "33", 9: "end"}
+    assert trained_once(folder, lambda: (rows, steps)) == (rows, steps)
+    _edited_is_refused(final, folder / "training.json")
+    name_checkpoints(folder, steps, best=9)
+    for name in ("33", "end", "best"):
+        _edited_is_refused(final, folder / "checkpoints" / name / "model.safetensors")
+    (folder / "checkpoints" / "33" / "model.safetensors").unlink()  # to make room
+    assert partial_directory(final, "key", force=False) == folder
+    publish(folder, final)
+    assert sorted(path.name for path in final.iterdir()) == [
+        "checkpoints",
+        "fingerprint.json",
+        "training.json",
+    ]
+
+
+def _edited_is_refused(final, file):
+    locks.let_go(final)
+    content = file.read_bytes()
+    file.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(DataError, match=rf"\.digests\.json: .*{file.name} was changed.*--force"):
+        partial_directory(final, "key", force=False)
+    file.write_bytes(content)
+    assert partial_directory(final, "key", force=False).is_dir()
+    locks.let_go(final)
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"training.json": 3}', '{"training.json": {"size": 1}}'])
+def test_a_damaged_list_of_what_is_done_is_one_line(tmp_path, text):
+    final = tmp_path / "policy"
+    folder = partial_directory(final, "key", force=False)
+    trained_once(folder, lambda: ([], {}))
+    locks.let_go(final)
+    (folder / ".digests.json").write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"\.digests\.json: "):
+        partial_directory(final, "key", force=False)
