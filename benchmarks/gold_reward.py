@@ -46,6 +46,7 @@ from benchmarks.gold.figures import plot_closed_form, plot_gold_reward
 from benchmarks.gold.page import page
 from benchmarks.gold.plan import FULL, QUICK
 from benchmarks.gold.run import run_closed_forms, run_study
+from benchmarks.sources import source_hashes
 from prmd.artifacts import io
 from prmd.artifacts.paths import PROJECT_ROOT
 from prmd.artifacts.runs import git_state
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         results = run_study(preset, options.work, workers=options.workers)
     how = {"hardware": hardware(), "minutes": round((time.monotonic() - started) / 60, 1), **git_state()}
+    how["sources"] = source_hashes(Path(__file__))
     results["closed_form_setup" if options.closed_form else "setup"] |= how
     results = kept | results
     io.write_json(path, results)

@@ -42,6 +42,7 @@ from benchmarks.real_text.plan import FULL, LONGER_SHARE, MATCHED_KL, QUICK, Stu
 from benchmarks.real_text.run import run_seeds
 from benchmarks.real_text.summary import study_results
 from benchmarks.real_text.tables import markdown
+from benchmarks.sources import source_hashes
 from prmd.artifacts import io
 from prmd.artifacts.paths import PROJECT_ROOT
 from prmd.artifacts.runs import git_state, versions
@@ -123,6 +124,7 @@ def _how(started: float) -> dict[str, Any]:
     """On what and for how long it ran."""
     minutes = round((time.monotonic() - started) / 60, 1)
     facts = {"hardware": hardware(), "versions": versions(), "minutes_of_the_last_call": minutes}
+    facts["sources"] = source_hashes(Path(__file__))
     return facts | git_state()
 
 
