@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
-# The same examples in every run: whoever changes something knows that a failure is of that change.
-settings.register_profile("repeatable", derandomize=True)
+# The same examples in every run: whoever changes something knows that a failure is of that change, not of a busy machine.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("repeatable")
 
 # Tiny models run many times slower on several threads that wait for one another; subprocesses inherit this.
