@@ -85,7 +85,8 @@ def _two_pipelines(project: Project, race: Race) -> Row:
     def start(where: Path) -> commands.Running:
         arguments = ["--config", str(project.folder / "configs"), f"artifact_root={where.as_posix()}"]
         arguments += ["benchmarks.run=[hh_holdout]"]
-        arguments += ["tuning.method=lora", "ensemble.kind=adapters"]  # too few harmless pairs for heads
+        arguments += ["tuning.method=lora", "reward_model_config.tuning.method=lora"]
+        arguments += ["ensemble.kind=adapters"]  # heads would have too few harmless pairs
         project._cases += 1
         return commands.start("run_pipeline.py", arguments, project.folder / "said" / str(project._cases))
 
