@@ -189,7 +189,11 @@ def test_other_steps_than_it_began_with_do_not_continue_a_training(
     at_once = TRAINING.model_copy(update={"gradient_accumulation_steps": 1, "pairs_per_device": 4})
     _, steps = train(a_run(shared, tmp_path / "run", training=at_once))  # finished, and so it stays
     name_checkpoints(tmp_path / "run", steps)
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoints", "logs"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".digests.json",
+        "checkpoints",
+        "logs",
+    ]
 
 
 def test_held_out_rows_longer_than_the_attention_window_are_not_shared(tmp_path: Path) -> None:

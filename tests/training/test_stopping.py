@@ -70,7 +70,7 @@ def test_a_stopped_training_goes_on_from_its_step(
     losses = [[row["train_loss"] for row in rows if "train_loss" in row] for rows in (whole, history)]
     assert len(losses[0]) == 1 and losses[1] == pytest.approx(losses[0], rel=1e-5)
     name_checkpoints(stopped, steps)
-    assert sorted(path.name for path in stopped.iterdir()) == ["checkpoints", "logs"]
+    assert sorted(path.name for path in stopped.iterdir()) == [".digests.json", "checkpoints", "logs"]
     assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["end"]
     ours, theirs = (adapter(tmp_path / name / "checkpoints" / "end") for name in ("whole", "stopped"))
     assert all(torch.allclose(ours[key], theirs[key], atol=1e-5) for key in ours)
