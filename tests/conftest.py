@@ -10,9 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # The same examples in every run: whoever changes something knows that a failure is of that change, not of a busy machine.
-settings.register_profile(
-    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("repeatable", derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("repeatable")
 
 # Tiny models run many times slower on several threads that wait for one another; subprocesses inherit this.

