@@ -170,7 +170,7 @@ def offset_dpo_loss(*, implicit_margins: Tensor, offsets: Tensor) -> Tensor:
     Returns:
         Loss of each pair in nats, [B].
 
-    Source: Eq. 9 of arXiv:2403.19159 for lengths.
+    Source: arXiv:2403.19159 (R-DPO) for lengths.
     """
     return -F.logsigmoid(implicit_margins + offsets.to(implicit_margins.dtype))
 
