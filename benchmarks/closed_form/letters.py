@@ -31,7 +31,9 @@ MEMBERS = 10
 GATE_SAMPLES = 48
 KLS = (0.75, 2.0)
 METHODS = ("mean", "hard_min", "hierarchical")
-CEILING = "unbiased labels"
+CEILING, TRUTH = "unbiased labels", "truth"
+PICTURED = ("L90", "helpful")
+"""Scenario and objective whose members are shown one by one."""
 _CHUNK = 1024
 Row = dict[str, Any]
 
@@ -47,7 +49,8 @@ def run_closed_form(world: World) -> Path:
     if path.is_file():
         return path
     study = _Study(world)
-    return io.write_json(path, [row for name in SCENARIOS for row in study.rows(name)])
+    rows = [row for name in SCENARIOS for row in study.rows(name)]
+    return io.write_json(path, {"rows": rows, "with_length": study.with_length(*PICTURED)})
 
 
 def representations(world: World, prompts: list[str], samples: Samples) -> np.ndarray:
@@ -73,6 +76,12 @@ def _represent(world: World, rows: list[tuple[int, tuple[int, ...]]]) -> torch.T
         total = (layer * inside).sum(dim=1)
         parts += [total / inside.sum(dim=1), total / 10]
     return torch.cat(parts, dim=1)
+
+
+def within_prompts(rewards: np.ndarray, feature: np.ndarray) -> float:
+    """Correlation of rewards [X, n] with a feature of the same samples, both less their mean in each prompt."""
+    r, f = (values - values.mean(axis=1, keepdims=True) for values in (rewards, feature))
+    return float((r * f).sum() / np.sqrt((r * r).sum() * (f * f).sum()))
 
 
 class _Study:
@@ -102,6 +111,14 @@ class _Study:
         for method, offset in (("dpo", False), ("dpo_debiased", True)):
             found += self._gates(name, "none", method, self._pooled(scenario, offset=offset), truth)
         return found
+
+    def with_length(self, name: str, objective: str) -> dict[str, list[float]]:
+        """Correlation with length within prompts of the true reward and of every member of every family."""
+        length = feature_of("length", self.fresh)
+        cost = SCENARIOS[name].length_cost
+        truth = truth_of(self.world.test_prompts, self.fresh, length_cost=cost)[OBJECTIVES.index(objective)]
+        scores = {TRUTH: truth[None], **self._scores(name, objective)}
+        return {family: [within_prompts(r, length) for r in scores[family]] for family in (TRUTH, *STRENGTHS)}
 
     def _gates(
         self, name: str, family: str, method: str, robust: torch.Tensor, truth: np.ndarray

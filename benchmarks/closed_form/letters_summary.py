@@ -91,7 +91,11 @@ def closed_form_page(rows: Sequence[Row], setup: Row, name: str) -> str:
         setup: `closed_form_setup` of the results.
         name: of the results' file, after which the figure is named.
     """
-    parts = ["## Closed form", _about(setup), f"Figure: [over length bias]({name}_closed_form.png)."]
+    parts = [
+        "## Closed form",
+        _about(setup),
+        f"Figures: [over length bias]({name}_closed_form.png), [members and length]({name}_members.png).",
+    ]
     for method in dict.fromkeys(row["method"] for row in rows if row["family"] != "none"):
         parts += _method_tables(rows, method)
     return "\n\n".join(parts) + "\n"

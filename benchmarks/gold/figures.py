@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.closed_form.picture import plot_members
 from benchmarks.closed_form.scenarios import SCENARIOS
 from prmd.artifacts import io
 from prmd.report.figures import GREY, MARKERS, PALETTE, Axes, canvas, legend_below, objective_colour
@@ -74,7 +75,7 @@ def plot_closed_form(results_json: Path, directory: Path | None = None) -> list[
         axes.set_ylabel(_WORST)
         axes.set_title(_closed_form_message(rows))
         legend_below(axes)
-    return [path]
+    return [path, plot_members(folder / f"{results_json.stem}_members.png", results["closed_form_members"])]
 
 
 _CLOSED_FORM_LINES = (

@@ -134,7 +134,10 @@ def run_closed_forms(sizes: Sizes, seeds: Sequence[int], work: Path, *, workers:
     root = work / sizes.key
     paths = _run([partial(closed_form_task, sizes, root, seed) for seed in seeds], workers, "closed form")
     setup = {"seeds": list(seeds), "sizes": asdict(sizes), "members": MEMBERS, "samples": GATE_SAMPLES}
-    return {"closed_form": closed_form_rows([io.read_json(p) for p in paths]), "closed_form_setup": setup}
+    found = [io.read_json(path) for path in paths]
+    members = [{"seed": seed, **one["with_length"]} for seed, one in zip(seeds, found, strict=True)]
+    rows = closed_form_rows([one["rows"] for one in found])
+    return {"closed_form": rows, "closed_form_members": members, "closed_form_setup": setup}
 
 
 def assemble(

@@ -1,6 +1,7 @@
 """Linear reward models, their families and the worth of their optimum, against derivations of their own."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from benchmarks.closed_form import letters_summary
 from benchmarks.closed_form.families import STRENGTHS, members_of, offsets_of, with_twins
 from benchmarks.closed_form.fits import fit_linear
 from benchmarks.closed_form.gates import in_reference_units, optimum, outcome
+from benchmarks.closed_form.letters import within_prompts
+from benchmarks.closed_form.picture import nearest
 from benchmarks.closed_form.scenarios import ABOUT_LENGTH, SCENARIOS, UNBIASED
 from benchmarks.gold.figures import plot_closed_form
 from benchmarks.gold.labels import KAPPA, RATERS, label_pairs, preference_probability
@@ -254,6 +257,27 @@ def test_page_and_figure_show_every_scenario(tmp_path: Path) -> None:
     text = letters_summary.closed_form_page(rows, setup, "study")
     assert all(f"| {scenario.title} |" in text for scenario in SCENARIOS.values())
     assert "3 worlds (seeds), commit abcdef0" in text and "study_closed_form.png" in text
-    path = io.write_json(tmp_path / "study.json", {"closed_form": rows})
-    assert [p.name for p in plot_closed_form(path)] == ["study_closed_form.png"]
-    assert (tmp_path / "study_closed_form.png").stat().st_size > 5000
+    results = {"closed_form": rows, "closed_form_members": [members_of_a_world(seed) for seed in range(3)]}
+    drawn = plot_closed_form(io.write_json(tmp_path / "study.json", results))
+    assert [p.name for p in drawn] == ["study_closed_form.png", "study_members.png"]
+    assert all(path.name in text and path.stat().st_size > 5000 for path in drawn)
+
+
+def members_of_a_world(seed: int) -> dict[str, Any]:
+    return {"seed": seed, "truth": [0.1], "bootstrap": [0.9, 0.8], "debiased": [0.3], "strengths": [0.9, 0.2]}
+
+
+def test_members_are_as_far_from_the_truth_as_the_nearest_of_them() -> None:
+    worlds = [members_of_a_world(0), {**members_of_a_world(1), "truth": [0.4]}]
+    assert nearest(worlds, "bootstrap") == pytest.approx((0.7 + 0.4) / 2)
+    assert nearest(worlds, "strengths") == pytest.approx((0.1 + 0.2) / 2)
+
+
+def test_correlation_with_length_is_within_prompts() -> None:
+    length = np.array([[1.0, 2.0, 3.0], [11.0, 12.0, 13.0]])
+    assert within_prompts(-length + np.array([[0.0], [50.0]]), length) == pytest.approx(-1)
+    rewards = np.random.default_rng(0).normal(size=(2, 3))
+    centered = rewards - rewards.mean(axis=1, keepdims=True)
+    assert within_prompts(rewards, length) == pytest.approx(
+        np.corrcoef(centered.ravel(), np.tile([-1, 0, 1], 2))[0, 1]
+    )
