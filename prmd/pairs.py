@@ -6,6 +6,7 @@ data sets is in `data.collection` and `data.pku_safe_rlhf`, splitting them in `d
 
 import hashlib
 import re
+import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _CONTROL_TEXT = re.compile(
 )
 """Control tokens of well-known models, as text."""
 _FIELDS = ("id", "prompt", "chosen", "rejected", "source")
+_WEIGHT = "weight"
+"""Key of a stored row whose pair has a weight; others lack it."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,8 @@ class PreferencePair:
         rejected: text of the other one.
         source: where it comes from, `hh_rlhf/helpful-base/train:12` (source, file, 1-based row).
         objective: one of the approach, `helpful`, `harmless` or `honest` of the built-in ones.
+        weight: factor of the pair's loss in every training, of mean 1 over the training pairs of its objective once stored;
+            None: no weights were given, which counts as 1.
     """
 
     id: str
@@ -47,6 +52,7 @@ class PreferencePair:
     rejected: str
     source: str
     objective: str
+    weight: float | None = None
 
     @property
     def first_turn(self) -> str:
@@ -72,6 +78,7 @@ class PreferencePair:
             "chosen": [{"role": "assistant", "content": self.chosen}],
             "rejected": [{"role": "assistant", "content": self.rejected}],
             "source": self.source,
+            **({} if self.weight is None else {_WEIGHT: self.weight}),
         }
 
     @classmethod
@@ -79,7 +86,7 @@ class PreferencePair:
         """Read and validate a stored row.
 
         Args:
-            row: keys id, prompt, chosen, rejected, source, and no others.
+            row: keys id, prompt, chosen, rejected, source, perhaps weight, and no others.
             objective: the objective the row is stored under.
             where: `file:line`, for the error.
 
@@ -95,6 +102,7 @@ class PreferencePair:
             rejected=row["rejected"][0]["content"],
             source=row["source"],
             objective=objective,
+            weight=float(row[_WEIGHT]) if _WEIGHT in row else None,
         )
 
 
@@ -180,12 +188,20 @@ def read_benchmark_questions(paths: ArtifactPaths) -> frozenset[str] | None:
     return None if questions is None else frozenset(questions)
 
 
+def is_weight(value: Any) -> bool:
+    """Whether a value can be the weight of a pair: a finite number, 0 or more."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and 0 <= value <= sys.float_info.max
+
+
 def _row_problem(row: Mapping[str, Any]) -> str | None:
     """What is wrong with a stored row, or None."""
     missing = [name for name in _FIELDS if name not in row]
-    unknown = sorted(set(row) - set(_FIELDS))
+    unknown = sorted(set(row) - {*_FIELDS, _WEIGHT})
     if missing or unknown:
         return f"a row has exactly the keys {', '.join(_FIELDS)}; missing {missing}, unknown {unknown}"
+    if _WEIGHT in row and not is_weight(row[_WEIGHT]):
+        return f"'{_WEIGHT}' must be a finite number, 0 or more, got {row[_WEIGHT]!r:.80}"
     for name in ("id", "source"):
         if not isinstance(row[name], str) or not row[name].strip():
             return f"{name!r} must be a non-empty string, got {row[name]!r:.80}"

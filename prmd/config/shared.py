@@ -114,7 +114,7 @@ class OwnSource(Section):
 class OwnFileConfig(OwnSource):
     @model_validator(mode="after")
     def columns_are_known(self) -> "OwnFileConfig":
-        self._refuse_columns("prompt", "chosen", "rejected", "id", "source", "system", "tools")
+        self._refuse_columns("prompt", "chosen", "rejected", "id", "source", "system", "tools", "weight")
         return self
 
 

@@ -25,6 +25,7 @@ from prmd.data.sources import plan_source, required_sources
 from prmd.data.splits import SplitPairs, SplitResult, check_no_leak, limit_pairs, split_pairs
 from prmd.data.summary import describe_rows, sizes_of, write_summary
 from prmd.data.truthfulqa import truthfulqa_pairs
+from prmd.data.weights import describe_weights, with_mean_one
 from prmd.errors import DataError, UserError
 from prmd.objectives import SPLITS
 from prmd.pairs import BENCHMARK_QUESTIONS_FILE
@@ -120,6 +121,8 @@ def _build(
     _say_constant_prompts(collection)
     result = _split(collection, config.data)
     stats = _stats(collection, result, config.data.approach) | describe_rows(collection, result)
+    stats |= describe_weights(result.pairs)
+    result = replace(result, pairs=with_mean_one(result.pairs))
     target = config.paths.processed
     partial = runs.partial_directory(target, fingerprint, force)
     _write(partial, result.pairs, collection, stats)

@@ -218,10 +218,12 @@ def modpo_loss(*, implicit_margins: Tensor, other_margins: Tensor, weight: Tenso
     return -F.logsigmoid((implicit_margins - other_margins) / weight)
 
 
-def edpo_member_losses(*, implicit_margins: Tensor, member_targets: Tensor) -> Tensor:
+def edpo_member_losses(
+    *, implicit_margins: Tensor, member_targets: Tensor, pair_weights: Tensor | None = None
+) -> Tensor:
     """Mean squared distillation loss of a batch against every ensemble member.
 
-    ``L[k, m] = mean_i (target[k, m, i] - implicit[i])**2``
+    ``L[k, m] = mean_i w[i] (target[k, m, i] - implicit[i])**2``
 
     e-DPO takes its minimum over members for the EFFECTIVE batch, so average these over all micro-batches and
     processes (weighted by their sizes) before `edpo_select`.
@@ -229,6 +231,7 @@ def edpo_member_losses(*, implicit_margins: Tensor, member_targets: Tensor) -> T
     Args:
         implicit_margins: [B].
         member_targets: target margins of every member, [K, M, B].
+        pair_weights: w of each pair, [B]; None: 1.
 
     Returns:
         [K, M].
@@ -243,7 +246,8 @@ def edpo_member_losses(*, implicit_margins: Tensor, member_targets: Tensor) -> T
             f"edpo_member_losses: member_targets must be [K, M, {implicit_margins.shape[0]}], "
             f"got {list(member_targets.shape)}"
         )
-    return (member_targets.to(implicit_margins.dtype) - implicit_margins).square().mean(dim=-1)
+    errors = (member_targets.to(implicit_margins.dtype) - implicit_margins).square()
+    return (errors if pair_weights is None else errors * pair_weights.to(errors.dtype)).mean(dim=-1)
 
 
 def edpo_select(member_losses: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """e-DPO's choice of members: for each objective the one that the policy is closest to on the whole effective batch.
 
-    m*_k = argmin_m  mean_i (Delta*_{k,m,i} - Delta_theta,i)^2 ,   i over all pairs of the optimiser step
+    m*_k = argmin_m  mean_i w_i (Delta*_{k,m,i} - Delta_theta,i)^2 ,   i over all pairs of the optimiser step
 
 A micro-batch knows its pairs alone, so at the first one of a step the pairs of all of them, of every process, are passed
 through the policy without gradient. The loss with the chosen members is in `pessimism.losses` and `targets`.
@@ -24,7 +24,7 @@ from prmd.policies.inputs import MethodInputs
 from prmd.policies.targets import policy_loss
 from prmd.runtime import get_runtime
 from prmd.training.batches import MicroBatch, plan_training
-from prmd.training.trainer import Columns, LossFunction, PairData, PairLoss
+from prmd.training.trainer import PAIR_WEIGHT, Columns, LossFunction, PairData, PairLoss
 
 HELD_OUT = -1
 """Column `position` of pairs that are not trained on."""
@@ -108,7 +108,7 @@ class MemberSelection:
 
     Args:
         rows: (chosen, rejected) of each position.
-        columns: `ref_logps` [n, 2] and `member_targets` [n, K, M] of each position.
+        columns: `ref_logps` [n, 2] and `member_targets` [n, K, M] of each position, and weights w [n] where pairs have them.
         plan: the training's micro-batches over positions.
         batches_per_step: micro-batches of an optimiser step over all processes.
     """
@@ -171,4 +171,6 @@ class MemberSelection:
             beta=self.policy.beta,
         )
         members = self.columns["member_targets"][index].to(device).permute(1, 2, 0)
-        return edpo_member_losses(implicit_margins=implicit, member_targets=members)
+        own = self.columns.get(PAIR_WEIGHT)
+        weights = None if own is None else own[index].to(device)
+        return edpo_member_losses(implicit_margins=implicit, member_targets=members, pair_weights=weights)

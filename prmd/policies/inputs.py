@@ -70,7 +70,7 @@ from prmd.policies.targets import Targets, clipping_warning, method_targets, ref
 from prmd.rewards.debias import DEBIAS_FILE, FittedBias, read_bias
 from prmd.rewards.reward_model import RewardModel
 from prmd.training.fingerprints import calibration_keys, training_keys
-from prmd.training.trainer import PairData
+from prmd.training.trainer import PairData, weight_column
 
 logger = logging.getLogger(__name__)
 
@@ -292,6 +292,7 @@ def method_inputs(
         train_targets, held_targets = targets.columns
         columns |= {name: values.float() for name, values in train_targets.items()}
         held |= {name: values.float() for name, values in held_targets.items()}
+    columns |= weight_column(prepared.pairs.tokenized.pairs, added=len(rows) - len(labelled))
     if uses_gamma(policy, method):
         rows = with_gamma_samples(rows, trained.prompts, prepared.samples)
     ids = [pair.id for pair in prepared.pairs.tokenized.pairs]

@@ -41,7 +41,7 @@ from prmd.policies.robust_reward import (
     solve_reward,
     weighted_objectives,
 )
-from prmd.training.trainer import Columns, PairLoss
+from prmd.training.trainer import PAIR_WEIGHT, Columns, PairLoss
 
 __all__ = [
     "Targets",
@@ -256,7 +256,10 @@ def _edpo(implicit: Tensor, columns: Columns, policy: PolicySection) -> Tensor:
     members = columns["member_targets"].permute(1, 2, 0)
     selected = columns.get("selected")
     if selected is None:
-        losses = edpo_member_losses(implicit_margins=implicit.detach(), member_targets=members)
+        weights = columns.get(PAIR_WEIGHT)
+        losses = edpo_member_losses(
+            implicit_margins=implicit.detach(), member_targets=members, pair_weights=weights
+        )
         selected = edpo_select(losses)
     return edpo_loss(
         implicit_margins=implicit,

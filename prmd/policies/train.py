@@ -61,7 +61,7 @@ from prmd.policies.pairs import PairTokens, PolicyPairs, Split, read_splits
 from prmd.policies.preview import describe_gate, describe_policies, gamma_lengths, preview_gate
 from prmd.policies.soup import average_policies
 from prmd.policies.targets import describe_targets, policy_loss, with_clip
-from prmd.policies.trl_baseline import train_trl_dpo
+from prmd.policies.trl_baseline import train_trl_dpo, unweighted_notes
 from prmd.report import figures
 from prmd.rewards.reward_model import RewardModel, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
@@ -301,6 +301,10 @@ def _train_baseline(
     tuning: TuningConfig,
     training: TrainingConfig,
 ) -> dict[str, Any]:
+    notes = unweighted_notes(pairs.tokenized.pairs)
+    for note in notes:
+        logger.warning("policy %s: %s", BASELINE, note)
+
     def train() -> Trained:
         curve = train_trl_dpo(
             pairs,
@@ -317,7 +321,7 @@ def _train_baseline(
     curve, _ = trained_once(folder, train)
     if is_main_process():
         drop_checkpoints(folder)
-    return {"curve": curve}
+    return {"curve": curve, "notes": notes}
 
 
 def _distil(

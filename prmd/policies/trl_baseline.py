@@ -2,7 +2,7 @@
 
 It tokenises the messages and precomputes the reference log-probabilities itself, so nothing of ours touches its loss.
 It gets the pairs that every method gets, in the same order and the same batches, with prompts already fitted to
-`max_length` so that it cuts no response.
+`max_length` so that it cuts no response. What it cannot be given are weights of pairs (`unweighted_notes`).
 """
 
 import logging
@@ -51,6 +51,19 @@ def baseline_rows(
         for pair in pairs
     ]
     return [rows[i] for micro in batches if micro.weight for i in micro.rows]
+
+
+def unweighted_notes(pairs: Sequence[PreferencePair]) -> list[str]:
+    """What is to be known of a baseline whose pairs have weights; nothing where none has.
+
+    TRL averages the losses of a batch inside of its trainer; its own weighting is another thing, a weight by likelihood.
+    """
+    if all(pair.weight in (None, 1.0) for pair in pairs):
+        return []
+    return [
+        "TRL's DPO takes no weights of pairs, so all pairs weigh alike in it and not as in the other methods; the method dpo "
+        "is the same loss with the weights"
+    ]
 
 
 class _OurColumns(TrainerCallback):

@@ -1,9 +1,10 @@
 """Training of a reward model's backbone r_0, and of the members where the ensemble is of adapters.
 
-    L_RM = mean_i [ -log sigma(r_0(x_i, y_w) - r_0(x_i, y_l) + s_0 a_i) ] + c mean_i (r_0(y_w) + r_0(y_l))^2
+    L_RM = mean_i w_i { -log sigma(r_0(x_i, y_w) - r_0(x_i, y_l) + s_0 a_i) + c (r_0(y_w) + r_0(y_l))^2 }
 
-a_i is what features that are held to be a bias predict of the label (`debias`), 0 where none is named. Heads, measurements and calibration, which follow the backbone, are in `fitting`; the order of all of it is in
-`train`; the loop itself is `training.trainer.PairTrainer`, run by `training.run`.
+a_i is what features that are held to be a bias predict of the label (`debias`), 0 where none is named; w_i is the pair's
+weight, 1 where none was given. Heads, measurements and calibration, which follow the backbone, are in `fitting`; the order of
+all of it is in `train`; the loop itself is `training.trainer.PairTrainer`, run by `training.run`.
 """
 
 import logging
@@ -41,7 +42,7 @@ from prmd.training.checkpoints import (
     remember_trained,
 )
 from prmd.training.run import TrainingRun, run_training
-from prmd.training.trainer import Columns, PairData, PairLoss
+from prmd.training.trainer import Columns, PairData, PairLoss, weight_column
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +143,9 @@ def _train(
     def loss(rewards: Tensor, columns: Columns) -> PairLoss:
         return reward_loss(rewards, config.centering_coefficient, columns.get("offsets"))
 
-    def paired(tokenized: TokenizedPairs) -> PairData:
-        columns = {"offsets": strength * debiasing.of(tokenized.pairs)} if debiasing else {}
+    def paired(tokenized: TokenizedPairs, **columns: Tensor) -> PairData:
+        if debiasing:
+            columns["offsets"] = strength * debiasing.of(tokenized.pairs)
         return PairData(tokenized.rows, columns, [pair.id for pair in tokenized.pairs])
 
     run = TrainingRun(
@@ -152,7 +154,7 @@ def _train(
         shared=config,
         tuning=config.tuning,
         training=config.training,
-        data=paired(train),
+        data=paired(train, **weight_column(train.pairs)),
         stream=epoch_stream(len(train.rows), config.training.epochs, config.seed),
         eval_data=paired(val),
         loss_function=loss,

@@ -34,6 +34,7 @@ from prmd.rewards.reward_model import ENSEMBLE_FILE, RewardModel, rows_of_sample
 from prmd.rewards.task import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.runtime import is_main_process
 from prmd.statistics.reliability import mean_pairwise_correlation
+from prmd.training.trainer import PAIR_WEIGHT, weight_column
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def fit_heads(
         config=task.config.ensemble,
         seed=task.config.seed,
         offsets=debiasing.of_members(tokenized.pairs) if debiasing else None,
+        pair_weights=weight_column(tokenized.pairs).get(PAIR_WEIGHT),
     )
     if is_main_process():
         ensemble.save(reward_model.directory / ENSEMBLE_FILE)

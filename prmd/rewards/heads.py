@@ -105,16 +105,18 @@ def fit_ensemble(
     config: EnsembleConfig,
     seed: int,
     offsets: Tensor | None = None,
+    pair_weights: Tensor | None = None,
 ) -> Ensemble:
     """Fit M heads on pairs that the backbone never saw.
 
-        L_m = (1/n) sum_i w_{m,i} [-log sigma(r_m(y_w) - r_m(y_l) + s_m a_i)] + (anchor/n) ||theta_m - theta_m^0||^2
+        L_m = (1/n) sum_i w_{m,i} w_i [-log sigma(r_m(y_w) - r_m(y_l) + s_m a_i)] + (anchor/n) ||theta_m - theta_m^0||^2
 
     Args:
         chosen_features, rejected_features: [n, d] float32.
         chosen_rewards, rejected_rewards: r_0, [n].
         config: members, anchor, and prior_scale (sd of f_m's margin at theta^0 over sd of r_0's margin).
         offsets: s_m a_i of each member and pair (`debias.Debiasing`), [M, n]; None: 0.
+        pair_weights: w_i, which multiplies the bootstrap's w_{m,i}, [n]; None: 1.
 
     Returns:
         The fitted heads. Sources: arXiv:2402.00396 (epistemic heads), arXiv:1805.07805 (anchored ensembles).
@@ -127,6 +129,8 @@ def fit_ensemble(
     wanted = config.prior_scale * (chosen_rewards - rejected_rewards).float().std()
     weights["weight3"] = weights["weight3"] * (wanted / prior.clamp_min(1e-12))[:, None, None]
     counts = bootstrap_weights(pair_ids, config.members, seed).to(both.device)
+    if pair_weights is not None:
+        counts = counts * pair_weights.to(counts)
     margins = (chosen_rewards - rejected_rewards).float()
     shifts = None if offsets is None else offsets.float().to(both.device)
     fitted = _minimise(weights, chosen, rejected, margins, counts, config.anchor, seed, shifts)

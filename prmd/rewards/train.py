@@ -1,8 +1,9 @@
 """Stage 2: a reward model per objective, with its ensemble, calibration, checkpoints and analysis.
 
-    L_RM = mean_i [ -log sigma(r_0(x_i, y_w) - r_0(x_i, y_l) + s_0 a_i) ] + c mean_i (r_0(y_w) + r_0(y_l))^2
+    L_RM = mean_i w_i { -log sigma(r_0(x_i, y_w) - r_0(x_i, y_l) + s_0 a_i) + c (r_0(y_w) + r_0(y_l))^2 }
 
-a_i is 0 unless the configuration names features that are held to be a bias of the labels (`debias`).
+a_i is 0 unless the configuration names features that are held to be a bias of the labels (`debias`); w_i is 1 unless the
+pairs came with weights.
 The backbone is trained first (`backbone`); the M heads are then fit on a slice of the training pairs it never saw
 (`fitting`), or M adapters are trained in the same way, each on its own bootstrap of the pairs. The evaluation's
 judges are trained by the same code on the `judge` split (`train_judge`).

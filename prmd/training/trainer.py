@@ -22,6 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from prmd.errors import DataError, NotFiniteError
 from prmd.models.prefix_rows import collate_rows, padding_share, plan_scoring
 from prmd.models.tokenization import PrefixRow
+from prmd.pairs import PreferencePair
 from prmd.pessimism.losses import learning_measures
 from prmd.runtime import get_device
 from prmd.training.batches import MicroBatch
@@ -29,6 +30,21 @@ from prmd.training.sharding import RefuseUnsharded, in_step, prepare_fsdp
 from prmd.training.stopping import named_rows
 
 Columns = Mapping[str, Tensor]
+
+PAIR_WEIGHT = "pair_weight"
+"""Column of training pairs by which the trainer multiplies the whole loss of each; held-out pairs have none."""
+
+
+def weight_column(pairs: Sequence[PreferencePair], added: int = 0) -> dict[str, Tensor]:
+    """The column `PAIR_WEIGHT` of training pairs, float32 [n + added]; nothing where none has a weight.
+
+    Args:
+        added: rows behind these that no label is of; they weigh 1.
+    """
+    if all(pair.weight is None for pair in pairs):
+        return {}
+    weights = [1.0 if pair.weight is None else pair.weight for pair in pairs]
+    return {PAIR_WEIGHT: torch.tensor(weights + [1.0] * added)}
 
 
 @dataclass(frozen=True)
@@ -45,7 +61,7 @@ LossFunction = Callable[[Tensor, Columns], PairLoss]
 
 @dataclass(frozen=True)
 class PairData:
-    """Tokenised pairs with one tensor [n_pairs, ...] per column the loss needs.
+    """Tokenised pairs with one tensor [n_pairs, ...] per column the loss needs, and `PAIR_WEIGHT` where pairs have weights.
 
     Attributes:
         ids: of the pairs, for people; without any, a pair is called by its index.
@@ -181,6 +197,9 @@ class PairTrainer(Trainer):
     ) -> Tensor:
         """Mean loss of the micro-batch, weighted so that the step's gradient is the mean over its pairs.
 
+        A pair's own weight w_i multiplies its loss: the step minimizes (1/B) sum_i w_i loss_i, which is not divided by
+        sum_i w_i, so that a step of light pairs moves the model less.
+
         Raises:
             NotFiniteError: the loss is not finite; the message names the pairs.
         """
@@ -190,7 +209,8 @@ class PairTrainer(Trainer):
             self._means.add(result.metrics)
         processed, padding = padding_share(inputs)
         self._tokens, self._padding = self._tokens + processed, self._padding + padding
-        return result.loss.mean() * inputs["weight"]
+        loss, own = result.loss, inputs.get(f"column/{PAIR_WEIGHT}")
+        return (loss if own is None else loss * own.to(loss.dtype)).mean() * inputs["weight"]
 
     def _refuse_not_finite(self, loss: Tensor, pairs: Sequence[int], data: PairData) -> None:
         """Stop where a loss [B] of these pairs is NaN or infinite, naming them."""

@@ -20,10 +20,11 @@ from prmd.models.loading import add_lora, load_tokenizer_from
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.models.tokenization import PrefixRow
+from prmd.pairs import PreferencePair
 from prmd.pessimism.losses import bradley_terry_loss, distillation_loss, dpo_loss, implicit_margins
 from prmd.training.arguments import on_one_gpu, training_arguments
 from prmd.training.batches import plan_training
-from prmd.training.trainer import PairData, PairLoss, PairTrainer
+from prmd.training.trainer import PAIR_WEIGHT, PairData, PairLoss, PairTrainer, weight_column
 
 BETA = 0.1
 LEARNING_RATE = 0.05
@@ -222,6 +223,93 @@ def test_adapters_alone_move(tokenizer, tmp_path):
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert all("lora_" in name for name in moved)
+
+
+# ------------------------------------------------------------------ weights of pairs
+def reward_model():
+    torch.manual_seed(4)
+    return LlamaForSequenceClassification(tiny_config(num_labels=1))
+
+
+WEIGHTED = {"bradley_terry": bradley_terry, "dpo": dpo, "squared": squared}
+
+
+def gradient_of(trainer, rows, weight=1.0):
+    """Gradient of the loss of one micro-batch, flat."""
+    batch = trainer.train_dataset.data.batch(rows, pad_id=0, share_prompt=False)
+    batch |= {"weight": torch.tensor(weight), "pair_index": torch.tensor(rows)}
+    trainer.model.zero_grad()
+    trainer.compute_loss(trainer.model, batch).backward()
+    found = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    return torch.cat([grad.flatten() for grad in found]).double()
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weight_2_is_the_pair_twice(tokenizer, tmp_path, name):
+    data = random_data(3, target_margins=torch.tensor([0.4, -1.5, 3.0]))
+    weights = torch.tensor([2.0, 1.0, 1.0])
+    weighted = PairData(data.rows, {**data.columns, PAIR_WEIGHT: weights / weights.mean()})
+    model = SequenceRewards(reward_model()) if name == "bradley_terry" else SequenceLogps(causal())
+    model.double()
+    twice, once = (trainer_of(model, d, tokenizer, tmp_path, loss=WEIGHTED[name]) for d in (data, weighted))
+    expected = gradient_of(twice, [0, 0, 1, 2])
+    found = gradient_of(once, [0, 1, 2])
+    assert (found - expected).abs().max() <= 1e-6 * expected.abs().max()
+    assert (gradient_of(twice, [0, 1, 2]) - expected).abs().max() > 1e-2 * expected.abs().max()
+    # cut into micro-batches of two pairs and one: weights (2/3, 1/3) x 2 make their mean that of the step
+    parts = gradient_of(once, [0, 1], 4 / 3) + gradient_of(once, [2], 2 / 3)
+    assert (parts / 2 - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+def test_weights_are_part_of_every_step_however_it_is_accumulated(tokenizer, tmp_path):
+    data, weights = random_data(6), torch.tensor([0.2, 3.0, 0.5, 1.3, 0.6, 0.4])
+    where = {row: i for i, row in enumerate(data.rows)}
+
+    def loss_of(model, rows):
+        each = [weights[where[row]] * dpo_by_hand(data)(model, [row]) for row in rows]
+        return torch.stack(each).mean()
+
+    weighted = PairData(data.rows, {**data.columns, PAIR_WEIGHT: weights})
+    for rows_per_batch, accumulation in ((4, 1), (2, 2)):
+        ours, by_hand = causal(), causal()
+        trainer = trainer_of(
+            SequenceLogps(ours),
+            weighted,
+            tokenizer,
+            tmp_path / str(rows_per_batch),
+            rows_per_batch=rows_per_batch,
+            accumulation=accumulation,
+        )
+        trainer.train()
+        losses = [
+            step_by_hand(by_hand, [data.rows[i] for i in step], loss_of)[0] for step in trainer.step_pairs
+        ]
+        assert_same_parameters(ours, by_hand, causal())
+        logged = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        assert logged == pytest.approx(losses, abs=1e-5)
+
+
+def test_weights_of_one_train_as_none_to_the_last_digit_and_no_held_out_mean_is_weighted(tokenizer, tmp_path):
+    data, trained, logs = random_data(6), [], []
+    for i, weights in enumerate((None, torch.ones(6))):
+        model, columns = causal(), {} if weights is None else {PAIR_WEIGHT: weights}
+        weighted = PairData(data.rows, {**data.columns, **columns})
+        held = PairData(data.rows, {**data.columns, **{k: torch.arange(6.0) for k in columns}})
+        trainer = trainer_of(SequenceLogps(model), weighted, tokenizer, tmp_path / str(i), eval_data=held)
+        trainer.train()
+        trained.append(model)
+        logs.append((trainer.evaluate(), [row.get("loss") for row in trainer.state.log_history]))
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in trained), strict=True))
+    assert logs[0] == logs[1]
+
+
+def test_a_column_of_weights_is_of_pairs_that_have_some():
+    def pair(weight):
+        return PreferencePair("a", ({"role": "user", "content": "q"},), "c", "r", "s", "helpful", weight)
+
+    assert weight_column([pair(None), pair(None)], added=3) == {}
+    mixed = weight_column([pair(None), pair(0.25), pair(1.75)], added=2)[PAIR_WEIGHT]
+    assert mixed.tolist() == [1.0, 0.25, 1.75, 1.0, 1.0] and mixed.dtype == torch.float32
 
 
 # ------------------------------------------------------------------ before the first step

@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from io import TextIOWrapper
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from prmd.data.own.scored import scored_rows
 from prmd.data.readers import Row, SourceFile, json_rows, local_file, local_path, parquet_rows, split_rows
 from prmd.errors import ConfigError, DataError
 
-COLUMNS = ("prompt", "chosen", "rejected", "id", "source", "system", "tools")
-"""What a row of pairs may hold; the first and the last four may be missing."""
+COLUMNS = ("prompt", "chosen", "rejected", "id", "source", "system", "tools", "weight")
+"""What a row of pairs may hold; all but `chosen` and `rejected` may be missing."""
 SCORED = "_scored"
 """Label of the file whose responses carry scores; no objective begins so."""
 
@@ -148,7 +149,10 @@ def pair_rows(rows: Iterable[Row], where: str, *, columns: dict[str, str | None]
     needed = [name for name in COLUMNS if name in ("chosen", "rejected") or columns.get(name)]
     require_columns({name: names[name] for name in needed} if rows else {}, there, where, key)
     for row in rows:
-        yield {name: row[column] for name, column in names.items() if column in row}
+        kept = {name: row[column] for name, column in names.items() if column in row}
+        if isinstance(weight := kept.get("weight"), float) and not isfinite(weight):
+            kept["weight"] = str(weight)  # JSON Lines hold no such number; as text it is refused with its row
+        yield kept
 
 
 def require_columns(names: dict[str, str | None], there: Iterable[str], where: str, key: str) -> None:

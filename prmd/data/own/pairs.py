@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from prmd.config.shared import OwnPairsConfig
+from prmd.config.shared import OwnFileConfig, OwnPairsConfig
 from prmd.data.collection import PairCollection, RawFile, SourcedPair
 from prmd.data.own.files import SCORED
 from prmd.data.own.formats import Compared, RowError, compare, form_of
-from prmd.data.own.scored import preferred
+from prmd.data.own.scored import as_score, preferred
 from prmd.errors import DataError
 from prmd.pairs import PreferencePair, make_pair
 from prmd.runtime import progress
@@ -23,7 +23,7 @@ def own_pairs(files: Iterable[RawFile], settings: OwnPairsConfig) -> PairCollect
 
     Raises:
         DataError: a file mixes formats, an id is no text or used twice, scores are all equal, an objective has too few
-            pairs, or two objectives have the same ones; one line that names it.
+            pairs or weights for some of its files alone, or two objectives have the same ones; one line that names it.
     """
     collection = PairCollection()
     for file in files:
@@ -33,13 +33,14 @@ def own_pairs(files: Iterable[RawFile], settings: OwnPairsConfig) -> PairCollect
             _add_file(collection, file, settings)
     pairs = _unique_ids([item.pair for item in collection.pairs])
     _refuse_few(pairs, collection, settings)
+    _refuse_partly_weighted(pairs, settings)
     _refuse_copies(pairs, settings)
     return replace(collection, pairs=[SourcedPair(pair, None) for pair in pairs])
 
 
 def _add_file(collection: PairCollection, file: RawFile, settings: OwnPairsConfig) -> None:
     objective = file.label.partition("/")[0]
-    place = _place(objective, file, settings)
+    place, weighted = _place(objective, file, settings), _has_weights(file, settings.objectives[objective])
     form: dict[str, tuple[str, int]] = {}
     for index, row in enumerate(progress(file.rows, len(file.rows), f"pairs of {file.label}")):
         for name, kind in form_of(row).items():
@@ -54,6 +55,7 @@ def _add_file(collection: PairCollection, file: RawFile, settings: OwnPairsConfi
         source = own["source"] or file.where(index)
         try:
             pair = _pair(compare(row), objective=objective, source=source)
+            weight = _weight(row, f"{place}: row {index + 1}") if weighted else None
         except RowError as error:
             collection.refuse(
                 source=file.where(index),
@@ -63,7 +65,33 @@ def _add_file(collection: PairCollection, file: RawFile, settings: OwnPairsConfi
                 detail=error.detail,
             )
             continue
-        collection.pairs.append(SourcedPair(replace(pair, id=own["id"]) if own["id"] else pair, None))
+        if weight == 0:
+            collection.left_out[objective]["zero_weight"] += 1
+            continue
+        pair = replace(pair, id=own["id"] or pair.id, weight=weight)
+        collection.pairs.append(SourcedPair(pair, None))
+
+
+def _has_weights(file: RawFile, settings: OwnFileConfig) -> bool:
+    """Whether the rows of a file are to have weights: a column is named for them, or one `weight` is there and not empty."""
+    return bool(settings.columns.get("weight")) or any(
+        row.get("weight") not in (None, "") for row in file.rows
+    )
+
+
+def _weight(row: dict[str, Any], where: str) -> float:
+    """The weight of a row whose file has weights.
+
+    Raises:
+        RowError: it is no finite number, or negative.
+    """
+    value = row.get("weight")
+    number = as_score(value)
+    if number is None or number < 0:
+        raise RowError(
+            "weight", f"{where}: got {value!r:.40}, wanted a finite number above 0 (0 leaves the pair out)"
+        )
+    return number
 
 
 def _own_text(row: dict[str, Any], key: str, where: str) -> str | None:
@@ -73,7 +101,7 @@ def _own_text(row: dict[str, Any], key: str, where: str) -> str | None:
         DataError: it is no text.
     """
     value = row.get(key)
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value.strip()):
         return None
     if not isinstance(value, str):
         raise DataError(
@@ -172,15 +200,30 @@ def _refuse_few(
     pairs: Sequence[PreferencePair], collection: PairCollection, settings: OwnPairsConfig
 ) -> None:
     for objective in settings.names:
-        count = sum(pair.objective == objective for pair in pairs)
+        own = [pair.id for pair in pairs if pair.objective == objective]
+        count = len(set(own))  # a pair that is there twice counts once
         if count < LEAST_PAIRS:
             refused = [row for row in collection.quarantine if row["objective"] == objective]
             reasons = {r["reason"]: sum(q["reason"] == r["reason"] for q in refused) for r in refused}
             reasons |= {reason: n for reason, n in collection.left_out[objective].items() if n}
+            reasons |= {"repeated_pair": len(own) - count} if len(own) > count else {}
             said = ", ".join(f"{reason} {n}" for reason, n in reasons.items()) or "none refused"
             raise DataError(
                 f"data.own_pairs: {objective} has {count} pairs of {collection.read[objective]} rows ({said}), wanted at "
                 f"least {LEAST_PAIRS} to train, choose, test and judge on; give more"
+            )
+
+
+def _refuse_partly_weighted(pairs: Sequence[PreferencePair], settings: OwnPairsConfig) -> None:
+    """A pair without a weight has none to be compared with: whether 1 is much or little, only its file's owner knows."""
+    for objective in settings.objectives:
+        own = [pair for pair in pairs if pair.objective == objective]
+        bare = [pair.source for pair in own if pair.weight is None]
+        if bare and len(bare) < len(own):
+            raise DataError(
+                f"data.own_pairs.objectives.{objective}.path: {len(bare)} pairs are of files without weights (the first is "
+                f"{bare[0]}), {len(own) - len(bare)} of files with them; give every file a column for weights, or read none by "
+                "columns: {weight: null}"
             )
 
 

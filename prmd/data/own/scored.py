@@ -90,7 +90,7 @@ def as_score(value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):  # no number; an integer beyond every float
         return None
     return number if isfinite(number) else None
 
