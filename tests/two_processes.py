@@ -27,7 +27,7 @@ from prmd.pessimism.losses import dpo_loss
 from prmd.training.arguments import training_arguments
 from prmd.training.batches import TrainingPlan, plan_training
 from prmd.training.checkpoints import ShareCheckpoints, newest_complete
-from prmd.training.trainer import PairData, PairLoss, PairTrainer
+from prmd.training.trainer import PAIR_WEIGHT, PairData, PairLoss, PairTrainer
 
 ROWS_PER_BATCH = 2
 
@@ -74,6 +74,7 @@ def train(
     resume: bool = False,
 ) -> PairTrainer:
     rows, held_out = random_rows(21, 0), random_rows(3, 1)
+    weights = torch.linspace(2, 0, len(rows))
     training = TrainingConfig(
         pairs_per_device=ROWS_PER_BATCH, pairs_per_step=pairs_per_step, logging_steps=1, warmup_ratio=0.0
     )
@@ -83,7 +84,7 @@ def train(
     trainer = PairTrainer(
         model or SequenceLogps(LlamaForCausalLM(tiny_config())),
         training_arguments_of(directory, training, plan, bf16=bf16, optimizer=optimizer),
-        data=PairData(rows, {"offset": torch.linspace(-1, 1, len(rows))}),
+        data=PairData(rows, {"offset": torch.linspace(-1, 1, len(rows)), PAIR_WEIGHT: weights}),
         plan=plan.batches,
         eval_data=PairData(held_out, {"offset": torch.zeros(len(held_out))}),
         loss_function=loss,

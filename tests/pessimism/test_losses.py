@@ -170,6 +170,18 @@ def test_edpo_against_loops():
     assert loss.mean().item() == pytest.approx(0.5 * best[0] + 0.3 * best[1] + 0.2 * best[2])
 
 
+def test_edpo_chooses_by_weighted_errors():
+    targets = torch.tensor(
+        [[[1.0, 0.0], [0.0, 2.0]]]
+    )  # member 0 is off on the first pair, member 1 on the second
+    members = {"implicit_margins": torch.zeros(2), "member_targets": targets}
+    assert losses.edpo_member_losses(**members).tolist() == [[0.5, 2.0]]
+    weights = torch.tensor([1.8, 0.2])
+    found = losses.edpo_member_losses(**members, pair_weights=weights)
+    torch.testing.assert_close(found, torch.tensor([[0.9, 0.4]]))
+    assert losses.edpo_select(found).tolist() == [1]
+
+
 def test_edpo_refuses_targets_of_other_pairs():
     with pytest.raises(ValueError, match=r"\[K, M, 3\]"):
         losses.edpo_member_losses(implicit_margins=torch.zeros(3), member_targets=torch.zeros(2, 2, 4))

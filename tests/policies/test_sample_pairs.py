@@ -28,6 +28,7 @@ from prmd.policies.sample_pairs import (
 )
 from prmd.policies.soup import average_policies
 from prmd.training.batches import MicroBatch
+from prmd.training.trainer import PAIR_WEIGHT
 
 
 def samples_of(prompts: int, n: int, long: tuple[int, ...] = ()) -> ReferenceSamples:
@@ -149,6 +150,9 @@ def test_members_are_chosen_on_the_whole_effective_batch(policy_model: SequenceL
     )  # held out: the nearest on the batch itself
     alone = MemberSelection(ROWS, columns, plan, batches_per_step=1, policy=policy, pad_id=0)
     assert [alone.select(policy_model, step).tolist() for step in (0, 1)] == [[1] * K, [0] * K]
+    weighted = columns | {PAIR_WEIGHT: torch.tensor([1.45, 1.45, 0.1])}  # the third pair hardly counts
+    light = MemberSelection(ROWS, weighted, plan, batches_per_step=2, policy=policy, pad_id=0)
+    assert light.select(policy_model, 0).tolist() == [1] * K
 
 
 def test_one_choice_serves_every_micro_batch_of_a_step(policy_model: SequenceLogps) -> None:

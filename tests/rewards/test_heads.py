@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prmd.config.shared import EnsembleConfig
+from prmd.rewards import heads
 from prmd.rewards.heads import Ensemble, bootstrap_weights, fit_ensemble, head_outputs, initial_heads
 
 IDS = [f"pair-{i}" for i in range(3000)]
@@ -174,6 +175,25 @@ def test_each_member_has_its_own_offsets(monkeypatch):
     before, after = margins(plain, pairs), margins(shifted, pairs)
     assert torch.equal(after[:, :2], before[:, :2])
     assert after[:, 2].mean() < before[:, 2].mean() < before[:, 2].mean() + 1 < after[:, 3].mean()
+
+
+def test_weights_of_pairs_multiply_those_of_the_bootstrap(monkeypatch):
+    pairs, generator = data(), torch.Generator().manual_seed(3)
+    weights = 2 * torch.rand(N, generator=generator)
+    bootstrap, met = bootstrap_weights([f"p{i}" for i in range(N)], MEMBERS, seed=0), []
+    minimise = heads._minimise
+
+    def caught(*arguments):
+        met.append(arguments[4])
+        return minimise(*arguments)
+
+    monkeypatch.setattr(heads, "_minimise", caught)
+    monkeypatch.setattr(heads, "FIT_STEPS", 40)
+    plain, ones = fit_anew(pairs), fit_anew(pairs | {"pair_weights": torch.ones(N)})
+    weighted = fit_anew(pairs | {"pair_weights": weights})
+    assert torch.equal(met[0], bootstrap) and torch.equal(met[2], bootstrap * weights)
+    assert all(torch.equal(plain.weights[k], ones.weights[k]) for k in plain.weights)
+    assert not torch.equal(plain.weights["weight3"], weighted.weights["weight3"])
 
 
 def test_fitting_is_reproducible(monkeypatch):

@@ -29,7 +29,7 @@ from prmd.training.checkpoints import (
     trained_once,
 )
 from prmd.training.run import TrainingRun, run_training
-from prmd.training.trainer import PairData, PairLoss
+from prmd.training.trainer import PAIR_WEIGHT, PairData, PairLoss
 
 PAIRS, STEPS = 22, 6  # 4 pairs a step; the last one has 2
 
@@ -177,7 +177,8 @@ def random_data(n: int, seed: int) -> PairData:
         return tuple(torch.randint(3, VOCABULARY, (length,), generator=generator).tolist())
 
     rows = [PrefixRow(tokens(12), (tokens(9), tokens(9))) for _ in range(n)]
-    return PairData(rows, {"offset": torch.randn(n, generator=generator)})
+    offset = torch.randn(n, generator=generator)
+    return PairData(rows, {"offset": offset, PAIR_WEIGHT: 2 * torch.rand(n, generator=generator)})
 
 
 class Interrupted:
