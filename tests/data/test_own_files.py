@@ -387,6 +387,16 @@ def test_preferred_keeps_the_same_pairs_whatever_the_order_of_asking():
             r"polite has 12 pairs of 40 rows \(empty_response 28\)",
         ),
         (lambda r, i: rows("concise")[i], {}, "concise and polite have the same 40 pairs"),
+        (
+            lambda r, i: rows("concise")[i] | {"id": f"n{i}", "weight": i + 1},
+            {},
+            "concise and polite have the same 40 pairs",
+        ),
+        (
+            lambda r, i: rows("polite")[i % 2] | {"id": f"n{i}"},
+            {},
+            r"polite has 2 pairs of 40 rows \(repeated_pair 38\)",
+        ),
     ],
 )
 def test_bad_files_are_one_line_before_anything_is_written(change, settings, said, tmp_path):
@@ -410,6 +420,25 @@ def test_scores_that_prefer_nothing_are_one_line(change, said, tmp_path):
     scored = {"path": str(path), "scores": SCORES, "columns": {"response": "responses"}}
     with pytest.raises(DataError, match=said):
         prepared(config_of(tmp_path, scored=scored))
+
+
+def test_a_file_of_equal_scores_among_others_is_read(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [scored_row(i) for i in range(30)])
+    write_jsonl(folder / "b.jsonl", [scored_row(i, honesty=[3, 3, 3]) for i in range(30, 40)])
+    scored = {"path": str(folder), "scores": SCORES, "columns": {"response": "responses"}}
+    config = config_of(tmp_path, scored=scored)
+    stats = json.loads((prepared(config) / "stats.json").read_text(encoding="utf-8"))
+    assert stats["rows"]["honest"]["left_out"]["tied_scores"] == 30 + 3 * 10
+
+
+def test_an_id_or_source_of_blanks_is_none(tmp_path):
+    values = [r | {"id": "  ", "source": " "} for r in rows("polite")]
+    config = own_config(tmp_path, write_jsonl(tmp_path / "p.jsonl", values))
+    prepared(config)
+    pairs = all_pairs(config, "polite")
+    assert all(p.id.startswith("polite-") and p.source.startswith("own_pairs/polite:") for p in pairs)
 
 
 @pytest.mark.parametrize(

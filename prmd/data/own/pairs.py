@@ -1,7 +1,7 @@
 """The pairs of people's own files, with every row accounted for, and what is refused before anything trains."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,11 +26,13 @@ def own_pairs(files: Iterable[RawFile], settings: OwnPairsConfig) -> PairCollect
             pairs or weights for some of its files alone, or two objectives have the same ones; one line that names it.
     """
     collection = PairCollection()
+    scores: dict[str, set[float]] = defaultdict(set)
     for file in files:
         if file.label == SCORED or file.label.startswith(f"{SCORED}/"):
-            _add_scored(collection, file, settings)
+            _add_scored(collection, file, settings, scores)
         else:
             _add_file(collection, file, settings)
+    _refuse_equal_scores(scores, settings)
     pairs = _unique_ids([item.pair for item in collection.pairs])
     _refuse_few(pairs, collection, settings)
     _refuse_partly_weighted(pairs, settings)
@@ -128,19 +130,29 @@ def _pair(found: Compared, *, objective: str, source: str) -> PreferencePair:
 
 
 # ------------------------------------------------------------------ scored responses
-def _add_scored(collection: PairCollection, file: RawFile, settings: OwnPairsConfig) -> None:
-    scored = settings.scored
-    for objective, column in scored.scores.items():
-        values = {v for row in file.rows for v in row["scores"][objective] if v is not None}
-        if file.rows and len(values) < 2:
-            said = f"all scores are {values.pop():g}" if values else "no score is a number"
-            raise DataError(
-                f"{_place(SCORED, file, settings)}: {said} in {column!r} ({objective}), so nothing is preferred; name another "
-                "column in scores"
-            )
+def _add_scored(
+    collection: PairCollection, file: RawFile, settings: OwnPairsConfig, scores: dict[str, set[float]]
+) -> None:
+    """Add the pairs of a file, and to `scores` the different ones of each objective."""
     for index, row in enumerate(progress(file.rows, len(file.rows), f"pairs of {file.label}")):
-        for objective in scored.scores:
+        for objective in settings.scored.scores:
+            scores[objective].update(v for v in row["scores"][objective] if v is not None)
             _add_prompt(collection, row, file.where(index), objective, settings)
+
+
+def _refuse_equal_scores(scores: Mapping[str, set[float]], settings: OwnPairsConfig) -> None:
+    """Refuse scores of which none is higher than another, in all files together: one of several may well hold equal ones.
+
+    Args:
+        scores: the different ones of each objective; without those of files without rows.
+    """
+    for objective, values in scores.items():
+        if len(values) < 2:
+            said = f"all scores are {min(values):g}" if values else "no score is a number"
+            raise DataError(
+                f"data.own_pairs.scored ({settings.scored.path}): {said} in {settings.scored.scores[objective]!r} "
+                f"({objective}), so nothing is preferred; name another column in scores"
+            )
 
 
 def _add_prompt(
@@ -200,7 +212,7 @@ def _refuse_few(
     pairs: Sequence[PreferencePair], collection: PairCollection, settings: OwnPairsConfig
 ) -> None:
     for objective in settings.names:
-        own = [pair.id for pair in pairs if pair.objective == objective]
+        own = [_content(pair) for pair in pairs if pair.objective == objective]
         count = len(set(own))  # a pair that is there twice counts once
         if count < LEAST_PAIRS:
             refused = [row for row in collection.quarantine if row["objective"] == objective]
