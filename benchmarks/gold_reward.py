@@ -1,6 +1,6 @@
 """The gold-reward study: does pessimistic distillation do what it promises, where the true rewards are known?
 
-    python benchmarks/gold_reward.py [--closed-form] [--quick] [--workers 2] [--work FOLDER] [--output FILE]
+    python benchmarks/gold_reward.py [--ablations | --closed-form] [--quick] [--workers 2] [--work FOLDER] [--output FILE]
 
 World (`gold/world.py`): prompts and responses are strings of letters; the true rewards r*_k of helpful, harmless and honest
 are counted in them, saturate, and conflict. A two-layer transformer fitted to a diverse prior is pi_ref. Preferences
@@ -15,12 +15,13 @@ Reward models, ensembles, calibration, robust rewards, distillation, DPO, sampli
 their robust reward, 20 seeds, eleven ways in which labels are biased (`closed_form/scenarios.py`), families of members with and
 without the bias told to them (`closed_form/families.py`). It adds the list `closed_form` to FILE and its tables to the page.
 
-Shown by the trainings, at equal KL from pi_ref and with intervals over seeds: (a) true win rate over rho for seven methods; (b) proxy and
-true reward over sqrt(KL); (c) worst objective and balance, raw and calibrated, DPO and distillation; (d) ensemble size,
-CVaR's alpha, beta, kl_target; and which heads make a good ensemble (`gold/heads.py`). Writes FILE (default:
-benchmarks/results/gold_reward.json) with its tables as Markdown and figures beside it. Finished trainings are kept in
-FOLDER, so an interrupted study goes on where it was. `--quick` runs two seeds at two biases, the ablations at one seed, and
-writes to FOLDER: 52 of the 212 policies, in 15 minutes by one worker on one core. CPU only, one thread a worker.
+Trained, at equal KL from pi_ref, paired over seeds: DPO, length-regularised DPO (`rdpo`), and distillation from families of
+reward models (`gold/ensembles.py`: on the labels as they are, told of length in full, told of it from not at all to in full) at
+three biases; the declared tests are Holm-corrected; and the case that can show harm, length truly good and selected for.
+`--ablations` adds over-optimisation, ensemble size, strengths, CVaR's alpha, beta, kl_target, calibration, rdpo_alpha and which
+heads make a good ensemble (`gold/heads.py`). Writes FILE (default: benchmarks/results/gold_reward.json) with its tables as
+Markdown and figures beside it; parts that are not run stay in FILE. Finished trainings are kept in FOLDER, so an interrupted
+study goes on where it was. `--quick` runs two seeds at two biases and writes to FOLDER. CPU only, one thread a worker.
 """
 
 import os
@@ -55,6 +56,7 @@ from utils import user_errors_exit
 
 logger = logging.getLogger("prmd.gold_reward")
 CLOSED_FORM_SEEDS = tuple(range(20))
+SETUPS = ("setup", "ablations_setup", "closed_form_setup")
 WORK, RESULTS = PROJECT_ROOT / "outputs" / "gold_reward", PROJECT_ROOT / "benchmarks" / "results"
 
 
@@ -63,26 +65,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="two seeds, two biases, ablations at one seed")
+    parser.add_argument("--quick", action="store_true", help="two seeds, two biases")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="worker processes (default 2)")
     parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER", help="finished trainings")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the results go, as JSON")
     parser.add_argument("--closed-form", action="store_true", help="linear reward models, no training")
+    parser.add_argument("--ablations", action="store_true", help="train the ablations too")
     options = parser.parse_args(arguments)
     configure_logging()
     started = time.monotonic()
     default = options.work / "quick.json" if options.quick else RESULTS / "gold_reward.json"
-    path = options.output or default
-    preset, kept = QUICK if options.quick else FULL, io.read_json(path) if path.is_file() else {}
+    path, preset = options.output or default, QUICK if options.quick else FULL
     if options.closed_form:
         seeds = CLOSED_FORM_SEEDS[: 2 if options.quick else None]
         results = run_closed_forms(preset.sizes, seeds, options.work, workers=options.workers)
     else:
+        preset = preset.with_ablations() if options.ablations else preset
         results = run_study(preset, options.work, workers=options.workers)
     how = {"hardware": hardware(), "minutes": round((time.monotonic() - started) / 60, 1), **git_state()}
     how["sources"] = source_hashes(Path(__file__))
-    results["closed_form_setup" if options.closed_form else "setup"] |= how
-    results = kept | results
+    results |= {part: results[part] | how for part in SETUPS if part in results}
+    results = kept_parts(path) | results
     io.write_json(path, results)
     text = whole_page(results, path.stem)
     print(text)
@@ -90,6 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drawn += plot_closed_form(path) if "closed_form" in results else []
     for figure in (path, io.write_text(path.with_suffix(".md"), text), *drawn):
         logger.info("written: %s", figure)
+
+
+def kept_parts(path: Path) -> dict[str, Any]:
+    """What finished results hold; of those from before there were families, the closed form alone."""
+    found = io.read_json(path) if path.is_file() else {}
+    if all("family" in row for row in found.get("summary", [])):
+        return found
+    return {part: value for part, value in found.items() if part.startswith("closed_form")}
 
 
 def whole_page(results: dict[str, Any], name: str) -> str:

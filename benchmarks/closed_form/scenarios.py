@@ -10,7 +10,7 @@ import numpy as np
 
 from benchmarks.gold.labels import RATERS, SELECTION, LabelledPairs, label_pairs
 from benchmarks.gold.models import Samples
-from benchmarks.gold.reference import World, truth_of
+from benchmarks.gold.reference import World, with_length_cost
 from benchmarks.gold.world import FILLER, LENGTH_COST, decode
 from prmd.objectives import OBJECTIVES
 
@@ -64,24 +64,13 @@ def feature_of(name: str, samples: Samples) -> np.ndarray:
     return np.array(counts, dtype=np.float64)
 
 
-def true_rewards(world: World, length_cost: float) -> np.ndarray:
-    """True rewards of the samples that pairs are made of, in reference standard deviations: [K, X, n]."""
-    if length_cost == LENGTH_COST:
-        return world.rewards
-    test = truth_of(world.test_prompts, world.test_samples, length_cost=length_cost)
-    centered = test - test.mean(axis=2, keepdims=True)
-    scale = np.sqrt(np.square(centered).sum(axis=(1, 2)) / (test.shape[1] * (test.shape[2] - 1)))
-    raw = truth_of(world.prompts, world.samples, length_cost=length_cost)
-    return raw / scale[:, None, None]
-
-
 def scenario_pairs(world: World, scenario: Scenario, objective: str) -> LabelledPairs:
     """The labelled pairs of an objective; scenarios differ in labels and in what is kept, never in the order of draws."""
     k = OBJECTIVES.index(objective)
     by = feature_of("filler" if scenario.by == FILLERS else "length", world.samples)
     return label_pairs(
         np.random.default_rng([world.seed, 3, k]),
-        rewards=true_rewards(world, scenario.length_cost)[k],
+        rewards=with_length_cost(world, scenario.length_cost).rewards[k],
         lengths=-by if scenario.by == SHORTER else by,
         objective=objective,
         bias=scenario.bias,

@@ -1,4 +1,4 @@
-"""The figures of the gold-reward study: true rewards over length bias, over-optimisation, balance, ablations.
+"""The figures of the gold-reward study: true rewards over length bias, over-optimisation, ablations.
 
 What lives here: `plot_gold_reward`, a pure function of `benchmarks/results/gold_reward.json`. What does not: numbers and
 intervals (`benchmarks.gold.summary` makes them, they are only drawn here), the canvas and palette (`report.figures`).
@@ -12,38 +12,35 @@ import numpy as np
 
 from benchmarks.closed_form.picture import plot_members
 from benchmarks.closed_form.scenarios import SCENARIOS
+from benchmarks.gold.labels import UNBIASED
+from benchmarks.gold.summary import DPO, OURS, TODAY
 from prmd.artifacts import io
-from prmd.report.figures import GREY, MARKERS, PALETTE, Axes, canvas, legend_below, objective_colour
+from prmd.report.figures import GREY, MARKERS, PALETTE, Axes, canvas, legend_below
 
 Row = Mapping[str, Any]
 _WORST, _MINIMUM = "worst-objective win rate", "E[min over objectives], sd"
 
 
 def plot_gold_reward(results_json: Path, directory: Path | None = None) -> list[Path]:
-    """Every figure of the study that its results have the data for.
+    """Every figure of the trained study that its results have the data for.
 
     Args:
         results_json: the results; figures are named after the file.
         directory: where the PNGs go; beside the file by default.
 
     Returns:
-        Paths of `<name>_bias`, `<name>_overoptimisation`, `<name>_balance` and `<name>_ablations`, in this order.
+        Paths of `<name>_bias`, and with ablations `<name>_overoptimisation` and `<name>_ablations`, in this order.
     """
     results, folder = io.read_json(results_json), directory or results_json.parent
-    setup = results["setup"]
 
     def path(part: str) -> Path:
         return folder / f"{results_json.stem}_{part}.png"
 
-    drawn = [_draw_bias(path("bias"), results["summary"], setup)]
-    tables = dict(results["ablations"])
-    if results["over_optimisation"]:
+    drawn = [_draw_bias(path("bias"), results["summary"], results["paired"], results["setup"])]
+    if "ablations" in results:
+        setup = results["ablations_setup"]
         drawn.append(_draw_over_optimisation(path("overoptimisation"), results["over_optimisation"], setup))
-    if rows := tables.pop("calibration", None):
-        dpo = [row for row in tables.get("beta", []) if row["method"] == "dpo" and not row["against_shipped"]]
-        drawn.append(_draw_balance(path("balance"), [*dpo, *rows], setup))
-    if tables:
-        drawn.append(_draw_ablations(path("ablations"), tables, setup))
+        drawn.append(_draw_ablations(path("ablations"), results["ablations"], setup))
     return drawn
 
 
@@ -98,32 +95,63 @@ def _bars(row: Row, value: str, ends: str) -> np.ndarray:
     return np.array([[max(0.0, row[value] - low)], [max(0.0, high - row[value])]])
 
 
-def _draw_bias(path: Path, rows: Sequence[Row], setup: Row) -> Path:
-    """Worst-objective win rate and mean of the minimum over the length bias, a line per method."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    width = 0.006 if len({row["bias"] for row in rows}) > 1 else 0.0
+def _draw_bias(path: Path, rows: Sequence[Row], paired: Sequence[Row], setup: Row) -> Path:
+    """Worst objective and mean of the minimum over the length bias: DPO, today's heads, the family, and the ceiling.
+
+    The ceiling is today's method on unbiased labels, at every bias the same.
+    """
+    found = {(row["method"], row["family"], row["bias"]): row for row in rows}
+    biases = sorted({row["bias"] for row in rows})
     with canvas(path, height=6.4, rows=2, share_x=True) as panels:
-        for axes, value, ends, label in (
-            (panels[0], "worst_win_rate", "ci", _WORST),
-            (panels[1], "mean_of_min", "mean_of_min_ci", _MINIMUM),
+        for axes, value, label in (
+            (panels[0], "worst_per_world", _WORST),
+            (panels[1], "mean_of_min", _MINIMUM),
         ):
-            for i, method in enumerate(methods):
-                own = sorted((row for row in rows if row["method"] == method), key=lambda row: row["bias"])
+            for i, (name, compared) in enumerate(_LINES.items()):
+                own = [found[*compared, bias] for bias in biases]
                 axes.errorbar(
-                    [row["bias"] + (i - (len(methods) - 1) / 2) * width for row in own],
+                    [bias + (i - 1) * 0.006 for bias in biases],
                     [row[value] for row in own],
-                    yerr=np.hstack([_bars(row, value, ends) for row in own]),
+                    yerr=np.hstack([_bars(row, value, f"{value}_ci") for row in own]),
                     elinewidth=0.9,
                     capsize=2,
-                    label=method,
+                    label=name,
                     **_style(i),
+                )
+            if unbiased := found.get((*TODAY, UNBIASED)):
+                axes.axhline(
+                    unbiased[value],
+                    color=_style(3)["color"],
+                    linestyle="--",
+                    label="ceiling: unbiased labels",
                 )
             axes.set_ylabel(label)
         _reference_lines(panels, setup)
-        panels[1].set_xlabel("length bias ρ: helpful pairs preferring the longer")
-        panels[0].set_title(f"True rewards at {setup['matched_kl']:g} nats, {len(setup['seeds'])} seeds")
+        panels[1].set_xlabel(
+            "length bias ρ: helpful pairs preferring the longer\n"
+            f"{setup['matched_kl']:g} nats, {len(setup['seeds'])} worlds; hard_min on both heads"
+        )
+        panels[0].set_title(bias_message(paired, biases[-1]))
         legend_below(panels[0])
     return path
+
+
+_LINES = {"DPO": DPO, "today's heads": TODAY, "family": OURS}
+
+
+def bias_message(paired: Sequence[Row], bias: float) -> str:
+    """What the paired differences show at the strongest bias, and no more."""
+    (row,) = (
+        row
+        for row in paired
+        if (row["method"], row["family"]) == OURS
+        and (row["against"], row["bias"], row["measure"]) == ("dpo/none", bias, "worst_per_world")
+    )
+    low, high = row["ci"]
+    shown = "beats DPO" if low > 0 else "loses to DPO" if high < 0 else "and DPO not told apart"
+    return (
+        f"Family {shown} at ρ = {bias:g}:\n{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] worst objective"
+    )
 
 
 def _style(index: int) -> dict[str, str]:
@@ -161,45 +189,18 @@ def _draw_over_optimisation(path: Path, curves: Sequence[Row], setup: Row) -> Pa
             axes.axhline(0, color="black", linewidth=1, linestyle=":")
             axes.set_ylabel(f"{label}, sd")
             axes.legend(loc="upper left")
-        panels[1].set_xlabel(f"√KL from the reference (KL in nats), {len(setup['ablation_seeds'])} seeds")
+        panels[1].set_xlabel(
+            f"√KL from the reference (KL in nats), ρ = {setup['bias']:g}, {len(setup['seeds'])} worlds"
+        )
         panels[0].set_title("True gain; dashed: by reward models")
     return path
 
 
-def _draw_balance(path: Path, shown: Sequence[Row], setup: Row) -> Path:
-    """Win rates of all objectives side by side: raw and calibrated minima, distillation and DPO."""
-    with canvas(path, height=1.8 + 0.42 * len(shown)) as axes:
-        places = np.arange(len(shown))
-        for k, objective in enumerate(shown[0]["win_rate"]):
-            low, high = np.array([row["win_rate_ci"][objective] for row in shown]).T
-            values = np.array([row["win_rate"][objective] for row in shown])
-            axes.errorbar(
-                values,
-                places + (k - 1) * 0.16,
-                xerr=np.stack([(values - low).clip(0), (high - values).clip(0)]),
-                linestyle="none",
-                marker=MARKERS[k],
-                color=objective_colour(objective),
-                elinewidth=1,
-                label=objective,
-            )
-        axes.axvline(0.5, color="black", linewidth=1, linestyle=":")
-        axes.set_yticks(places, [row["label"] for row in shown])
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-        axes.set_xlabel("true win rate against the reference")
-        seeds = len(setup["ablation_seeds"])
-        axes.set_title(f"{setup['matched_kl']:g} nats, bias {setup['ablation_bias']:g}, {seeds} seeds")
-        legend_below(axes, 3)
-    return path
-
-
-def _draw_ablations(path: Path, tables: Mapping[str, Sequence[Row]], setup: Row) -> Path:
+def _draw_ablations(path: Path, rows: Sequence[Row], setup: Row) -> Path:
     """Worst-objective win rate of every value of every ablation, at the matched KL and where training ends."""
-    rows = [(name, row) for name, table in tables.items() for row in table]
     with canvas(path, height=1.8 + 0.24 * len(rows)) as axes:
-        for i, name in enumerate(tables):
-            own = [(place, row) for place, (table, row) in enumerate(rows) if table == name]
+        for i, name in enumerate(dict.fromkeys(row["ablation"] for row in rows)):
+            own = [(place, row) for place, row in enumerate(rows) if row["ablation"] == name]
             places = [place for place, _ in own]
             axes.errorbar(
                 [row["worst_win_rate"] for _, row in own],
@@ -212,10 +213,10 @@ def _draw_ablations(path: Path, tables: Mapping[str, Sequence[Row]], setup: Row)
             )
             ends = [row["at_end"]["worst_win_rate"] for _, row in own]
             axes.plot(ends, places, "x", color=PALETTE[i % len(PALETTE)], markersize=5)
-        axes.set_yticks(range(len(rows)), [row["label"] for _, row in rows])
+        axes.set_yticks(range(len(rows)), [row["label"] for row in rows])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.axvline(0.5, color="black", linewidth=1, linestyle=":")
         axes.set_xlabel(f"{_WORST}\n● {setup['matched_kl']:g} nats, × end of training")
-        axes.set_title(f"Ablations, n = {len(setup['ablation_seeds'])} seeds")
+        axes.set_title(f"Ablations at ρ = {setup['bias']:g}, {len(setup['seeds'])} worlds")
     return path

@@ -19,6 +19,8 @@ KAPPA = 1.5
 """Steepness of Bradley-Terry in standard deviations of the true reward within a prompt."""
 LABEL_NOISE = 0.1
 """Share e of labels that are a coin flip."""
+UNBIASED = 0.5
+"""The rho at which nothing is chosen."""
 SELECTION, RATERS = "selection", "raters"
 BIAS_SHARE = {"helpful": 1.0, "harmless": 0.0, "honest": 0.5}
 """Exponent u_k: raters take length for help fully, for honesty by half (in log-odds), for harmlessness not at all."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from benchmarks.gold.ensembles import RewardScorer, load_scorer, load_scores
+from benchmarks.gold.ensembles import BOOTSTRAP, NONE, RewardScorer, load_scorer, load_scores
 from benchmarks.gold.models import Samples, fit, model_config, sample, score
-from benchmarks.gold.reference import World, truth_of
+from benchmarks.gold.reference import World, truth_of, with_length_cost
 from benchmarks.gold.targets import (
     Distilled,
     calibrated_like,
@@ -27,7 +27,7 @@ from benchmarks.gold.targets import (
     pooled,
     training_data,
 )
-from benchmarks.gold.world import prompt_tokens
+from benchmarks.gold.world import LENGTH_COST, prompt_tokens
 from prmd.artifacts import io
 from prmd.config.policy import PairsConfig, PolicySection
 from prmd.inference.generation import sample_rows
@@ -50,6 +50,8 @@ class Unit:
         members: heads of each ensemble; 1 is r_0 alone.
         raw: rewards are left uncalibrated.
         proxy: also measure what the method's own reward models think of its samples.
+        family: of the reward models' heads (`gold/ensembles.py`); `NONE` for a method that learns from the labels.
+        length_cost: of the true rewards; below 0 length is truly good.
     """
 
     method: str
@@ -59,16 +61,28 @@ class Unit:
     members: int = 20
     raw: bool = False
     proxy: bool = False
+    family: str = BOOTSTRAP
+    length_cost: float = LENGTH_COST
 
     @property
     def policy(self) -> PolicySection:
         """The `policy` section of this unit: shipped values where nothing is changed."""
         return PolicySection(**dict(self.settings))
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What its keys are made of; a family that follows from the method and the usual true rewards are left out."""
+        found = asdict(self)
+        if self.family in (NONE, BOOTSTRAP):
+            del found["family"]
+        if self.length_cost == LENGTH_COST:
+            del found["length_cost"]
+        return found
+
     def path(self, root: Path) -> Path:
         """Its file below the folder of results; another one where a shipped value that it reads has changed."""
         values = settings_read(self.policy, PairsConfig(), self.method)
-        key = io.fingerprint([asdict(self), values])[:10]
+        key = io.fingerprint([self.facts, values])[:10]
         return root / f"seed-{self.seed}" / "units" / f"{self.method}-{key}.json"
 
 
@@ -88,7 +102,7 @@ class _Checkpoints(TrainerCallback):
     ) -> None:
         if state.global_step in self.steps:
             self.policy.eval()
-            key = io.fingerprint([asdict(self.unit), state.global_step])
+            key = io.fingerprint([self.unit.facts, state.global_step])
             row = evaluate(self.world, self.policy, seed=int(key[:8], 16), proxy=self.proxy)
             self.rows.append({"step": state.global_step, **row})
             self.policy.train()
@@ -99,11 +113,12 @@ def run_unit(world: World, unit: Unit, root: Path) -> Path:
     path, started = unit.path(root), time.process_time()
     if path.is_file():
         return path
+    world = with_length_cost(world, unit.length_cost)
     pairs, settings, kind = pooled(world, unit.bias), unit.policy, POLICY_METHODS[unit.method].loss
     target = None
     if POLICY_METHODS[unit.method].reads_rewards:
-        options = {"bias": unit.bias, "members": unit.members, "raw": unit.raw, "pairs": pairs}
-        target = distilled(world, settings, unit.method, **options)
+        options = {"bias": unit.bias, "family": unit.family, "members": unit.members, "raw": unit.raw}
+        target = distilled(world, settings, unit.method, pairs=pairs, **options)
     policy = LlamaForCausalLM(model_config(world.sizes.hidden)).to(get_device())
     policy.load_state_dict(world.reference.state_dict())
     proxy = _Proxy.of(world, unit, target) if unit.proxy and target else None
@@ -155,7 +170,8 @@ def evaluate(
     """
     samples = sample(policy, world.tokenizer, world.test_prompts, count=world.sizes.test_samples, seed=seed)
     kl = _kl(world, policy, samples).mean(dim=(0, 1))
-    raw, truth = truth_of(world.test_prompts, samples), world.truth
+    truth = world.truth
+    raw = truth_of(world.test_prompts, samples, length_cost=world.length_cost)
     wins = [float(pairwise_win_rate(raw[k], truth.raw[k]).mean()) for k in range(len(OBJECTIVES))]
     means = truth.calibrated(raw).mean(axis=(1, 2)).tolist()
     row = {
@@ -193,8 +209,9 @@ class _Proxy:
     @classmethod
     def of(cls, world: World, unit: Unit, target: Distilled) -> "_Proxy":
         """Reward models of a unit's bias, with their scores of the held-out samples of pi_ref."""
-        scorers = [load_scorer(world, objective, unit.bias) for objective in OBJECTIVES]
-        reference = choose_members(load_scores(world, unit.bias, test=True), unit.members)
+        scorers = [load_scorer(world, objective, unit.bias, unit.family) for objective in OBJECTIVES]
+        scores = load_scores(world, unit.bias, unit.family, test=True)
+        reference = choose_members(scores, unit.members, unit.family)
         return cls(scorers, reference, target, unit)
 
     def gains(self, world: World, samples: Samples) -> dict[str, float]:
@@ -203,7 +220,7 @@ class _Proxy:
             [prompt_tokens(p) for p in world.test_prompts], samples, world.tokenizer, keep_suffix=True
         )
         found = torch.stack([scorer.rewards(rows) for scorer in self.scorers])
-        scores = choose_members(found.permute(0, 3, 1, 2), self.unit.members)
+        scores = choose_members(found.permute(0, 3, 1, 2), self.unit.members, self.unit.family)
         ours, theirs = (
             calibrated_like(values, self.reference, raw=False) for values in (scores, self.reference)
         )

@@ -6,7 +6,7 @@ are trained and sampled is in `gold/models.py`, preferences are in `gold/labels.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class World:
         ref_logps: log pi_ref of `samples`, float32 [X, n], nats.
         truth: true rewards of `test_samples` with the units they define.
         directory: where this seed's tables are kept.
+        length_cost: of the true rewards; below 0 length is truly good (`with_length_cost`).
     """
 
     sizes: Sizes
@@ -63,6 +64,7 @@ class World:
     ref_logps: Tensor
     truth: ReferenceScores
     directory: Path
+    length_cost: float = LENGTH_COST
 
     @property
     def lengths(self) -> np.ndarray:
@@ -79,6 +81,18 @@ def truth_of(prompts: Sequence[str], samples: Samples, *, length_cost: float = L
     """True rewards [K, X, n], raw."""
     tokens = [[response.token_ids for response in group] for group in samples]
     return gold_table(prompts, tokens, length_cost=length_cost)
+
+
+def with_length_cost(world: World, length_cost: float) -> World:
+    """The same prompts, samples and pi_ref under other true rewards, with the units that these define."""
+    if length_cost == world.length_cost:
+        return world
+    truth = ReferenceScores.fit(
+        OBJECTIVES, truth_of(world.test_prompts, world.test_samples, length_cost=length_cost)
+    )
+    raw = truth_of(world.prompts, world.samples, length_cost=length_cost)
+    rewards = raw / truth.scale[:, None, None]
+    return replace(world, rewards=rewards, truth=truth, length_cost=length_cost)
 
 
 def build_world(sizes: Sizes, seed: int, directory: Path) -> World:

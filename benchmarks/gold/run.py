@@ -8,9 +8,9 @@ is in `gold/plan.py`, what comes of it in `gold/summary.py`; the command line is
 import logging
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,30 @@ import torch
 
 from benchmarks.closed_form.letters import GATE_SAMPLES, MEMBERS, run_closed_form
 from benchmarks.closed_form.letters_summary import closed_form_rows
-from benchmarks.gold.ensembles import make_reward_model
+from benchmarks.gold.ensembles import NONE, BackboneKey, make_reward_models
 from benchmarks.gold.heads import FIT_FRACTIONS, heads_rows, study_heads
 from benchmarks.gold.labels import BIAS_SHARE, KAPPA, LABEL_NOISE
 from benchmarks.gold.models import Sizes
-from benchmarks.gold.plan import CHANGED, MATCHED_KL, METHODS, Preset, ablations, all_units, main_units
+from benchmarks.gold.plan import (
+    CHANGED,
+    COMPARED,
+    HARM_BIAS,
+    HARM_COST,
+    MATCHED_KL,
+    Preset,
+    ablations,
+    all_units,
+    harm_units,
+    main_units,
+    shipped,
+)
 from benchmarks.gold.policies import Unit, run_unit
-from benchmarks.gold.reference import World, build_world
+from benchmarks.gold.reference import World, build_world, with_length_cost
 from benchmarks.gold.summary import (
     ablation_row,
     curve_points,
     fall_rows,
+    harm_rows,
     paired_rows,
     reward_model_rows,
     summary_row,
@@ -39,8 +52,7 @@ from prmd.objectives import OBJECTIVES
 from prmd.runtime import configure_logging
 
 logger = logging.getLogger("prmd.gold_reward")
-UNBIASED = 0.5
-Task = Callable[[], Path]
+Task = Callable[[], Any]
 
 
 # ------------------------------------------------------------------ what one process does
@@ -54,9 +66,12 @@ def world_task(sizes: Sizes, root: Path, seed: int) -> Path:
     return _world(sizes, seed, root).directory
 
 
-def reward_task(sizes: Sizes, root: Path, seed: int, objective: str, bias: float) -> Path:
-    """Make one reward model."""
-    return make_reward_model(_world(sizes, seed, root), objective, bias)
+def reward_task(
+    sizes: Sizes, root: Path, seed: int, key: BackboneKey, families: tuple[str, ...]
+) -> list[Path]:
+    """Make one backbone and the families of heads on it."""
+    world = with_length_cost(_world(sizes, seed, root), key.length_cost)
+    return make_reward_models(world, key, families)
 
 
 def heads_task(sizes: Sizes, root: Path, seed: int, bias: float, fit_fraction: float) -> Path:
@@ -79,7 +94,7 @@ def _start_worker() -> None:
     configure_logging()
 
 
-def _run(tasks: Sequence[Task], workers: int, what: str) -> list[Path]:
+def _run(tasks: Sequence[Task], workers: int, what: str) -> list[Any]:
     """Results of all tasks, in their order."""
     started, results = time.monotonic(), {}
     for index, path in _finished(tasks, workers):
@@ -90,7 +105,7 @@ def _run(tasks: Sequence[Task], workers: int, what: str) -> list[Path]:
     return [results[index] for index in range(len(tasks))]
 
 
-def _finished(tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, Path]]:
+def _finished(tasks: Sequence[Task], workers: int) -> Iterator[tuple[int, Any]]:
     if workers == 1:
         yield from ((index, task()) for index, task in enumerate(tasks))
         return
@@ -106,27 +121,39 @@ def run_study(preset: Preset, work: Path, *, workers: int) -> dict[str, Any]:
     """Run what is missing and put the results together: the contents of `gold_reward.json`."""
     root, sizes = work / preset.sizes.key, preset.sizes
     units = all_units(preset)
-    worlds = [partial(world_task, sizes, root, seed) for seed in preset.seeds]
-    keys = sorted(
-        {
-            (unit.seed, objective, unit.bias if BIAS_SHARE[objective] else UNBIASED)
-            for unit in units
-            for objective in OBJECTIVES
-        }
-    )
-    _run(worlds, workers, "world")
-    measured = _run([partial(reward_task, sizes, root, *key) for key in keys], workers, "reward model")
+    _run([partial(world_task, sizes, root, seed) for seed in preset.seeds], workers, "world")
+    wanted = reward_models(units)
+    made = _run([partial(reward_task, sizes, root, *one) for one in wanted], workers, "reward model")
+    compared = {family for _, family in COMPARED}
+    measured = [
+        {"family": family, "length_cost": key.length_cost, **io.read_json(path)}
+        for (_, key, families), paths in zip(wanted, made, strict=True)
+        for family, path in zip(families, paths, strict=True)
+        if family in compared  # the same rows with ablations and without
+    ]
     paths = _run([partial(unit_task, sizes, root, unit) for unit in units], workers, "policy")
+    results = {unit: io.read_json(path) for unit, path in zip(units, paths, strict=True)}
+    found = assemble(preset, results) | {"reward_models": reward_model_rows(measured)}
+    if not preset.ablations:
+        return found
     heads = [
         partial(heads_task, sizes, root, seed, preset.ablation_bias, fraction)
         for seed in preset.seeds[: preset.ablation_seeds]
         for fraction in FIT_FRACTIONS
         if preset.heads
     ]
-    compared = [io.read_json(path) for path in _run(heads, workers, "ensemble heads")]
-    results = {unit: io.read_json(path) for unit, path in zip(units, paths, strict=True)}
-    reward_models = [io.read_json(path) for path in measured]
-    return assemble(preset, results, reward_models) | {"heads": heads_rows(compared)}
+    files = [io.read_json(path) for path in _run(heads, workers, "ensemble heads")]
+    return found | assemble_ablations(preset, results) | {"heads": heads_rows(files)}
+
+
+def reward_models(units: Sequence[Unit]) -> list[tuple[int, BackboneKey, tuple[str, ...]]]:
+    """The backbones that units need, each once: seed, which, and the families of heads on it."""
+    wanted: dict[tuple[int, BackboneKey], dict[str, None]] = {}
+    for unit in units:
+        for objective in OBJECTIVES if unit.family != NONE else ():
+            key = BackboneKey.of(objective, unit.bias, unit.length_cost, unit.family)
+            wanted.setdefault((unit.seed, key), {})[unit.family] = None
+    return [(*key, tuple(sorted(families))) for key, families in sorted(wanted.items(), key=str)]
 
 
 def run_closed_forms(sizes: Sizes, seeds: Sequence[int], work: Path, *, workers: int) -> dict[str, Any]:
@@ -140,62 +167,84 @@ def run_closed_forms(sizes: Sizes, seeds: Sequence[int], work: Path, *, workers:
     return {"closed_form": rows, "closed_form_members": members, "closed_form_setup": setup}
 
 
-def assemble(
-    preset: Preset, results: dict[Unit, dict[str, Any]], reward_models: Sequence[dict[str, Any]]
-) -> dict[str, Any]:
-    """The study's results from the files of its units.
+def assemble(preset: Preset, results: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
+    """The main comparison and the case of harm from the files of their units.
 
     Returns:
-        `summary`, one row per (method, bias); `paired` against dpo; `falls` with the bias; `evaluation.over_optimisation`, points over
-        sqrt(KL); `ablations`, lists of rows; `rewards.reward_model`; and how it was run.
+        `summary`, one row per (method, bias, family); `paired` differences; `falls` with the bias; `harm`, rows of where
+        length is truly good; and how it was run.
     """
-
-    def runs(units: Sequence[Unit]) -> list[Any]:
-        return [results[unit]["checkpoints"] for unit in units]
-
+    kl = MATCHED_KL
     groups = {
-        (method, bias): runs([preset.unit(method, bias, seed) for seed in preset.seeds])
-        for method in METHODS
+        (*compared, bias): _runs(results, [preset.unit(compared, bias, seed) for seed in preset.seeds])
+        for compared in COMPARED
         for bias in preset.biases
     }
-    tables = ablations(preset)
-    far = tables.pop("over_optimisation", [])
-    kl = MATCHED_KL
-
-    def ablation(label: str, units: Sequence[Unit]) -> dict[str, Any]:
-        method, bias, found = units[0].method, units[0].bias, runs(units)
-        shipped = runs([preset.unit(method, bias, unit.seed) for unit in units])
-        return ablation_row(label, found, shipped, summary_row(method, bias, found, kl), kl)
-
+    harm = {compared: _runs(results, units) for compared, units in harm_units(preset).items()}
     return {
-        "summary": [summary_row(*key, found, kl) for key, found in groups.items()],
+        "summary": [summary_row(key, found, kl) for key, found in groups.items()],
         "paired": paired_rows(groups, kl),
         "falls": fall_rows(groups, kl),
-        "over_optimisation": [
-            {"label": label, "method": units[0].method, "points": curve_points(runs(units))}
-            for label, units in far
-        ],
-        "ablations": {name: [ablation(*row) for row in rows] for name, rows in tables.items()},
-        "reward_models": reward_model_rows(reward_models),
+        "harm": harm_rows(harm, HARM_BIAS, kl),
         "setup": _setup(preset, results),
     }
 
 
+def _runs(results: Mapping[Unit, dict[str, Any]], units: Sequence[Unit]) -> list[Any]:
+    return [results[unit]["checkpoints"] for unit in units]
+
+
+def assemble_ablations(preset: Preset, results: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
+    """`ablations`, rows that name their `ablation`; `over_optimisation`, points over sqrt(KL); and how they were run."""
+    tables = ablations(preset)
+    far = tables.pop("over_optimisation", [])
+
+    def row(label: str, units: Sequence[Unit]) -> dict[str, Any]:
+        found, key = _runs(results, units), (units[0].method, units[0].family, units[0].bias)
+        against = _runs(results, [shipped(preset, unit) for unit in units])
+        return ablation_row(label, found, against, summary_row(key, found, MATCHED_KL), MATCHED_KL)
+
+    curves = [
+        {
+            "label": label,
+            "method": units[0].method,
+            "family": units[0].family,
+            "points": curve_points(_runs(results, units)),
+        }
+        for label, units in far
+    ]
+    return {
+        "over_optimisation": curves,
+        "ablations": [{"ablation": name, **row(*one)} for name, rows in tables.items() for one in rows],
+        "ablations_setup": {
+            "seeds": list(preset.seeds[: preset.ablation_seeds]),
+            "bias": preset.ablation_bias,
+            "matched_kl": MATCHED_KL,
+            "policies": len(results) - _main_policies(preset),
+        },
+    }
+
+
+def _main_policies(preset: Preset) -> int:
+    return len(all_units(replace(preset, ablations=())))
+
+
 def _setup(preset: Preset, results: dict[Unit, dict[str, Any]]) -> dict[str, Any]:
-    """How the study was run."""
+    """How the main comparison and the case of harm were run."""
+    units = all_units(replace(preset, ablations=()))
     return {
         "matched_kl": MATCHED_KL,
         "seeds": list(preset.seeds),
-        "ablation_seeds": list(preset.seeds[: preset.ablation_seeds]),
-        "ablation_bias": preset.ablation_bias,
+        "harm_seeds": list(preset.seeds[: preset.harm_seeds]),
+        "harm": {"bias": HARM_BIAS, "length_cost": HARM_COST},
         "bias_share": BIAS_SHARE,
         "bradley_terry_steepness": KAPPA,
         "label_noise": LABEL_NOISE,
         "changed_settings": {method: dict(settings) for method, settings in CHANGED.items()},
         "sizes": asdict(preset.sizes),
         "intervals": "Student t over seeds, each its own world; of the worst objective, the band of a minimum",
-        "policies": len(results),
-        "cpu_minutes_of_policies": round(sum(r["cpu_seconds"] for r in results.values()) / 60, 1),
+        "policies": len(units),
+        "cpu_minutes_of_policies": round(sum(results[unit]["cpu_seconds"] for unit in units) / 60, 1),
         "reference_mean_of_min": _reference_minimum(preset, results),
     }
 

@@ -18,10 +18,20 @@ from scipy import stats
 
 from prmd.objectives import OBJECTIVES
 from prmd.statistics.intervals import Estimate, minimum_band
+from prmd.statistics.paired_tests import holm
 
 Checkpoints = Sequence[Mapping[str, Any]]
 Row = dict[str, Any]
-PAIRED = ("worst_per_world", "mean_of_min", "length")
+Compared = tuple[str, str]
+"""method and family"""
+Key = tuple[str, str, float]
+"""method, family, bias"""
+DPO, TODAY, OURS = ("dpo", "none"), ("hard_min", "bootstrap"), ("hard_min", "strengths")
+"""What is declared to be compared: OURS with both others."""
+DECLARED = ("worst_per_world", "mean_of_min")
+"""Measures whose tests are declared."""
+_REWARD_MODEL = ("objective", "bias", "length_cost", "family")
+PAIRED = (*DECLARED, "length")
 """Measures whose differences within worlds are shown."""
 
 
@@ -73,14 +83,15 @@ def _ends(estimate: Estimate) -> list[float]:
     return [estimate.low, estimate.high]
 
 
-def summary_row(method: str, bias: float, runs: Sequence[Checkpoints], kl: float) -> Row:
-    """One (method, bias) over seeds at the matched KL.
+def summary_row(key: Key, runs: Sequence[Checkpoints], kl: float) -> Row:
+    """One (method, family, bias) over seeds at the matched KL.
 
     Returns:
-        method, bias, kl, worst_win_rate (the smallest of the mean win rates) with ci, win_rate by objective with
-        win_rate_ci, mean_of_min with mean_of_min_ci, mean_reward by objective, imbalance (largest less smallest win
-        rate), length, reached, seeds.
+        method, family, bias, kl, worst_win_rate (the smallest of the mean win rates) with ci, worst_per_world (the mean of
+        every world's smallest) with worst_per_world_ci, win_rate by objective with win_rate_ci, mean_of_min with
+        mean_of_min_ci, mean_reward by objective, imbalance (largest less smallest win rate), length, reached, seeds.
     """
+    method, family, bias = key
     found = [at_kl(run, kl) for run in runs]
     measures = [measure for measure, _ in found]
 
@@ -91,12 +102,16 @@ def summary_row(method: str, bias: float, runs: Sequence[Checkpoints], kl: float
     wins = {k: over_seeds(f"win_rate/{k}") for k in OBJECTIVES}
     worst = minimum_band([over_seeds(f"win_rate/{k}", joint) for k in OBJECTIVES])
     minimum, imbalance = over_seeds("mean_of_min"), over_seeds("imbalance")
+    own_worst = over_seeds("worst_per_world")
     return {
         "method": method,
+        "family": family,
         "bias": bias,
         "kl": over_seeds("kl").value,
         "worst_win_rate": worst.value,
         "ci": _ends(worst),
+        "worst_per_world": own_worst.value,
+        "worst_per_world_ci": _ends(own_worst),
         "win_rate": {k: estimate.value for k, estimate in wins.items()},
         "win_rate_ci": {k: _ends(estimate) for k, estimate in wins.items()},
         "mean_of_min": minimum.value,
@@ -127,10 +142,12 @@ def ablation_row(
     return {"label": label, **row, "at_end": end, "against_shipped": {m: _less(d) for m, d in less.items()}}
 
 
-def differences(ours: Sequence[Checkpoints], theirs: Sequence[Checkpoints], kl: float) -> dict[str, Estimate]:
-    """Differences of `PAIRED` measures within worlds; where one training ends before `inference.kl`, at its last KL in both."""
+def differences(
+    ours: Sequence[Checkpoints], theirs: Sequence[Checkpoints], kl: float
+) -> dict[str, np.ndarray]:
+    """Differences of `PAIRED` measures of each world; where one training ends before `kl`, at its last KL in both."""
     pairs = [_at_common_kl(a, b, kl) for a, b in zip(ours, theirs, strict=True)]
-    return {measure: t_interval([a[measure] - b[measure] for a, b in pairs]) for measure in PAIRED}
+    return {measure: np.array([a[measure] - b[measure] for a, b in pairs]) for measure in PAIRED}
 
 
 def _at_common_kl(a: Checkpoints, b: Checkpoints, kl: float) -> tuple[dict[str, float], dict[str, float]]:
@@ -138,54 +155,86 @@ def _at_common_kl(a: Checkpoints, b: Checkpoints, kl: float) -> tuple[dict[str, 
     return at_kl(a, common)[0], at_kl(b, common)[0]
 
 
-def _less(difference: Estimate) -> Row:
-    return {"difference": difference.value, "ci": _ends(difference)}
+def _less(values: np.ndarray) -> Row:
+    found = t_interval(values.tolist())
+    return {"difference": found.value, "ci": _ends(found)}
 
 
-def paired_rows(runs: Mapping[tuple[str, float], Sequence[Checkpoints]], kl: float) -> list[Row]:
-    """Every method less `dpo` on the same seeds and labels, at the matched KL, with t intervals over seeds.
+def _p_value(values: np.ndarray) -> float:
+    """Two-sided p of Student's paired t test; 1 for a single world, which tells nothing."""
+    if len(values) == 1 or not values.any():
+        return 1.0
+    if np.ptp(values) == 0:
+        return 0.0
+    return float(stats.ttest_1samp(values, 0.0).pvalue)
+
+
+def paired_rows(runs: Mapping[Key, Sequence[Checkpoints]], kl: float) -> list[Row]:
+    """Every method less DPO, and the family less today's heads, on the same seeds and labels at the matched KL.
+
+    The declared tests, of `DECLARED` measures of hard_min on the family against both, are Holm-corrected together.
 
     Args:
-        runs: checkpoints of all seeds by (method, bias), the seeds in the same order.
-    """
-    rows = []
-    for (method, bias), ours in runs.items():
-        if method == "dpo":
-            continue
-        for measure, found in differences(ours, runs["dpo", bias], kl).items():
-            names = {"method": method, "against": "dpo", "bias": bias, "measure": measure}
-            rows.append({**names, **_less(found), "seeds": len(ours)})
-    return rows
-
-
-def fall_rows(runs: Mapping[tuple[str, float], Sequence[Checkpoints]], kl: float) -> list[Row]:
-    """How much every method loses from the smallest to the largest bias, and how much more than `dpo`, within worlds.
+        runs: checkpoints of all seeds by (method, family, bias), the seeds in the same order.
 
     Returns:
-        One row per method and measure: fall with fall_ci (positive: it loses), more_than_dpo with more_than_dpo_ci
-        (None for dpo itself); empty where there is one bias.
+        method, family, against, bias, measure, difference with ci, seeds; p and p_holm of what is declared, else None.
     """
-    biases = sorted({bias for _, bias in runs})
+    rows = []
+    for (method, family, bias), ours in runs.items():
+        own = (method, family)
+        for against in (DPO, TODAY) if own == OURS else (DPO,) if own != DPO else ():
+            for measure, values in differences(ours, runs[*against, bias], kl).items():
+                names = {"method": method, "family": family, "against": "/".join(against), "bias": bias}
+                p = _p_value(values) if own == OURS and measure in DECLARED else None
+                rows.append({**names, "measure": measure, **_less(values), "p": p, "seeds": len(ours)})
+    declared = [row for row in rows if row["p"] is not None]
+    corrected = holm([row["p"] for row in declared]).tolist()
+    return [row | {"p_holm": None if row["p"] is None else corrected.pop(0)} for row in rows]
+
+
+def fall_rows(runs: Mapping[Key, Sequence[Checkpoints]], kl: float) -> list[Row]:
+    """How much every method loses from the smallest to the largest bias, and how much more than DPO, within worlds.
+
+    Returns:
+        One row per method, family and measure: fall with fall_ci (positive: it loses), more_than_dpo with
+        more_than_dpo_ci (None for dpo itself); empty where there is one bias.
+    """
+    biases = sorted({bias for *_, bias in runs})
     if len(biases) == 1:
         return []
 
-    def falls(method: str, measure: str) -> np.ndarray:
+    def falls(own: Compared, measure: str) -> np.ndarray:
         low, high = (
-            np.array([at_kl(run, kl)[0][measure] for run in runs[method, bias]])
+            np.array([at_kl(run, kl)[0][measure] for run in runs[*own, bias]])
             for bias in (biases[0], biases[-1])
         )
         return low - high
 
     rows = []
-    for method in dict.fromkeys(method for method, _ in runs):
-        for measure in ("worst_per_world", "mean_of_min"):
-            own, base = falls(method, measure), falls("dpo", measure)
-            fall, more = t_interval(own), t_interval(own - base)
-            row = {"method": method, "measure": measure, "from": biases[0], "to": biases[-1]}
-            row |= {"fall": fall.value, "fall_ci": _ends(fall), "seeds": len(own)}
-            is_dpo = method == "dpo"
-            row |= {"more_than_dpo": None if is_dpo else more.value}
-            rows.append(row | {"more_than_dpo_ci": None if is_dpo else _ends(more)})
+    for own in dict.fromkeys((method, family) for method, family, _ in runs):
+        for measure in DECLARED:
+            values = falls(own, measure)
+            fall, more = t_interval(values), t_interval(values - falls(DPO, measure))
+            row = {
+                "method": own[0],
+                "family": own[1],
+                "measure": measure,
+                "from": biases[0],
+                "to": biases[-1],
+            }
+            row |= {"fall": fall.value, "fall_ci": _ends(fall), "seeds": len(values)}
+            row |= {"more_than_dpo": None if own == DPO else more.value}
+            rows.append(row | {"more_than_dpo_ci": None if own == DPO else _ends(more)})
+    return rows
+
+
+def harm_rows(runs: Mapping[Compared, Sequence[Checkpoints]], bias: float, kl: float) -> list[Row]:
+    """A `summary_row` of each method where length is truly good, with `less_dpo`, its differences from DPO within worlds."""
+    rows = []
+    for own, found in runs.items():
+        less = {m: _less(v) for m, v in differences(found, runs[DPO], kl).items()} if own != DPO else {}
+        rows.append({**summary_row((*own, bias), found, kl), "less_dpo": less})
     return rows
 
 
@@ -217,15 +266,17 @@ def curve_points(runs: Sequence[Checkpoints]) -> list[Row]:
 
 
 def reward_model_rows(metrics: Sequence[Mapping[str, Any]]) -> list[Row]:
-    """How good the reward models are, by objective and bias: means over seeds of `gold.ensembles.measure`."""
-    groups: dict[tuple[str, float], list[Mapping[str, Any]]] = {}
+    """How good the reward models are: means over seeds of `gold.ensembles.measure`.
+
+    Args:
+        metrics: of each one, with what `_REWARD_MODEL` names.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for entry in metrics:
-        groups.setdefault((entry["objective"], entry["bias"]), []).append(entry)
+        groups.setdefault(tuple(entry[name] for name in _REWARD_MODEL), []).append(entry)
     rows = []
-    for (objective, bias), entries in sorted(
-        groups.items(), key=lambda g: (OBJECTIVES.index(g[0][0]), g[0][1])
-    ):
-        names = [name for name in entries[0] if name not in ("objective", "bias", "seed")]
+    for key, entries in sorted(groups.items(), key=lambda g: (OBJECTIVES.index(g[0][0]), *g[0][1:])):
+        names = [name for name in entries[0] if name not in (*_REWARD_MODEL, "seed")]
         means = {name: float(np.mean([entry[name] for entry in entries])) for name in names}
-        rows.append({"objective": objective, "bias": bias, **means, "seeds": len(entries)})
+        rows.append({**dict(zip(_REWARD_MODEL, key, strict=True)), **means, "seeds": len(entries)})
     return rows

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.gold.ensembles import load_scores, objective_pairs, pair_rows
+from benchmarks.gold.ensembles import BOOTSTRAP, STRENGTHS, load_scores, objective_pairs, pair_rows
 from benchmarks.gold.reference import World
 from prmd.config.policy import PolicySection
 from prmd.models.tokenization import PrefixRow
@@ -64,9 +64,17 @@ def take_sides(values: Tensor, position: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------ rewards
-def choose_members(scores: Tensor, members: int) -> Tensor:
-    """The first M members out of scores [K, 1 + M', ...]; one member is the single reward model r_0."""
-    return scores[:, :1] if members == 1 else scores[:, 1 : 1 + members]
+def choose_members(scores: Tensor, members: int, family: str = BOOTSTRAP) -> Tensor:
+    """M members out of scores [K, 1 + M', ...]; one member is the single reward model r_0.
+
+    The first ones, as every head has its own start and bootstrap; evenly spaced ones of a family whose strengths differ.
+    """
+    if members == 1:
+        return scores[:, :1]
+    low, high = STRENGTHS.get(family, (0.0, 0.0))
+    if low == high:
+        return scores[:, 1 : 1 + members]
+    return scores[:, np.linspace(1, scores.shape[1] - 1, members).round().astype(int)]
 
 
 def calibrated_like(scores: Tensor, reference: Tensor, *, raw: bool) -> Tensor:
@@ -107,12 +115,13 @@ def distilled(
     method: str,
     *,
     bias: float,
+    family: str,
     members: int,
     raw: bool,
     pairs: PooledPairs,
 ) -> Distilled:
     """Robust reward and target margins of a method on the pooled pairs."""
-    scores = choose_members(load_scores(world, bias, test=False), members)
+    scores = choose_members(load_scores(world, bias, family, test=False), members, family)
     rewards = calibrated_like(scores, scores, raw=raw)
     prompts, count = rewards.shape[2:]
     index = torch.arange(prompts).repeat_interleave(count)
@@ -126,7 +135,7 @@ def distilled(
 
 def training_data(pairs: PooledPairs, targets: Targets | None) -> PairData:
     """Rows and columns of one training; without targets it learns from the labels."""
-    lengths = torch.tensor([float(len(row.responses[0])) for row in pairs.rows])
-    columns = {"ref_logps": pairs.ref_logps, "chosen_length": lengths}
+    won, lost = (torch.tensor([float(len(row.responses[side])) for row in pairs.rows]) for side in (0, 1))
+    columns = {"ref_logps": pairs.ref_logps, "chosen_length": won, "length_difference": won - lost}
     own = targets.columns[0] if targets else {}
     return PairData(pairs.rows, columns | {name: values.float() for name, values in own.items()})

@@ -33,6 +33,8 @@ PROMPT_TOPICS = 4
 SHORTEST, LONGEST = 4, 14
 """Letters of a response under the prior."""
 FREE_LENGTH, LENGTH_COST = 8, 0.12
+LENGTH_IN = "helpful"
+"""The objective whose true reward knows of length."""
 _KINDS = {"prompt": 0.30, "other": 0.10, RISKY: 0.11, SAFE: 0.13, HEDGES: 0.13, CLAIMS: 0.13, FILLER: 0.10}
 _CONCENTRATION = 6.0
 _TEMPLATE = (

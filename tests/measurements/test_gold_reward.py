@@ -1,28 +1,25 @@
 """The gold-reward study: its true rewards counted by hand, its labels by their frequencies, its KL matching on a known line."""
 
-import itertools
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
-from benchmarks.gold import heads as gold_heads
-from benchmarks.gold import policies as gold_policies
-from benchmarks.gold import run as gold_run
-from benchmarks.gold.figures import plot_gold_reward
+from benchmarks.gold.figures import bias_message
 from benchmarks.gold.labels import LabelledPairs, label_pairs, longer_share, preference_probability
-from benchmarks.gold.models import Sizes
-from benchmarks.gold.page import page
-from benchmarks.gold.plan import FULL, METHODS, QUICK, Preset, ablations, all_units, main_units
-from benchmarks.gold.run import run_study
+from benchmarks.gold.page import wanted_table
+from benchmarks.gold.plan import COMPARED
 from benchmarks.gold.summary import (
+    DPO,
+    OURS,
     ablation_row,
     at_kl,
     curve_points,
     differences,
     fall_rows,
+    harm_rows,
     paired_rows,
     summary_row,
     t_interval,
@@ -44,23 +41,6 @@ from prmd.config.shared import EnsembleConfig
 from prmd.models.chat_templates import check_template, stop_token
 from prmd.models.tokenization import tokenize_prompt
 from prmd.rewards import heads as rewards_heads
-
-TINY = Sizes(
-    hidden=16,
-    prior_pairs=96,
-    prior_epochs=1,
-    prompts=40,
-    samples=6,
-    pairs=150,
-    reward_epochs=1,
-    members=3,
-    policy_steps=2,
-    policy_rate=3e-3,
-    checkpoints=(2,),
-    test_prompts=6,
-    test_samples=2,
-    batch=16,
-)
 
 
 # ------------------------------------------------------------------ the world
@@ -189,6 +169,15 @@ def test_members_are_the_first_heads_and_one_member_is_the_single_reward_model()
     scores = torch.arange(2 * 6).reshape(2, 6, 1, 1)
     assert choose_members(scores, 1).flatten().tolist() == [0, 6]
     assert choose_members(scores, 3).flatten().tolist() == [1, 2, 3, 7, 8, 9]
+    assert choose_members(scores, 3, "debiased").flatten().tolist() == [1, 2, 3, 7, 8, 9]
+
+
+def test_a_smaller_family_spans_the_same_strengths() -> None:
+    scores = torch.arange(21).reshape(1, 21, 1, 1)
+    assert choose_members(scores, 1, "strengths").flatten().tolist() == [0]
+    assert choose_members(scores, 3, "strengths").flatten().tolist() == [1, 10, 20]
+    assert choose_members(scores, 5, "strengths").flatten().tolist() == [1, 6, 10, 15, 20]
+    assert choose_members(scores, 20, "strengths").flatten().tolist() == list(range(1, 21))
 
 
 def test_a_smaller_ensemble_is_the_beginning_of_a_larger_one(monkeypatch) -> None:
@@ -265,9 +254,10 @@ def test_intervals_are_students_t() -> None:
 
 
 def test_a_row_has_what_is_promised() -> None:
-    row = summary_row("dpo", 0.8, [line(0.1), line(0.2)], 1.0)
-    wanted = "method bias kl worst_win_rate ci win_rate mean_of_min mean_of_min_ci seeds"
+    row = summary_row((*DPO, 0.8), [line(0.1), line(0.2)], 1.0)
+    wanted = "method family bias kl worst_win_rate ci win_rate mean_of_min mean_of_min_ci seeds"
     assert set(wanted.split()) <= set(row)
+    assert (row["family"], row["worst_per_world"]) == ("none", pytest.approx(0.35))
     assert (row["method"], row["bias"], row["kl"], row["seeds"], row["reached"]) == ("dpo", 0.8, 1.0, 2, 2)
     assert row["win_rate"] == pytest.approx({"helpful": 0.65, "harmless": 0.35, "honest": 0.8})
     assert row["worst_win_rate"] == min(row["win_rate"].values())
@@ -285,36 +275,87 @@ def test_the_worst_objective_is_taken_after_interpolation() -> None:
 
 
 def test_an_ablation_is_shown_at_its_end_and_less_the_shipped_value() -> None:
-    shipped, runs = [line(0.1), line(0.2)], [line(0.15), line(0.25)]
-    row = ablation_row("x", runs, shipped, summary_row("dpo", 0.8, runs, 1.0), 1.0)
+    main, runs = [line(0.1), line(0.2)], [line(0.15), line(0.25)]
+    row = ablation_row("x", runs, main, summary_row((*DPO, 0.8), runs, 1.0), 1.0)
     assert row["label"] == "x" and row["method"] == "dpo"
     assert row["at_end"]["mean_of_min"] == pytest.approx(-1 + 0.2 * math.sqrt(2.5))
     assert row["at_end"]["worst_win_rate"] == pytest.approx(0.5 - 0.2 * math.sqrt(2.5))
     assert row["against_shipped"]["mean_of_min"]["difference"] == pytest.approx(0.05)
-    same = ablation_row("x", shipped, shipped, summary_row("dpo", 0.8, shipped, 1.0), 1.0)
+    same = ablation_row("x", main, main, summary_row((*DPO, 0.8), main, 1.0), 1.0)
     assert same["against_shipped"] == {}
 
 
 def test_differences_are_paired_by_seed() -> None:
-    runs = {("dpo", 0.8): [line(0.1), line(0.3)], ("mean", 0.8): [line(0.15), line(0.35)]}
+    runs = {(*DPO, 0.8): [line(0.1), line(0.3)], ("mean", "strengths", 0.8): [line(0.15), line(0.35)]}
     rows = {row["measure"]: row for row in paired_rows(runs, 1.0)}
     assert rows["mean_of_min"]["difference"] == pytest.approx(0.05)
     assert rows["mean_of_min"]["ci"] == pytest.approx([0.05, 0.05])
     assert rows["worst_per_world"]["difference"] == pytest.approx(-0.05)
+    assert all(row["p"] is row["p_holm"] is None for row in rows.values())  # not declared
+
+
+def test_the_declared_family_has_twelve_tests_and_their_p_are_holms() -> None:
+    rng = np.random.default_rng(2)
+    runs = {
+        (*compared, bias): [line(slope) for slope in 0.1 + 0.05 * place + rng.normal(0, 0.03, 6)]
+        for place, compared in enumerate(COMPARED)
+        for bias in (0.5, 0.8, 0.9)
+    }
+    rows = paired_rows(runs, 1.0)
+    declared = [row for row in rows if row["p_holm"] is not None]
+    keys = {(row["against"], row["bias"], row["measure"]) for row in declared}
+    assert len(declared) == len(keys) == 12
+    assert {(row["method"], row["family"]) for row in declared} == {OURS}
+    assert {key[0] for key in keys} == {"dpo/none", "hard_min/bootstrap"}
+    (one,) = (
+        r
+        for r in declared
+        if (r["against"], r["bias"]) == ("dpo/none", 0.8) and r["measure"] == "mean_of_min"
+    )
+    values = [at_kl(a, 1.0)[0]["mean_of_min"] for a in runs[*OURS, 0.8]]
+    others = [at_kl(a, 1.0)[0]["mean_of_min"] for a in runs[*DPO, 0.8]]
+    assert one["p"] == pytest.approx(float(stats.ttest_rel(values, others).pvalue))
+    p, adjusted = zip(*sorted((row["p"], row["p_holm"]) for row in declared), strict=True)
+    by_hand = np.minimum(1, np.maximum.accumulate([(12 - i) * value for i, value in enumerate(p)]))
+    assert adjusted == pytest.approx(by_hand)
+    wanted = wanted_table(rows, fall_rows(runs, 1.0))
+    assert wanted.count("| at least +.05, interval above 0 |") == 2 and wanted.count("| no loss |") == 2
+    assert "fall of the worst objective from 0.5 to 0.9" in wanted
+
+
+def test_harm_is_shown_less_dpo() -> None:
+    runs = {DPO: [line(0.1), line(0.2)], OURS: [line(0.3), line(0.4)]}
+    dpo, ours = harm_rows(runs, 0.9, 1.0)
+    assert (dpo["method"], dpo["bias"], dpo["less_dpo"]) == ("dpo", 0.9, {})
+    assert ours["less_dpo"]["mean_of_min"]["difference"] == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("ci", "said"),
+    [
+        ([0.01, 0.09], "Family beats DPO at"),
+        ([-0.01, 0.09], "Family and DPO not told apart at"),
+        ([-0.09, -0.01], "Family loses to DPO at"),
+    ],
+)
+def test_the_title_claims_what_the_interval_shows(ci: list[float], said: str) -> None:
+    row = {"method": "hard_min", "family": "strengths", "against": "dpo/none", "bias": 0.9, "ci": ci}
+    row |= {"measure": "worst_per_world", "difference": sum(ci) / 2}
+    assert bias_message([row], 0.9).startswith(said)
 
 
 def test_differences_are_taken_where_both_trainings_have_been() -> None:
     short = line(0.3, kls=(0.0, 0.25))
     found = differences([short], [line(0.1)], 1.0)
-    assert found["mean_of_min"].value == pytest.approx((0.3 - 0.1) * 0.5)
+    assert found["mean_of_min"] == pytest.approx([(0.3 - 0.1) * 0.5])
 
 
 def test_losses_are_compared_with_those_of_dpo() -> None:
     runs = {
-        ("dpo", 0.5): [line(0.3), line(0.4)],
-        ("dpo", 0.9): [line(0.1), line(0.2)],
-        ("mean", 0.5): [line(0.3), line(0.3)],
-        ("mean", 0.9): [line(0.2), line(0.1)],
+        (*DPO, 0.5): [line(0.3), line(0.4)],
+        (*DPO, 0.9): [line(0.1), line(0.2)],
+        ("mean", "strengths", 0.5): [line(0.3), line(0.3)],
+        ("mean", "strengths", 0.9): [line(0.2), line(0.1)],
     }
     rows = {(row["method"], row["measure"]): row for row in fall_rows(runs, 1.0)}
     assert rows["dpo", "mean_of_min"]["fall"] == pytest.approx(0.2)
@@ -323,7 +364,7 @@ def test_losses_are_compared_with_those_of_dpo() -> None:
     assert mean["fall"] == pytest.approx(0.15) and mean["more_than_dpo"] == pytest.approx(-0.05)
     half = 12.706205 * 0.05  # t of one degree of freedom, differences -.1 and 0
     assert mean["more_than_dpo_ci"] == pytest.approx([-0.05 - half, -0.05 + half])
-    assert fall_rows({key: run for key, run in runs.items() if key[1] == 0.5}, 1.0) == []
+    assert fall_rows({key: run for key, run in runs.items() if key[2] == 0.5}, 1.0) == []
 
 
 def test_curves_are_gains_over_the_start() -> None:
@@ -334,57 +375,3 @@ def test_curves_are_gains_over_the_start() -> None:
     assert points[-1]["proxy"] == pytest.approx(0.8 * math.sqrt(2.5))
     low, high = points[-1]["proxy_robust_ci"]
     assert (low + high) / 2 == pytest.approx(points[-1]["proxy_robust"]) == pytest.approx(math.sqrt(2.5))
-
-
-# ------------------------------------------------------------------ the plan and the whole
-def test_the_plan_is_what_is_claimed() -> None:
-    assert len(FULL.seeds) >= 5 and FULL.ablation_seeds >= 3
-    keys = {(unit.method, unit.bias, unit.seed) for unit in main_units(FULL)}
-    assert keys == set(itertools.product(METHODS, FULL.biases, FULL.seeds))
-    for preset in (FULL, QUICK):
-        units = all_units(preset)
-        assert len(units) == len(set(units)) and set(main_units(preset)) <= set(units)
-        assert preset.ablation_bias in preset.biases
-    tables = ablations(FULL)
-    assert {label for label, _ in tables["members"]} >= {f"hierarchical, M = {m}" for m in (1, 3, 5, 20)}
-    assert {label for label, _ in tables["alpha"]} >= {f"cvar, alpha = {a}" for a in (0.05, 0.1, 0.2, 0.5)}
-    shipped = dict(tables["alpha"])["hierarchical, alpha = 0.1"]
-    assert set(shipped) <= set(main_units(FULL))
-
-
-def test_the_whole_study_runs_resumes_and_is_drawn(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(rewards_heads, "FIT_STEPS", 30)
-    monkeypatch.setattr(gold_run, "FIT_FRACTIONS", (0.2,))
-    monkeypatch.setattr(gold_heads, "ANCHORS", (1.0, 10.0))
-    preset = Preset(TINY, (0,), (0.8,), 0.8, 1, ("over_optimisation", "calibration"), heads=True)
-    results = run_study(preset, tmp_path, workers=1)
-    assert [row["method"] for row in results["summary"]] == list(METHODS)
-    assert all(0 <= row["worst_win_rate"] <= 1 and row["kl"] > 0 for row in results["summary"])
-    assert all("proxy" in point for curve in results["over_optimisation"] for point in curve["points"])
-    assert [(row["fit_fraction"], row["anchor"]) for row in results["heads"]] == [(0.2, 1.0), (0.2, 10.0)]
-    assert set(results["heads"][0]["gate"]) == {"mean", "hard_min", "hierarchical"}
-    assert {row["objective"] for row in results["reward_models"]} == {"helpful", "harmless", "honest"}
-    monkeypatch.setattr(gold_policies, "fit", lambda *args, **kwargs: pytest.fail("trained twice"))
-    assert run_study(preset, tmp_path, workers=1) == results
-    path = tmp_path / "gold.json"
-    path.write_text(json.dumps(results), encoding="utf-8")
-    text = page(results, "gold")
-    hard_min = next(row for row in results["summary"] if row["method"] == "hard_min")
-    reached = f"{hard_min['reached']} | {hard_min['worst_win_rate']:.3f}"
-    assert f"| hard_min | 0.8 | {hard_min['kl']:.2f} | {reached} |" in text
-    sections = ("Ablation: calibration", "Heads", "Same worlds", "Over-optimisation", "Reward models")
-    assert all(f"## {name}" in text for name in sections)
-    assert "| 0.2 | 10 |" in text and "`ipo` with ipo_beta 0.05" in text
-    rows = {row["label"]: row["against_shipped"] for row in results["ablations"]["calibration"]}
-    assert rows["mean, calibrated"] == {} and set(rows["mean, raw"]) == {
-        "worst_per_world",
-        "mean_of_min",
-        "length",
-    }
-    figures = plot_gold_reward(path)
-    assert [figure.name for figure in figures] == [
-        "gold_bias.png",
-        "gold_overoptimisation.png",
-        "gold_balance.png",
-    ]
-    assert all(figure.read_bytes().startswith(b"\x89PNG") for figure in figures)
