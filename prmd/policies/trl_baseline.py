@@ -67,13 +67,19 @@ def unweighted_notes(pairs: Sequence[PreferencePair]) -> list[str]:
 
 
 class _OurColumns(TrainerCallback):
-    """Adds to TRL's rows what our trainer logs of a policy: log-ratios, and tokens per second of one process."""
+    """Adds to TRL's rows what our trainer logs of a policy: log-ratios, and tokens per second of one process.
+
+    TRL counts tokens from zero again in a continued training; here they go on from those of the checkpoint.
+    """
 
     def __init__(self, beta: float, world_size: int) -> None:
         self.beta, self.world_size = beta, world_size
-        self.tokens, self.clock = 0.0, time.monotonic()
+        self.tokens = self.earlier_tokens = 0.0
+        self.clock = time.monotonic()
 
-    def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **keywords: Any) -> None:
+        counted = (row["num_tokens"] for row in reversed(state.log_history) if "num_tokens" in row)
+        self.tokens = self.earlier_tokens = next(counted, 0.0)
         self.clock = time.monotonic()
 
     def on_log(
@@ -81,13 +87,13 @@ class _OurColumns(TrainerCallback):
     ) -> None:
         if "num_tokens" not in logs:
             return
-        now, tokens = time.monotonic(), logs["num_tokens"]
+        now, tokens = time.monotonic(), self.earlier_tokens + logs["num_tokens"]
         speed = (tokens - self.tokens) / max(now - self.clock, 1e-9) / self.world_size
         logratios = {
             f"logratios/{side}": logs[f"rewards/{side}"] / self.beta for side in ("chosen", "rejected")
         }
         for row in (logs, state.log_history[-1]):
-            row |= {"tokens_per_second": speed, **logratios}
+            row |= {"num_tokens": tokens, "tokens_per_second": speed, **logratios}
         self.tokens, self.clock = tokens, now
 
 
