@@ -2,13 +2,13 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from faults import commands
 from faults.commands import Ended
 from faults.rows import Row
-from faults.small_project import ORDER, Project, contents, seeded
+from faults.small_project import ORDER, Project, alike, contents, seeded, unvouched
 
 TOGETHER = (
     ("2 helpful, heads", "2 harmless, adapters", "2 honest, heads"),
@@ -95,8 +95,14 @@ def _two_pipelines(project: Project, race: Race) -> Row:
     time.sleep(1 + race.share * wanted_end.seconds / 2)
     ends = [one.end() for one in (first, start(root))]
     ends.append(start(root).end())
-    ends = [Ended(e.script, e.status, "\n".join(e.said.splitlines()[:1]), e.seconds) for e in ends]
+    ends = [replace(end, said=_without_bars(end.said)) for end in ends]
     wanted, found = contents(alone, None), contents(root, None)
-    other = next((name for name in wanted if wanted[name] != found.get(name)), None)
-    difference = f"{other} differs" if other else wanted_end.said or None
+    other = next((name for name in wanted if not alike(found.get(name), wanted[name])), None)
+    difference = f"{other} differs" if other else wanted_end.said if wanted_end.status else unvouched(root)
     return _judged(race, ends, 2, difference, root)
+
+
+def _without_bars(said: str) -> str:
+    """What a pipeline said, without the progress of TRL in an earlier step and the word that finished stages are kept."""
+    lines = [line for line in said.splitlines() if line.strip() and "%|" not in line]
+    return "\n".join(line for line in lines if not line.startswith("Stopped. "))

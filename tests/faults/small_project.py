@@ -197,7 +197,7 @@ class Project:
             and (cache or not n.startswith("data/cache/"))
             and (n in found or n.partition(":")[0] not in tables)
         ]
-        wrong = [name for name in names if not _alike(found.get(name), wanted[name])]
+        wrong = [name for name in names if not alike(found.get(name), wanted[name])]
         if wrong:
             state = "differs" if wrong[0] in found else "is missing"
             others = [name for name in wrong[1:] if not name.startswith("data/cache/")]
@@ -361,7 +361,7 @@ def _rows_of(path: Path, table: str) -> dict[str, str]:
     return {f"{table}/{path.name}": _digest(path.read_bytes())}
 
 
-def _alike(found: str | None, wanted: str) -> bool:
+def alike(found: str | None, wanted: str) -> bool:
     """Equal, or cached scores that were computed again in other batches: equal but for rounding."""
     if found is None or not (found.startswith(_SCORES) and wanted.startswith(_SCORES)):
         return found == wanted
