@@ -110,6 +110,15 @@ def remember_digests(directory: Path, states: Mapping[Path, tuple[int, str]]) ->
     io.make_durable([io.write_json(kept, (io.read_json(kept) if kept.is_file() else {}) | entries)])
 
 
+def forget(directory: Path, folders: Sequence[str]) -> None:
+    """Take back what `remember` noted of the files in these folders of `directory`, which are made again."""
+    kept = directory / UNFINISHED
+    entries = io.read_json(kept) if kept.is_file() else {}
+    left = {name: entry for name, entry in entries.items() if name.partition("/")[0] not in folders}
+    if left != entries:
+        io.make_durable([io.write_json(kept, left)])
+
+
 def refuse_changed(partial: Path) -> None:
     """Refuse to go on with a folder in which a file was changed after `remember` listed it; one that is gone is made again.
 

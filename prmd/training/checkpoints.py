@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prmd.artifacts import io
-from prmd.artifacts.manifest import remember, remember_digests
+from prmd.artifacts.manifest import forget, remember, remember_digests
 from prmd.errors import DataError
 from prmd.runtime import is_main_process, wait_for_everyone
 
@@ -119,14 +119,32 @@ def mark_complete(checkpoint: Path) -> None:
 
 
 def newest_complete(directory: Path) -> Path | None:
-    """The whole checkpoint with the most steps in a working directory, to resume from; a line for each that is torn."""
-    with_state = [path for path in directory.glob(f"{PREFIX}*") if _state_files(path)]
-    for checkpoint in sorted(with_state, key=_step, reverse=True):
+    """The whole checkpoint with the most steps in a working directory, to resume from.
+
+    Those of later steps are torn, and all are where none is whole. The main process deletes them, with a line for each that
+    was to be resumed from: their steps are saved again, and a folder in the place of a file would be in the way.
+    """
+    torn: dict[Path, str | None] = {}
+    whole = None
+    for checkpoint in sorted(directory.glob(f"{PREFIX}[0-9]*"), key=_step, reverse=True):
         problem = _torn(checkpoint)
         if problem is None:
-            return checkpoint
-        logger.warning("%s is not resumed from: %s", checkpoint, problem)
-    return None
+            whole = checkpoint
+            break
+        torn[checkpoint] = problem if _state_files(checkpoint) else None  # else a model alone
+    wait_for_everyone()  # who still looks at them
+    if is_main_process() and torn:
+        _delete_torn(directory, torn)
+    wait_for_everyone()
+    return whole
+
+
+def _delete_torn(directory: Path, torn: Mapping[Path, str | None]) -> None:
+    for checkpoint, problem in torn.items():
+        if problem:
+            logger.warning("%s is not resumed from: %s; it is deleted", checkpoint, problem)
+        _delete(checkpoint)
+    forget(directory, [checkpoint.name for checkpoint in torn])
 
 
 def _torn(checkpoint: Path) -> str | None:
@@ -182,10 +200,14 @@ def _state_files(checkpoint: Path) -> list[Path]:
 
 def _drop_state(checkpoint: Path) -> None:
     for path in _state_files(checkpoint):
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+        _delete(path)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _drop_old_states(directory: Path, kept: Mapping[int, str]) -> None:

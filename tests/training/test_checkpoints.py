@@ -10,6 +10,8 @@ from tiny_models import VOCABULARY, tiny_causal_lm, tiny_classifier
 from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
 from prmd.artifacts import locks
+from prmd.artifacts.io import read_json
+from prmd.artifacts.manifest import refuse_changed, remember
 from prmd.artifacts.runs import partial_directory, publish
 from prmd.config.shared import LoraConfig, ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import DataError
@@ -64,10 +66,43 @@ def test_the_newest_whole_checkpoint_counts(tmp_path, caplog):
     for step in (2, 10, 9):
         a_checkpoint(tmp_path, step, marked=step != 10)
     (tmp_path / "checkpoint-0").mkdir()  # a model alone, as is an older one whose state was dropped
+    (tmp_path / "checkpoint-11").mkdir()  # killed before there was any state
     assert newest_complete(tmp_path).name == "checkpoint-9"
-    assert caplog.messages == [f"{tmp_path / 'checkpoint-10'} is not resumed from: it was not finished"]
-    mark_complete(tmp_path / "checkpoint-10")
+    assert caplog.messages == [
+        f"{tmp_path / 'checkpoint-10'} is not resumed from: it was not finished; it is deleted"
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-0",
+        "checkpoint-2",
+        "checkpoint-9",
+    ]
+    a_checkpoint(tmp_path, 10)
     assert newest_complete(tmp_path).name == "checkpoint-10"
+
+
+def test_where_none_is_whole_all_are_made_again_with_their_digests(tmp_path):
+    callback = ShareCheckpoints({2: "33", 9: "end"})
+    args = SimpleNamespace(output_dir=str(tmp_path), should_save=True)
+    for step in (2, 3, 4, 9):
+        a_checkpoint(tmp_path, step, marked=False)
+        callback.on_save(args, TrainerState(global_step=step), TrainerControl())
+    remember(tmp_path, [tmp_path / "checkpoint-2" / "model.safetensors"])
+    (tmp_path / "training.json").write_text("{}", encoding="utf-8")
+    remember(tmp_path, [tmp_path / "training.json"])
+    for step in (4, 9):
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").unlink()
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").mkdir()
+    assert newest_complete(tmp_path) is None
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".digests.json", "training.json"]
+    model = a_checkpoint(tmp_path, 2) / "model.safetensors"
+    model.write_text("the same on another card", encoding="utf-8")
+    refuse_changed(tmp_path)  # is a new file, none that was changed
+    assert list(read_json(tmp_path / ".digests.json")) == ["training.json"]
+
+
+def as_folder(file: Path) -> None:
+    file.unlink()
+    (file / "inside").mkdir(parents=True)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +121,8 @@ def test_the_newest_whole_checkpoint_counts(tmp_path, caplog):
             lambda folder: (folder / "COMPLETE").write_bytes(b""),
             "its COMPLETE is not readable, or of an earlier",
         ),
+        (lambda folder: as_folder(folder / "optimizer.pt"), "its optimizer.pt is missing"),
+        (lambda folder: as_folder(folder / "COMPLETE"), "it was not finished"),
     ],
 )
 def test_a_torn_checkpoint_is_skipped_with_a_line(tmp_path, caplog, damage, said):
@@ -94,6 +131,7 @@ def test_a_torn_checkpoint_is_skipped_with_a_line(tmp_path, caplog, damage, said
     damage(torn)
     assert newest_complete(tmp_path).name == "checkpoint-4"
     assert len(caplog.messages) == 1 and said in caplog.text and str(torn) in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
 
 
 def test_the_two_newest_keep_their_state_and_only_planned_ones_their_model(tmp_path):
@@ -304,8 +342,8 @@ def test_a_torn_checkpoint_is_ignored(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "torn", base, interrupt=10, **options)
     torn = tmp_path / "torn" / "work"
-    (torn / "checkpoint-4" / "COMPLETE").unlink()
-    (torn / "checkpoint-4" / "model.safetensors").write_bytes(b"half of it")
+    for name in ("model.safetensors", "optimizer.pt", "tokenizer.json"):
+        as_folder(torn / "checkpoint-4" / name)
     again, found, _ = train(tmp_path / "torn", base, interrupt=None, **options)
     assert again.loss_function.calls == 7  # steps 3 to 6
     assert [row["step"] for row in found] == [row["step"] for row in expected]
