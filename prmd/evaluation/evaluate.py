@@ -8,6 +8,7 @@ weights and its KL is measured). What is finished with the same inputs is reused
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from prmd.artifacts import io
+from prmd.artifacts import io, locks
 from prmd.artifacts.paths import ArtifactPaths, stage_command
 from prmd.artifacts.runs import (
     RUN_FILE,
@@ -66,7 +67,7 @@ def compute_metrics(config: EvaluationConfig, *, force: bool = False, dry_run: b
 
     Raises:
         DataError: the data is not prepared, or a judge cannot tell the reference samples apart.
-        ConfigError: a model or a judge cannot be loaded.
+        ConfigError: a model or a judge cannot be loaded, or another run evaluates these policies.
         NotFiniteError: as `evaluate_methods`; a policy among others that are finite is left out and named.
     """
     target = config.paths.metrics / "comparison.json"
@@ -74,6 +75,12 @@ def compute_metrics(config: EvaluationConfig, *, force: bool = False, dry_run: b
         _say_what_would_be_evaluated(config, target)
         return target
     require_artifact(config.paths.processed, what="the prepared data", command=PREPARE_COMMAND)
+    with locks.held(target.parent):
+        _evaluate(config, target, force=force)
+    return target
+
+
+def _evaluate(config: EvaluationConfig, target: Path, *, force: bool) -> None:
     clock = start_run()
     tokenizer = load_tokenizer(config.shared.model, config.paths)
     candidates = find_candidates(
@@ -102,7 +109,6 @@ def compute_metrics(config: EvaluationConfig, *, force: bool = False, dry_run: b
     write_step_result(config.paths, "compute_metrics", {"artifact": str(target), **summary})
     _log_table(table)
     build_report(config.paths)
-    return target
 
 
 def _judges(config: EvaluationConfig, force: bool) -> list[Judge]:
@@ -181,6 +187,7 @@ def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bo
         `outputs/benchmarks`, with `<name>/<approach>/<method>.json` and `<method>.items.jsonl`.
 
     Raises:
+        ConfigError: another run is at work on one of these benchmarks.
         NotFiniteError: the reference is not finite, or no policy is.
     """
     target = config.paths.outputs / "benchmarks"
@@ -188,6 +195,14 @@ def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bo
         _say_what_would_be_benchmarked(config, target)
         return target
     require_artifact(config.paths.processed, what="the prepared data", command=PREPARE_COMMAND)
+    with ExitStack() as held:
+        for name in benchmark_names(config.benchmarks.run):  # others may run beside these
+            held.enter_context(locks.held(config.paths.benchmark(name)))
+        _benchmark(config, target, force=force)
+    return target
+
+
+def _benchmark(config: EvaluationConfig, target: Path, *, force: bool) -> None:
     clock = start_run()
     tokenizer = load_tokenizer(config.shared.model, config.paths)
     candidates = find_candidates(
@@ -209,11 +224,11 @@ def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bo
     _log_table(_benchmark_table(results))
     for name, reason in dict.fromkeys((r["benchmark"], r["reason"]) for r in results if r["reason"]):
         logger.info("%s: not run: %s", name, reason)
-    _compare_benchmarks(config.paths, Resampling(config.bootstrap_resamples, config.shared.seed))
+    with locks.held(config.paths.benchmark_comparison, wait=True):
+        _compare_benchmarks(config.paths, Resampling(config.bootstrap_resamples, config.shared.seed))
     summary = {"results": results, "seconds": round(clock.seconds(), 1)}
     write_step_result(config.paths, "benchmark_eval", {"artifact": str(target), **summary})
     build_report(config.paths)
-    return target
 
 
 def _refuse_if_none_is_usable(results: Sequence[dict[str, Any]], policies: Sequence[str]) -> None:
