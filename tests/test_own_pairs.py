@@ -28,6 +28,8 @@ def own_files(folder: Path, objectives: tuple[str, ...], pairs: int) -> str:
         own = [
             {k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows[k * pairs : (k + 1) * pairs]
         ]
+        if objective == "polite":  # its pairs have weights, those of the others none
+            own = [row | {"weight": 1 + i % 3} for i, row in enumerate(own)]
         io.write_jsonl(path, own)
         section[objective] = {"path": path.as_posix()}
     return f"data.own_pairs.objectives={json.dumps(section)}"
@@ -77,6 +79,11 @@ def test_two_objectives_with_weights_and_a_soup(tmp_path: Path) -> None:
     for row in stats["rows"].values():
         assert row["read"] == 60 == sum(sum(row[key].values()) for key in ("refused", "left_out", "kept"))
     assert "test pairs" in stats["can_be_told"]["polite"]
+    assert list(stats["weights"]) == ["polite"] and 1 < stats["weights"]["polite"]["mean"] < 3
+    assert (
+        "no weights of pairs"
+        in io.read_json(config.paths.policy("baseline_dpo") / "metrics.json")["notes"][0]
+    )
 
 
 def test_five_objectives(tmp_path: Path) -> None:
