@@ -148,7 +148,8 @@ def bias_message(paired: Sequence[Row], bias: float) -> str:
         and (row["against"], row["bias"], row["measure"]) == ("dpo/none", bias, "worst_per_world")
     )
     low, high = row["ci"]
-    shown = "beats DPO" if low > 0 else "loses to DPO" if high < 0 else "and DPO not told apart"
+    apart = row["seeds"] > 1 and (low > 0 or high < 0)
+    shown = ("beats DPO" if low > 0 else "loses to DPO") if apart else "and DPO not told apart"
     return (
         f"Family {shown} at ρ = {bias:g}:\n{row['difference']:+.3f} [{low:+.3f}, {high:+.3f}] worst objective"
     )
@@ -190,7 +191,7 @@ def _draw_over_optimisation(path: Path, curves: Sequence[Row], setup: Row) -> Pa
             axes.set_ylabel(f"{label}, sd")
             axes.legend(loc="upper left")
         panels[1].set_xlabel(
-            f"√KL from the reference (KL in nats), ρ = {setup['bias']:g}, {len(setup['seeds'])} worlds"
+            f"√KL from the reference (KL in nats)\nρ = {setup['bias']:g}, n = {len(setup['seeds'])} worlds"
         )
         panels[0].set_title("True gain; dashed: by reward models")
     return path
@@ -218,5 +219,5 @@ def _draw_ablations(path: Path, rows: Sequence[Row], setup: Row) -> Path:
         axes.grid(visible=False, axis="y")
         axes.axvline(0.5, color="black", linewidth=1, linestyle=":")
         axes.set_xlabel(f"{_WORST}\n● {setup['matched_kl']:g} nats, × end of training")
-        axes.set_title(f"Ablations at ρ = {setup['bias']:g}, {len(setup['seeds'])} worlds")
+        axes.set_title(f"Ablations, ρ = {setup['bias']:g}, n = {len(setup['seeds'])}")
     return path

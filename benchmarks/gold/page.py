@@ -219,17 +219,13 @@ def page(results: dict[str, Any], name: str) -> str:
 def _ablation_parts(results: dict[str, Any]) -> list[str]:
     setup = results["ablations_setup"]
     title = "## Over-optimisation: gains over the reference half-way and at the end, true and by the reward models"
-    parts = [title, f"Here and in all ablations: bias {setup['bias']:g}, {len(setup['seeds'])} worlds."]
+    parts = [title, f"Here and in all ablations: bias {setup['bias']:g}, worlds: {len(setup['seeds'])}."]
     parts += [_over_optimisation_table(results["over_optimisation"])]
     rows = results["ablations"]
     for name in dict.fromkeys(row["ablation"] for row in rows):
         parts += [f"## Ablation: {name}", ablation_table([row for row in rows if row["ablation"] == name])]
-    if results["heads"]:
-        title = (
-            "## Heads: true gain of the closed-form optimum at 1 nat, worst objective / mean of the minimum"
-        )
-        parts += [title, heads_table(results["heads"])]
-    return parts
+    title = "## Heads: true gain of the closed-form optimum at 1 nat, worst objective / mean of the minimum"
+    return [*parts, title, heads_table(results["heads"])]
 
 
 def _about(setup: Row) -> str:
@@ -252,7 +248,7 @@ def _about(setup: Row) -> str:
 def _about_harm(setup: Row) -> str:
     return (
         f"Every letter beyond eight adds {-setup['harm']['length_cost']:g} to the true helpful reward, and longer responses are "
-        f"selected with {setup['harm']['bias']:g}: to take length for a bias is wrong here. {len(setup['harm_seeds'])} worlds."
+        f"selected with {setup['harm']['bias']:g}: to take length for a bias is wrong here. Worlds: {len(setup['harm_seeds'])}."
     )
 
 

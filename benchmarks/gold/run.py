@@ -140,7 +140,6 @@ def run_study(preset: Preset, work: Path, *, workers: int) -> dict[str, Any]:
         partial(heads_task, sizes, root, seed, preset.ablation_bias, fraction)
         for seed in preset.seeds[: preset.ablation_seeds]
         for fraction in FIT_FRACTIONS
-        if preset.heads
     ]
     files = [io.read_json(path) for path in _run(heads, workers, "ensemble heads")]
     return found | assemble_ablations(preset, results) | {"heads": heads_rows(files)}

@@ -341,7 +341,8 @@ def test_harm_is_shown_less_dpo() -> None:
 def test_the_title_claims_what_the_interval_shows(ci: list[float], said: str) -> None:
     row = {"method": "hard_min", "family": "strengths", "against": "dpo/none", "bias": 0.9, "ci": ci}
     row |= {"measure": "worst_per_world", "difference": sum(ci) / 2}
-    assert bias_message([row], 0.9).startswith(said)
+    assert bias_message([row | {"seeds": 6}], 0.9).startswith(said)
+    assert "not told apart" in bias_message([row | {"seeds": 1}], 0.9)
 
 
 def test_differences_are_taken_where_both_trainings_have_been() -> None:

@@ -86,6 +86,7 @@ def length_pairs(world: World, count: int) -> LabelledPairs:
     )
 
 
+@pytest.mark.slow
 def test_offsets_reach_the_loss_of_a_backbone(tiny_world, tmp_path) -> None:
     world = replace(tiny_world, sizes=replace(TINY, reward_epochs=8, reward_rate=3e-3))
     pairs, rows = length_pairs(world, 250), world.rows(test=False, rewards=True)
@@ -301,7 +302,7 @@ def check_page(results: dict, text: str) -> None:
         "Reward models",
     )
     assert all(f"## {name}" in text for name in sections)
-    assert "| 0.2 | 10 |" in text and "`rdpo` with rdpo_alpha 0.2" in text
+    assert "| 0.2 | 10 |" in text and "`rdpo` with rdpo_alpha 0.15" in text
 
 
 def check_truth(root: Path) -> None:
