@@ -8,6 +8,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+import math
 import random
 import re
 import shutil
@@ -180,13 +181,20 @@ class Project:
         return self._contents[key]
 
     def difference(
-        self, root: Path, stage: str, without: Sequence[str] = (), *, cache: bool = True
+        self,
+        root: Path,
+        stage: str,
+        without: Sequence[str] = (),
+        *,
+        cache: bool = True,
+        rounding: bool = False,
     ) -> str | None:
         """What of the artifacts after a stage is missing, different or half there below `root`, or None.
 
         Args:
             without: files that are not compared.
             cache: compare the cache too.
+            rounding: as for `alike`.
         """
         wanted, found = self.wanted(stage), contents(root, None)
         tables = {name.rpartition("/")[0] for name in without}  # a row that nobody needs is not made again
@@ -197,7 +205,7 @@ class Project:
             and (cache or not n.startswith("data/cache/"))
             and (n in found or n.partition(":")[0] not in tables)
         ]
-        wrong = [name for name in names if not alike(found.get(name), wanted[name])]
+        wrong = [name for name in names if not alike(found.get(name), wanted[name], rounding=rounding)]
         if wrong:
             state = "differs" if wrong[0] in found else "is missing"
             others = [name for name in wrong[1:] if not name.startswith("data/cache/")]
@@ -318,7 +326,8 @@ def contents(root: Path, patterns: Sequence[str] | None) -> dict[str, str]:
                 if name.startswith("data/cache/"):
                     found |= _rows_of(path, path.relative_to(root).parent.as_posix())
                 else:
-                    found[name] = _digest(_plain(path, root))
+                    plain = _plain(path, root)
+                    found[name] = _VALUES + plain.decode() if path.suffix == ".json" else _digest(plain)
             except (UserError, SafetensorError, KeyError, TypeError, AttributeError):
                 found[name] = "damaged"
     return found
@@ -361,17 +370,36 @@ def _rows_of(path: Path, table: str) -> dict[str, str]:
     return {f"{table}/{path.name}": _digest(path.read_bytes())}
 
 
-def alike(found: str | None, wanted: str) -> bool:
-    """Equal, or cached scores that were computed again in other batches: equal but for rounding."""
-    if found is None or not (found.startswith(_SCORES) and wanted.startswith(_SCORES)):
+def alike(found: str | None, wanted: str, *, rounding: bool = False) -> bool:
+    """Equal, or cached scores that were computed again in other batches: equal but for rounding.
+
+    Args:
+        rounding: of the numbers in JSON too, because they are of a training on such scores.
+    """
+    if found is None or found == wanted:
         return found == wanted
-    ours, theirs = (
-        np.frombuffer(bytes.fromhex(text.removeprefix(_SCORES)), "<f4") for text in (found, wanted)
-    )
-    return ours.shape == theirs.shape and bool(np.allclose(ours, theirs, rtol=1e-5, atol=1e-5))
+    if found.startswith(_SCORES) and wanted.startswith(_SCORES):
+        ours, theirs = (
+            np.frombuffer(bytes.fromhex(text.removeprefix(_SCORES)), "<f4") for text in (found, wanted)
+        )
+        return ours.shape == theirs.shape and bool(np.allclose(ours, theirs, rtol=1e-5, atol=1e-5))
+    if rounding and found.startswith(_VALUES) and wanted.startswith(_VALUES):
+        return _close(*(json.loads(text.removeprefix(_VALUES)) for text in (found, wanted)))
+    return False
 
 
-_SCORES = "scores "
+def _close(found: Any, wanted: Any) -> bool:
+    """Whether two values of JSON are one but for the rounding of their numbers."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        return found.keys() == wanted.keys() and all(_close(found[k], wanted[k]) for k in wanted)
+    if isinstance(found, list) and isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(_close, found, wanted))
+    if isinstance(found, float) and isinstance(wanted, float):
+        return math.isclose(found, wanted, rel_tol=1e-5, abs_tol=1e-6)
+    return found == wanted
+
+
+_SCORES, _VALUES = "scores ", "values "
 
 
 def _digest(data: bytes) -> str:

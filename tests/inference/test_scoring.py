@@ -113,6 +113,22 @@ def test_an_interruption_keeps_what_was_saved_and_the_rest_follows(tmp_path, mon
     assert rest.responses == 32 - kept
 
 
+def test_what_a_lost_shard_held_is_computed_in_the_batches_of_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "SHARD_SECONDS", -1.0)
+    rows = random_rows(40)
+    before = Counting()
+    run(rows, before, tmp_path)
+    shards = sorted(tmp_path.glob("shard-*"))
+    assert len(shards) == len(before.batches) > 5
+    lost = (0, 2, 3, len(shards) - 1)
+    for i in lost:
+        shards[i].unlink()
+    again = Counting()
+    run(rows, again, tmp_path)
+    ours, theirs = ([b["input_ids"].tolist() for b in some] for some in (again.batches, before.batches))
+    assert ours == [theirs[i] for i in lost]  # and so with the same rounding
+
+
 def test_shards_wait_for_the_clock(tmp_path):
     run(random_rows(16), Counting(), tmp_path)
     assert len(list(tmp_path.glob("shard-*"))) == 1
