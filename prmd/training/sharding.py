@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import AutocastKwargs
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prmd.errors import ConfigError
@@ -62,7 +62,7 @@ def check_sharded(model: nn.Module, *, sharding: Sharding, processes: int) -> No
     """
     if processes < 2:
         return
-    held = {name: _held(parameter) for name, parameter in model.named_parameters()}
+    held = {name: own_part(parameter).numel() for name, parameter in model.named_parameters()}
     wanted = {name: _share(parameter, processes) for name, parameter in model.named_parameters()}
     whole = [name for name in held if held[name] > wanted[name]]
     if not whole:
@@ -77,11 +77,11 @@ def check_sharded(model: nn.Module, *, sharding: Sharding, processes: int) -> No
     )
 
 
-def _held(parameter: Any) -> int:
-    """Elements of a parameter that this process keeps between steps."""
-    if hasattr(parameter, "to_local"):  # a DTensor
-        return parameter.to_local().numel()
-    return parameter.ds_tensor.numel() if hasattr(parameter, "ds_id") else parameter.numel()
+def own_part(tensor: Any) -> Tensor:
+    """What this process keeps between steps of a parameter or gradient that may be spread over several; it may be empty."""
+    if hasattr(tensor, "to_local"):  # a DTensor
+        return tensor.to_local()
+    return tensor.ds_tensor if hasattr(tensor, "ds_id") else tensor
 
 
 def _elements(parameter: Any) -> int:

@@ -1,6 +1,7 @@
 """What ends a training early: Ctrl-C and SIGTERM, behind a step that is saved; a gradient that is not finite, before it."""
 
 import logging
+import math
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from prmd.errors import NotFiniteError, StoppedError
 from prmd.models.loading import refuse_not_finite
 from prmd.runtime import get_device
-from prmd.training.sharding import requested_sharding
+from prmd.training.sharding import own_part, requested_sharding
 
 logger = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -82,7 +83,8 @@ class RefuseNotFinite(TrainerCallback):
     """Stops a training at the first step whose gradient is not finite, before the weights are changed by it.
 
     Transformers logs the mean of earlier losses in place of one that is NaN, and clips a gradient of NaN to NaN: without
-    this a training goes on to its end on weights of NaN.
+    this a training goes on to its end on weights of NaN. Where weights are spread over processes each looks at its part, and
+    all stop together. ZeRO keeps gradients to itself: there the norm that it logs is looked at, before anything is saved.
 
     Args:
         name: of the training, for people.
@@ -95,20 +97,44 @@ class RefuseNotFinite(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        gradients = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
-        local = [
-            g.to_local() if hasattr(g, "to_local") else g for g in gradients
-        ]  # of FSDP2: this process's part
-        largest = torch.nn.utils.get_total_norm(local, norm_type=float("inf"))
-        if not bool(torch.isfinite(largest)):
+        gradients = [own_part(p.grad) for p in kwargs["model"].parameters() if p.grad is not None]
+        largest = torch.nn.utils.get_total_norm([g for g in gradients if g.numel()], norm_type=float("inf"))
+        if not _everywhere(bool(torch.isfinite(largest))):
             rows = named_rows(self.steps[state.global_step])
             raise NotFiniteError(
                 f"{self.name}: the gradient is not finite at step {state.global_step + 1}, of the pairs {rows}; nothing of "
                 "this step was learned; inspect these pairs or lower the learning rate"
             )
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        if requested_sharding() == "ZeRO-3" and not math.isfinite(logs.get("grad_norm", 0.0)):
+            rows = named_rows(self.steps[state.global_step - 1])
+            raise NotFiniteError(
+                f"{self.name}: the gradient is not finite at step {state.global_step}, of the pairs {rows}; nothing of this "
+                "step was saved; inspect these pairs or lower the learning rate"
+            )
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not requested_sharding():  # else a process holds a part of them alone
-            refuse_not_finite(kwargs["model"], self.name, "its last step overflowed; lower the learning rate")
+        remedy = "its last step overflowed; lower the learning rate"
+        if not requested_sharding():
+            refuse_not_finite(kwargs["model"], self.name, remedy)
+        elif not _everywhere(all(bool(own_part(p).isfinite().all()) for p in kwargs["model"].parameters())):
+            raise NotFiniteError(f"{self.name}: its weights are not finite; {remedy}")
+
+
+def _everywhere(good: bool) -> bool:
+    """Whether it is so in every process: all ask, and get one answer."""
+    if not dist.is_initialized():
+        return good
+    answer = torch.tensor(int(good), device=get_device())
+    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+    return bool(answer)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from prmd.config.shared import LoraConfig, RewardModelConfig, TrainingConfig, Tu
 from prmd.errors import NotFiniteError
 from prmd.models.loading import load_tokenizer
 from prmd.policies.trl_baseline import train_trl_dpo
+from prmd.training import stopping
 from prmd.training.batches import plan_training
 from prmd.training.stopping import RefuseNotFinite, named_rows
 from prmd.training.trainer import Columns, PairData, PairLoss
@@ -101,6 +103,69 @@ def test_a_last_step_that_overflows_is_found_out() -> None:
     model.weight.data[0, 1] = float("inf")
     with pytest.raises(NotFiniteError, match="policy x: its weights are not finite: 1 of 2 tensors"):
         guard.on_train_end(None, None, None, model=model)
+
+
+class Spread:
+    """A gradient or parameter of which this process holds a part, as a DTensor does."""
+
+    def __init__(self, part: Tensor) -> None:
+        self.part = part
+
+    def to_local(self) -> Tensor:
+        return self.part
+
+
+def spread_model(*parts: list[float]) -> SimpleNamespace:
+    parameters = [SimpleNamespace(grad=Spread(torch.tensor(part))) for part in parts]
+    return SimpleNamespace(parameters=lambda: parameters)
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_all_processes_stop_where_one_has_a_part_that_is_not_finite(
+    monkeypatch: pytest.MonkeyPatch, elsewhere: bool
+) -> None:
+    asked = []
+
+    def other_process(answer: Tensor, op: object) -> None:
+        asked.append(int(answer))
+        answer.fill_(min(int(answer), int(elsewhere)))
+
+    monkeypatch.setattr(stopping.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(stopping.dist, "all_reduce", other_process)
+    guard, state = RefuseNotFinite("policy x", [["a", "b"]]), SimpleNamespace(global_step=0)
+    own = spread_model([1.0, -2.0], [])  # of a head with one row other processes have nothing
+    if elsewhere:
+        guard.on_pre_optimizer_step(None, state, None, model=own)
+    else:
+        with pytest.raises(NotFiniteError, match=r"not finite at step 1, of the pairs \[a, b\]"):
+            guard.on_pre_optimizer_step(None, state, None, model=own)
+    with pytest.raises(NotFiniteError):
+        guard.on_pre_optimizer_step(None, state, None, model=spread_model([1.0], [float("nan")]))
+    assert asked == [1, 0]
+
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    weights = SimpleNamespace(parameters=lambda: [Spread(torch.ones(2)), Spread(torch.ones(0))])
+    if elsewhere:
+        guard.on_train_end(None, None, None, model=weights)
+    else:
+        with pytest.raises(NotFiniteError, match="policy x: its weights are not finite"):
+            guard.on_train_end(None, None, None, model=weights)
+
+
+def test_a_norm_of_zero3_that_is_not_finite_stops_before_it_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    guard, state = RefuseNotFinite("policy x", [["a"], ["b"]]), SimpleNamespace(global_step=2)
+    guard.on_log(None, state, None, {"grad_norm": float("nan")})  # elsewhere the step itself is refused
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "3")
+    guard.on_log(None, state, None, {"grad_norm": 1.0})
+    guard.on_log(None, state, None, {"eval_loss": 1.0})
+    with pytest.raises(
+        NotFiniteError, match=r"at step 2, of the pairs \[b\]; nothing of this step was saved"
+    ):
+        guard.on_log(None, state, None, {"grad_norm": float("inf")})
+    parts = [SimpleNamespace(ds_id=0, ds_tensor=torch.tensor(part)) for part in ([1.0], [float("nan")])]
+    with pytest.raises(NotFiniteError, match="its weights are not finite"):
+        guard.on_train_end(None, None, None, model=SimpleNamespace(parameters=lambda: parts))
 
 
 def test_many_rows_are_counted() -> None:
