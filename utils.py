@@ -2,6 +2,7 @@
 
     python utils.py                              check Python, packages, GPU, memory and disk; make the directories
     python utils.py --config configs/quickstart
+    python utils.py model.name=FOLDER_OR_HUB_ID  check a base model by its configuration and tokenizer; with --load its weights
 
 A numbered script calls `run_stage` with the name of the stage it runs; everything else is in the library, `prmd`. The
 library is imported after the command line is parsed, so that `--help` is instant and `python utils.py` can say what is
@@ -148,31 +149,26 @@ def user_errors_exit(advice: str = "") -> Iterator[None]:
 
 
 def check_setup(arguments: Sequence[str] | None = None) -> int:
-    """Print one ok, warn or fail line for each thing the project needs, and make its directories.
+    """Print one ok, warn or fail line for each thing the project needs, and make its directories; or check a base model.
 
     Returns:
-        0 if nothing required is missing, else 1.
+        0 if nothing required is missing, else 1; 2 where a model does not work.
     """
-    from prmd.setup_check import Check, check_directories, check_hub, check_machine, check_packages
-
     parser = config_parser(__doc__ or "", CONFIG_DIR / "reward_model_config.yaml")
+    parser.add_argument("--load", action="store_true", help="check the base model, its weights too")
     options = parser.parse_intermixed_args(arguments)
-    checks = [*check_packages(), *check_machine(), check_hub()]
-    try:
-        checks += check_directories(_artifact_root(options))
-    except ModuleNotFoundError as error:
-        checks.append(Check("fail", "directories", f"not made: {error.name} is not installed"))
-    print(*(f"{check.status:<5} {check.name}: {check.detail}" for check in checks), sep="\n")
-    for remedy in dict.fromkeys(check.remedy for check in checks if check.remedy):
-        print(f"      {remedy}")
-    return int(any(check.status == "fail" for check in checks))
+    if options.load or any(re.match(r"(reward_model_config\.)?model\.", text) for text in options.overrides):
+        from prmd.model_check import check_configured, report
 
+        start_run_log()
+        checks = check_configured(options.config, options.overrides, load=options.load)
+        status = USER_ERROR_STATUS
+    else:
+        from prmd.setup_check import check_everything, report
 
-def _artifact_root(options: argparse.Namespace) -> Path:
-    from prmd.config.loading import load_config
-    from prmd.config.shared import RewardModelConfig
-
-    return load_config(options.config, RewardModelConfig, options.overrides).paths.root
+        checks, status = check_everything(options.config, options.overrides), 1
+    print(*report(checks), sep="\n")
+    return status if any(check.status == "fail" for check in checks) else 0
 
 
 if __name__ == "__main__":

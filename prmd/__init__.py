@@ -1,7 +1,8 @@
 """Pessimistic reward model distillation: the library behind the numbered scripts.
 
 Rooms, each importing only those before it: errors, objectives; pessimism, statistics; runtime; artifacts; config; pairs, features;
-report; models; data, training, inference; rewards; policies, judges, publishing; benchmarks; evaluation; setup_check.
+report; models; data, training, inference; rewards; policies, judges, publishing; benchmarks; evaluation; setup_check;
+model_check.
 
 Read five files first, in this order: `pairs.py` (a preference pair), `pessimism/aggregation.py` (R(x, y) of all members),
 `pessimism/losses.py` (from R to the loss of a pair), `policies/targets.py` (what a method is trained towards),

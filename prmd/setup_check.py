@@ -10,7 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +36,33 @@ class Check:
     name: str
     detail: str
     remedy: str = ""
+
+
+def check_everything(config: Path, overrides: Sequence[str]) -> list[Check]:
+    """Everything that is checked here, with the directories below the `artifact_root` of a configuration.
+
+    Args:
+        config, overrides: as for `config.loading.load_config`.
+
+    Raises:
+        ConfigError: the configuration has mistakes.
+    """
+    checks = [*check_packages(), *check_machine(), check_hub()]
+    try:
+        from prmd.config.loading import load_config
+        from prmd.config.shared import RewardModelConfig
+
+        checks += check_directories(load_config(config, RewardModelConfig, overrides).paths.root)
+    except ModuleNotFoundError as error:
+        checks.append(Check("fail", "directories", f"not made: {error.name} is not installed"))
+    return checks
+
+
+def report(checks: Sequence[Check]) -> list[str]:
+    """The lines to print: one for each check, then each remedy once."""
+    remedies = dict.fromkeys(check.remedy for check in checks if check.remedy)
+    lines = [f"{check.status:<5} {check.name}: {check.detail}" for check in checks]
+    return lines + [f"      {remedy}" for remedy in remedies]
 
 
 def check_packages(requirements: Path = PROJECT_ROOT / "requirements.txt") -> Iterator[Check]:

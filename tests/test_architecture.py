@@ -33,6 +33,7 @@ LEVELS = (
     "benchmarks",
     "evaluation",
     "setup_check",
+    "model_check",
 )
 """Rooms of `prmd`, packages and root modules: each may import what stands above it. Rooms on one line do not import each other."""
 

@@ -9,6 +9,7 @@ a prompt cannot be shared, each response gets a row of its own.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -55,7 +56,28 @@ def check_agreement(model: nn.Module, scorer: SequenceLogps | SequenceRewards, *
     _checked[key] = longest
 
 
-def _compare(model: nn.Module, scorer: SequenceLogps | SequenceRewards, longest: int) -> None:
+@dataclass(frozen=True)
+class Agreement:
+    """How far two ways to compute a model's numbers are apart on short rows.
+
+    Attributes:
+        apart: the largest difference, in nats a token of log-probabilities, or of a reward.
+        allowed: what may be rounding.
+    """
+
+    apart: float
+    allowed: float
+
+
+def measure_agreement(
+    model: nn.Module, scorer: SequenceLogps | SequenceRewards, *, longest: int
+) -> Agreement:
+    """The comparison of `check_agreement`, whether or not it was made before; the same arguments and refusals."""
+    with _evaluating(model), torch.no_grad():
+        return _compare(model, scorer, longest)
+
+
+def _compare(model: nn.Module, scorer: SequenceLogps | SequenceRewards, longest: int) -> Agreement:
     config, rows = scorer.unwrapped.config, _rows(scorer.unwrapped.config)
     own = torch.tensor([_own(model, scorer, row, r)[0] for row in rows for r in row.responses])
     found = [_own(model, scorer, row, r, _PADDING) for row in rows for r in row.responses]
@@ -69,9 +91,9 @@ def _compare(model: nn.Module, scorer: SequenceLogps | SequenceRewards, longest:
     name = config.name_or_path or config.model_type
     what = "log-probabilities" if isinstance(scorer, SequenceLogps) else "rewards"
     unit = "nats a token" if isinstance(scorer, SequenceLogps) else "of a reward"
-    if not (figure := apart(False)) <= allowed:
+    if not (alone := apart(False)) <= allowed:
         raise ConfigError(
-            f"{name}: its {what} are not computed here as by the model itself: {figure:.3g} {unit} apart on short rows, "
+            f"{name}: its {what} are not computed here as by the model itself: {alone:.3g} {unit} apart on short rows, "
             f"where {allowed:.1g} may be rounding; the {config.model_type} family does more behind its layers than is known "
             "here, choose a model of another family"
         )
@@ -81,9 +103,10 @@ def _compare(model: nn.Module, scorer: SequenceLogps | SequenceRewards, longest:
     if _has_rope(config) and not (figure := apart(False, beside=longest)) <= allowed:
         raise ConfigError(
             f"{name}: its {what} depend on the longest row of a batch: {figure:.3g} {unit} apart beside one of {longest} "
-            f"tokens, where {allowed:.1g} may be rounding, for its RoPE follows lengths ({_rope_type(config)}); set "
-            f"training.max_length to at most {_trained_length(config)}, or another rope_type in its config.json"
+            f"tokens, where {allowed:.1g} may be rounding, for its RoPE follows lengths ({rope_type(config)}); set "
+            f"training.max_length to at most {trained_length(config)}, or another rope_type in its config.json"
         )
+    return Agreement(alone, allowed)
 
 
 def _own(
@@ -157,11 +180,13 @@ def _has_rope(config: Any) -> bool:
     return bool(_rope(config)) or getattr(config.get_text_config(), "rope_theta", None) is not None
 
 
-def _rope_type(config: Any) -> str:
+def rope_type(config: Any) -> str:
+    """How positions are turned, of a transformers configuration: `default`, `dynamic`, ...; `None` where it does not say."""
     return str(_rope(config).get("rope_type") or _rope(config).get("type"))
 
 
-def _trained_length(config: Any) -> Any:
+def trained_length(config: Any) -> Any:
+    """Tokens a model of this configuration was trained on, or words where it does not say."""
     return _rope(config).get("original_max_position_embeddings") or getattr(
         config.get_text_config(), "max_position_embeddings", "the length it was trained on"
     )

@@ -331,8 +331,7 @@ def set_thinking(tokenizer: PreTrainedTokenizerBase, enabled: bool) -> None:
 
     A template that knows no such switch stays as it is where thoughts are off.
     """
-    source = _SWITCH.sub("", _source(tokenizer))
-    names = [name for name in THINKING_NAMES if name in _variables(source)]
+    source, names = _SWITCH.sub("", _source(tokenizer)), thinking_switches(tokenizer)
     if enabled:
         names = list(dict.fromkeys([THINKING_NAMES[0], *names]))
     lines = "".join(f"{{%- set {name} = {str(enabled).lower()} %}}\n" for name in names)
@@ -340,6 +339,12 @@ def set_thinking(tokenizer: PreTrainedTokenizerBase, enabled: bool) -> None:
         tokenizer.chat_template = {**tokenizer.chat_template, "default": lines + source}
     else:
         tokenizer.chat_template = lines + source
+
+
+def thinking_switches(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The variables by which the template's own code switches thoughts on and off."""
+    used = _variables(_SWITCH.sub("", _source(tokenizer)))
+    return [name for name in THINKING_NAMES if name in used]
 
 
 def _variables(source: str) -> set[str]:

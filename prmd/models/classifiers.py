@@ -59,6 +59,21 @@ def provide_classifier(model_config: Any) -> None:
     AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)
 
 
+def describe_classifier(model_config: Any) -> str:
+    """The class by which a model of this family is a reward model, in words.
+
+    Raises:
+        ConfigError: as `provide_classifier`.
+    """
+    provide_classifier(model_config)
+    found = AutoModelForSequenceClassification._model_mapping.get(type(model_config), None)
+    if found is None:
+        return "the sequence classifier of the model's own code"
+    if found in _provided():
+        return f"a one-logit head on the plain model of the {model_config.model_type} family, saved with its code"
+    return f"{found.__name__} of transformers"
+
+
 def _can_be_read(plain: type, model_config: Any) -> bool:
     """Whether it is a decoder of text alone that takes what rewards give it."""
     if model_config.is_encoder_decoder or model_config.get_text_config() is not model_config:

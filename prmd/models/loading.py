@@ -141,9 +141,12 @@ def load_source_tokenizer(model: ModelConfig, paths: ArtifactPaths) -> PreTraine
 
 
 def load_tokenizer_from(
-    source: str | Path, *, revision: str | None = None, trust: bool = False
+    source: str | Path, *, revision: str | None = None, trust: bool = False, checked: bool = True
 ) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder or at a hub id.
+
+    Args:
+        checked: refuse a template that cannot be used.
 
     Raises:
         ConfigError: it cannot be loaded, or its chat template cannot be used (`chat_templates.check_template`).
@@ -153,7 +156,8 @@ def load_tokenizer_from(
     except (OSError, ValueError) as error:
         raise _explain(error, str(source)) from error
     tokenizer.padding_side = "right"
-    check_template(tokenizer, str(source))
+    if checked:
+        check_template(tokenizer, str(source))
     return tokenizer
 
 

@@ -175,12 +175,23 @@ def supports_shared_prompts(model_config: Any, longest: int) -> bool:
         model_config: the transformers configuration of the loaded model.
         longest: tokens of the longest single conversation.
     """
+    return not why_not_shared(model_config, longest)
+
+
+def why_not_shared(model_config: Any, longest: int) -> str:
+    """Why rows of several responses are not exact; empty where they are. Arguments as for `supports_shared_prompts`."""
     attention = getattr(model_config, "_attn_implementation", "sdpa")
-    if type(model_config) in _seen_apart or attention not in ("sdpa", SDPA_OR_FLEX, SDPA_OR_FASTER_FLEX):
-        return False
+    if type(model_config) in _seen_apart:
+        return "responses were measured to see each other"
+    if attention not in ("sdpa", SDPA_OR_FLEX, SDPA_OR_FASTER_FLEX):
+        return f"{attention} attention is not used with a mask of shared prompts"
     text_config = model_config.get_text_config()  # of a multimodal model, that of its language part
     layer_types = getattr(text_config, "layer_types", None)
     kinds = set(layer_types or ["full_attention"])
     window = getattr(text_config, "sliding_window", None)
     windowed = window is not None and ("sliding_attention" in kinds or layer_types is None)
-    return kinds <= {"full_attention", "sliding_attention"} and not (windowed and window < longest)
+    if others := sorted(kinds - {"full_attention", "sliding_attention"}):
+        return f"layers of {', '.join(others)} take no mask of shared prompts"
+    if windowed and window < longest:
+        return f"its attention window of {window} tokens is shorter than a conversation of {longest}"
+    return ""

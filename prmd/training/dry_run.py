@@ -190,29 +190,45 @@ def _plan_lines(
     longest: PrefixRow | None,
 ) -> list[str]:
     """The precision that a run would choose on such a card, and its plan."""
-
-    def fits(precision: Precision) -> bool:
-        return plan(precision=precision, device_bytes=device_bytes).fits is not False
-
     where = "this machine, which has no card"
     if device_bytes is not None:
         where = (
             "this card" if device_memory() else f"a card of {device_bytes / GIB:.0f} GiB, which is not here"
         )
-    problem = []
     try:
-        precision = resolve_precision(
-            tuning,
-            learning_rate=training.learning_rate,
-            model=model,
-            plan_fits=fits if device_bytes else None,
-        )
+        precision, problem = precision_on(plan, model, tuning, training, device_bytes)
+        rows = plan(precision=precision, device_bytes=device_bytes, longest=longest).rows()
+    except UserError as error:
+        return [f"not known: {error}"]
+    return [f"on {where}: {precision.describe()}", *rows, *([f"before that: {problem}"] if problem else [])]
+
+
+def precision_on(
+    plan: Callable[..., MemoryPlan],
+    model: ModelConfig,
+    tuning: TuningConfig,
+    training: TrainingConfig,
+    device_bytes: int | None,
+) -> tuple[Precision, str]:
+    """The precision that a run would choose on a card of so many bytes, and what it lacks here, else empty.
+
+    Args:
+        plan: `plan_memory` of this model and training, all but precision and card.
+
+    Raises:
+        ConfigError: none can be chosen.
+    """
+
+    def fits(precision: Precision) -> bool:
+        return plan(precision=precision, device_bytes=device_bytes).fits is not False
+
+    try:
+        rate, chosen = training.learning_rate, fits if device_bytes else None
+        return resolve_precision(tuning, learning_rate=rate, model=model, plan_fits=chosen), ""
     except UserError as error:
         if model.dtype != "bfloat16":
-            return [f"not known: {error}"]
-        precision, problem = eight_bit_precision(training.learning_rate), [f"before that: {error}"]
-    rows = plan(precision=precision, device_bytes=device_bytes, longest=longest).rows()
-    return [f"on {where}: {precision.describe()}", *rows, *problem]
+            raise
+        return eight_bit_precision(training.learning_rate), str(error)
 
 
 def _sampling_line(

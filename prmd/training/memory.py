@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
+from prmd.errors import ConfigError
 from prmd.models.sequence_models import supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import GIB, get_device
@@ -148,13 +149,23 @@ def plan_memory(
 
     Returns:
         The plan, with `first_change` where it does not fit.
+
+    Raises:
+        ConfigError: the family's own code does not run on tensors without storage.
     """
     setting = _Setting(
         *(model_config, tuning, training, precision, task, pairs_per_device, device_bytes, longest),
         tuple(sampled),
     )
-    plan = setting.plan
-    return plan if plan.fits in (None, True) else replace(plan, first_change=_first_change(setting))
+    try:
+        plan = setting.plan
+        return plan if plan.fits in (None, True) else replace(plan, first_change=_first_change(setting))
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # by code of any family
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
+        raise ConfigError(
+            f"the memory of the {model_config.model_type} family cannot be planned ({reason}); nothing is wrong with the "
+            "model: begin with training.pairs_per_device=1"
+        ) from error
 
 
 @dataclass(frozen=True)
