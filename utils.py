@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config.masking import masked
-from prmd.errors import StoppedError, UserError, user_line
+from prmd.errors import ConfigError, StoppedError, UserError, user_line
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -158,8 +158,12 @@ def check_setup(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--load", action="store_true", help="check the base model, its weights too")
     options = parser.parse_intermixed_args(arguments)
     if options.load or any(re.match(r"(reward_model_config\.)?model\.", text) for text in options.overrides):
-        from prmd.model_check import check_configured, report
-
+        try:
+            from prmd.model_check import check_configured, report
+        except ModuleNotFoundError as error:
+            raise ConfigError(
+                f"{error.name} is not installed; python utils.py says how to install it"
+            ) from None
         start_run_log()
         checks = check_configured(options.config, options.overrides, load=options.load)
         status = USER_ERROR_STATUS

@@ -146,6 +146,10 @@ def test_a_model_that_works_has_no_fail_and_says_everything(tmp_path: Path) -> N
     assert checks["length"].detail == "training.max_length 512, the model's own 2,048"
     assert "--load" in checks["agreement"].remedy
     assert not (tmp_path / "root").exists()  # nothing is written
+    page = (PROJECT_ROOT / "docs/models.md").read_text(encoding="utf-8")
+    assert all(
+        f"\nok    {name} " in page or f"\nwarn  {name} " in page for name in checks if name != "agreement"
+    )
 
 
 @pytest.mark.usefixtures("unplanned")
@@ -453,6 +457,7 @@ def test_rows_longer_than_the_model_knows(tmp_path: Path, kind: str, status: str
 
 
 # ------------------------------------------------------------------ memory
+@pytest.mark.slow
 def test_memory_is_the_plan_of_the_dry_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_check, "device_memory", lambda: None)
     config = tiny_config(hidden_size=512, intermediate_size=2048, vocab_size=100_000)
@@ -490,6 +495,7 @@ def test_memory_is_the_plan_of_the_dry_runs(tmp_path: Path, monkeypatch: pytest.
     assert "2 pairs at once" in checks["policy, full"].detail
 
 
+@pytest.mark.slow
 def test_memory_that_does_not_fit_is_a_warning_with_the_first_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -616,3 +622,21 @@ def test_with_the_command_status_and_lines(tmp_path: Path) -> None:
     done = run("model.name=base")
     assert done.returncode == 2 and "fail  pad token" in done.stdout
     assert "-> set another pad token in the tokenizer's folder" in done.stdout
+
+
+def test_without_any_package_it_says_how_to_install(tmp_path: Path) -> None:
+    bare = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from utils import check_setup, user_errors_exit\n"
+        "with user_errors_exit(): check_setup(['model.name=base'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", bare, str(PROJECT_ROOT)],
+        cwd=tmp_path,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.endswith(" is not installed; python utils.py says how to install it\n")
+    assert len(done.stderr.splitlines()) == 1
