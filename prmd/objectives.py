@@ -16,13 +16,13 @@ SPLITS: tuple[str, ...] = ("train", "val", "test", "judge")
 METHOD_LIKE = "debiased"
 """`dpo_debiased` is a method, and would also be DPO on the pairs of such an objective."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,39}")
-_TAKEN_BY_WINDOWS = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
+TAKEN_BY_WINDOWS = re.compile(r"(?:con|prn|aux|nul|com\d|lpt\d)", re.IGNORECASE)
 
 
 def names_problem(names: Iterable[str]) -> str:
     """What is wrong with the names of objectives, which are file names and keys of the command line; empty where nothing is."""
     names = list(names)
-    if odd := [name for name in names if not NAME.fullmatch(name) or _TAKEN_BY_WINDOWS.fullmatch(name)]:
+    if odd := [name for name in names if not NAME.fullmatch(name) or TAKEN_BY_WINDOWS.fullmatch(name)]:
         return (
             f"got the name {odd[0]!r:.60}, wanted letters, digits and _ that a file may be called, 40 at most"
         )

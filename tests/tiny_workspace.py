@@ -178,7 +178,11 @@ def candidates_of(config: EvaluationConfig) -> list[Candidate]:
     """The candidates as an evaluation finds them."""
     tokenizer = load_tokenizer(config.shared.model, config.paths)
     others = config.generation.other_approaches
-    return find_candidates(config.shared.model, config.paths, tokenizer, other_approaches=others)
+    return find_candidates(
+        *(config.shared.model, config.paths, tokenizer),
+        other_approaches=others,
+        elsewhere=config.generation.policies,
+    )
 
 
 def prompts_of(

@@ -4,11 +4,13 @@ Every default lives in a field and nowhere else; a field is here only if some co
 """
 
 import re
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from prmd.config.masking import MASK, address_fault, masked_address
+from prmd.config.policy import OF_ONE_OBJECTIVE, PolicyMethod
 from prmd.config.shared import (
     Approach,
     DebiasConfig,
@@ -21,6 +23,14 @@ from prmd.config.shared import (
     TuningConfig,
     check_objectives,
 )
+from prmd.objectives import TAKEN_BY_WINDOWS
+
+_POLICY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
+_TAKEN = {
+    *("reference", "comparison", "frontier", "run", "config", "fingerprint", "samples", "baseline_dpo"),
+    *get_args(PolicyMethod),
+}
+"""Rows and files of the results that are there without a policy from elsewhere."""
 
 
 class JudgeConfig(Section):
@@ -34,12 +44,36 @@ class JudgeConfig(Section):
 class GenerationConfig(Section):
     prompts: PositiveInt = 512
     other_approaches: tuple[Approach, ...] = ()
+    policies: dict[str, str] = Field(default_factory=dict)
     checkpoints: Literal["none", "all"] = "none"
     checkpoint_prompts: PositiveInt = 64
     samples_per_prompt: Annotated[int, Field(ge=2)] = 4
     max_new_tokens: PositiveInt = 256
     batch_size: PositiveInt = 32
     engine: Literal["transformers", "vllm"] = "transformers"
+
+    @field_validator("policies")
+    @classmethod
+    def policies_have_names_of_their_own(cls, value: Mapping[str, str]) -> Mapping[str, str]:
+        for name, source in value.items():
+            if not _POLICY_NAME.fullmatch(name) or TAKEN_BY_WINDOWS.fullmatch(name):
+                raise ValueError(
+                    f"got the name {name!r:.60}, wanted letters, digits, _ and - that a file may be called, 40 at most"
+                )
+            method = name.lower().split("-")[0]
+            if method in _TAKEN or method.startswith(OF_ONE_OBJECTIVE):
+                raise ValueError(
+                    f"got the name {name}, which results of this project's own have; choose another"
+                )
+            if not source.strip():
+                raise ValueError(
+                    f"{name}: got no source, wanted a folder or a hub id, such as org/name@revision"
+                )
+        if len({name.lower() for name in value}) < len(value):
+            raise ValueError(
+                f"got {', '.join(value)}, of which two differ in case alone: one file on some systems; rename one"
+            )
+        return value
 
 
 class HhHoldoutConfig(Section):

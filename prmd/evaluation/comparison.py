@@ -116,6 +116,7 @@ def _row(metrics: dict[str, Any], reference: dict[str, Any], resampling: Resampl
         "kl": metrics["kl"]["per_response"],
         "length": metrics["length"],
         **({"debiased": metrics["debiased"]} if metrics.get("debiased") else {}),
+        **({"elsewhere": found} if (found := metrics.get("evaluation", {}).get("elsewhere")) else {}),
     }
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io, locks
 from prmd.artifacts.paths import ArtifactPaths, stage_command
@@ -31,7 +32,7 @@ from prmd.benchmarks.base import why_not_run
 from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
 from prmd.config.evaluation import EvaluationConfig
-from prmd.config.shared import ModelConfig, SharedConfig
+from prmd.config.shared import SharedConfig
 from prmd.errors import DataError, NotFiniteError, UserError
 from prmd.evaluation.comparison import compare_benchmarks, compare_methods
 from prmd.evaluation.frontier import write_frontier
@@ -55,7 +56,7 @@ _PAGES_BYTES = 32 * 2**20
 
 # ------------------------------------------------------------------ compute_metrics
 def compute_metrics(config: EvaluationConfig, *, force: bool = False, dry_run: bool = False) -> Path:
-    """Sample the reference and every finished policy, judge the samples, and compare.
+    """Sample the reference, every finished policy and those of `generation.policies`, judge the samples, and compare.
 
     Args:
         force: compute finished methods anew (samples and scores of the same weights are still taken from the cache),
@@ -83,9 +84,7 @@ def compute_metrics(config: EvaluationConfig, *, force: bool = False, dry_run: b
 def _evaluate(config: EvaluationConfig, target: Path, *, force: bool) -> None:
     clock = start_run()
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    candidates = find_candidates(
-        config.shared.model, config.paths, tokenizer, other_approaches=config.generation.other_approaches
-    )
+    candidates = _candidates(config, tokenizer)
     prompts = evaluation_prompts(
         config.generation, config.paths, tokenizer, max_length=config.reward_model_config.training.max_length
     )
@@ -109,6 +108,12 @@ def _evaluate(config: EvaluationConfig, target: Path, *, force: bool) -> None:
     write_step_result(config.paths, "compute_metrics", {"artifact": str(target), **summary})
     _log_table(table)
     build_report(config.paths)
+
+
+def _candidates(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) -> list[Candidate]:
+    others, elsewhere = config.generation.other_approaches, config.generation.policies
+    settings = (config.shared.model, config.paths, tokenizer)
+    return find_candidates(*settings, other_approaches=others, elsewhere=elsewhere)
 
 
 def _judges(config: EvaluationConfig, force: bool) -> list[Judge]:
@@ -205,9 +210,7 @@ def benchmark_eval(config: EvaluationConfig, *, force: bool = False, dry_run: bo
 def _benchmark(config: EvaluationConfig, target: Path, *, force: bool) -> None:
     clock = start_run()
     tokenizer = load_tokenizer(config.shared.model, config.paths)
-    candidates = find_candidates(
-        config.shared.model, config.paths, tokenizer, other_approaches=config.generation.other_approaches
-    )
+    candidates = _candidates(config, tokenizer)
     require_disk(target, _PAGES_BYTES)
     results = [
         result
@@ -266,7 +269,7 @@ def _benchmark_table(results: Sequence[dict[str, Any]]) -> Table:
 # ------------------------------------------------------------------ dry runs
 def _say_what_would_be_evaluated(config: EvaluationConfig, target: Path) -> None:
     generation = config.generation
-    _say_inputs(config.paths, config.shared.model)
+    _say_inputs(config)
     for objective in config.paths.objectives:
         folder = config.paths.judge(objective)
         if objective in config.judges.paths:
@@ -278,7 +281,7 @@ def _say_what_would_be_evaluated(config: EvaluationConfig, target: Path) -> None
     folders = policy_folders(config.paths)
     for approach in generation.other_approaches:
         folders += policy_folders(replace(config.paths, approach=approach))
-    methods = 1 + len(folders)
+    methods = 1 + len(folders) + len(generation.policies)
     responses = methods * generation.prompts * generation.samples_per_prompt
     logger.info(
         "would sample %d prompts x %d responses x %d methods = %d responses of at most %d tokens each, and judge each "
@@ -299,7 +302,7 @@ def _say_what_would_be_evaluated(config: EvaluationConfig, target: Path) -> None
 
 
 def _say_what_would_be_benchmarked(config: EvaluationConfig, target: Path) -> None:
-    _say_inputs(config.paths, config.shared.model)
+    _say_inputs(config)
     try:
         questions, sha256 = read_questions(config.shared.data, config.paths)
         logger.info("TruthfulQA: %d questions, sha256 %s", len(questions), sha256[:16])
@@ -314,8 +317,9 @@ def _say_what_would_be_benchmarked(config: EvaluationConfig, target: Path) -> No
     logger.info("results below %s", target)
 
 
-def _say_inputs(paths: ArtifactPaths, model: ModelConfig) -> None:
+def _say_inputs(config: EvaluationConfig) -> None:
     """Held-out pairs, models and memory, or the command that makes what is missing."""
+    paths, model = config.paths, config.shared.model
     for objective in paths.objectives:
         try:
             logger.info("%s: %d held-out test pairs", objective, len(read_pairs(paths, objective, "test")))
@@ -325,6 +329,8 @@ def _say_inputs(paths: ArtifactPaths, model: ModelConfig) -> None:
     for folder in folders:
         size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
         logger.info("policy %s: %s, %.1f MB of weights", folder.name, folder, size / 1e6)
+    for name, source in config.generation.policies.items():
+        logger.info("policy %s, not trained here: would be read from %s", name, source)
     if not folders:
         command = stage_command("baseline_dpo")
         logger.warning("%s: no finished policy; make some with: %s", paths.policies, command)

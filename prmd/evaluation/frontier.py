@@ -43,10 +43,13 @@ def write_frontier(evaluation: Evaluation, candidates: Sequence[Candidate]) -> N
 def checkpoint_candidates(candidate: Candidate) -> list[Candidate]:
     """The checkpoints between start and end of one policy's training, in order, then the policy itself.
 
-    They are named by their share in percent; `start` is the reference, `end` the policy, `best` a copy of one of them.
+    They are named by their share in percent; `start` is the reference, `end` the policy, `best` a copy of one of them. Of a
+    policy from elsewhere its end alone is known.
     """
     if candidate.directory is None:
         return []
+    if candidate.foreign is not None:
+        return [candidate]
     folders = (candidate.directory / "checkpoints").glob("*")
     kept = sorted((f for f in folders if f.name.isdigit()), key=lambda folder: int(folder.name))
     between = [
@@ -63,7 +66,7 @@ def checkpoint_candidates(candidate: Candidate) -> list[Candidate]:
 
 def _frontier(evaluation: Evaluation, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """`prompts`, `reference` (its mean of the minimum) and `points`, one per policy and checkpoint."""
-    for policy in (c for c in candidates if c.directory is not None):
+    for policy in (c for c in candidates if c.directory is not None and c.foreign is None):
         what, command = f"policy {policy.method}", policy_command(policy.directory.name)
         require_artifact(policy.directory, what=what, command=command, read=["checkpoints/[0-9]*"])
     stages = {c.method: checkpoint_candidates(c) for c in candidates if c.method != REFERENCE}

@@ -111,8 +111,8 @@ class Evaluation:
         return Resampling(self.resamples, self.seed)
 
     def ensembles(self, candidate: Candidate) -> dict[str, str]:
-        """Keys of the ensembles whose proxies are reported of a candidate: those its own approach trained on."""
-        if candidate.approach != self.paths.approach:
+        """Keys of the ensembles whose proxies are reported of a candidate: those its own approach trained on, or none."""
+        if candidate.approach != self.paths.approach or candidate.foreign is not None:
             return {}
         objectives = (judge.objective for judge in self.judges)
         return {k: m.fingerprint for k, m in zip(objectives, self.reward_models, strict=False)}
@@ -131,6 +131,7 @@ class Evaluation:
             "temperature": TEMPERATURE,
             "engine": generation.engine,
             "judges": {judge.objective: judge.card() for judge in self.judges},
+            **({"elsewhere": candidate.foreign.said()} if candidate.foreign else {}),
         }
 
 
@@ -164,7 +165,9 @@ def is_finished(evaluation: Evaluation, candidate: Candidate) -> bool:
     if not (path.is_file() and (folder / samples).is_file() and is_as_recorded(folder, path.name, samples)):
         return False
     found, wanted = io.read_json(path)["evaluation"], evaluation.describe(candidate)
-    same = all(found.get(key) == wanted[key] for key in ("fingerprint", "policy", "reward_models"))
+    same = all(
+        found.get(key) == wanted.get(key) for key in ("fingerprint", "policy", "reward_models", "elsewhere")
+    )
     if same:
         logger.info(
             "%s: evaluated before on the same prompts by the same judges, reused: %s", candidate.method, path
@@ -348,7 +351,8 @@ def _write_method(evaluation: Evaluation, run: Run, metrics: dict[str, Any], rew
 
 def debiased_rewards(candidate: Candidate) -> dict[str, Any]:
     """The features that debiased the reward models of a policy, by objective, under `debiased`; empty without any."""
-    path = candidate.directory / "metrics.json" if candidate.directory else None
+    own = candidate.directory if candidate.foreign is None else None  # whose files are not this project's
+    path = own / "metrics.json" if own else None
     found = io.read_json(path).get("debiased") if path and path.is_file() else None
     return {"debiased": found} if found else {}
 

@@ -6,7 +6,7 @@ needs the reference beside it. What the numbers say is in `evaluation.metrics`, 
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,7 +22,7 @@ from prmd.artifacts.paths import ArtifactPaths, policy_command
 from prmd.artifacts.runs import read_run, require_artifact
 from prmd.config.evaluation import GenerationConfig
 from prmd.config.shared import ModelConfig, SharedConfig
-from prmd.errors import DataError
+from prmd.errors import ConfigError, DataError
 from prmd.inference.cache import JsonTable, ScoreTable
 from prmd.inference.generation import Engine, GeneratedResponse, generate, sample_rows
 from prmd.inference.kl import response_kls
@@ -32,6 +32,7 @@ from prmd.inference.vllm_engine import require_vllm, vllm_engine
 from prmd.models.agreement import check_agreement
 from prmd.models.bases import check_base
 from prmd.models.chat_templates import render
+from prmd.models.foreign import ForeignPolicy, find_foreign, load_foreign
 from prmd.models.identity import model_files
 from prmd.models.loading import load_causal_lm, load_policy
 from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
@@ -52,13 +53,15 @@ class Candidate:
         method: name of the policy's folder, `<approach>@` in front of it for another approach's; or `reference`.
         directory: the policy's folder; None for the reference.
         fingerprint: key of its weights.
-        approach: whose data it was trained on.
+        approach: whose data it was trained on; of a policy from elsewhere, whose prompts it answers.
+        foreign: what was found of a policy that was not trained here; else None.
     """
 
     method: str
     directory: Path | None
     fingerprint: str
     approach: str
+    foreign: ForeignPolicy | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,16 @@ def find_candidates(
     tokenizer: PreTrainedTokenizerBase,
     *,
     other_approaches: Sequence[str],
+    elsewhere: Mapping[str, str] | None = None,
 ) -> list[Candidate]:
-    """The reference first, then every finished policy of the approach of `paths`, then those of `other_approaches`.
+    """The reference first, then every finished policy of the approach of `paths`, those of `other_approaches`, and `elsewhere`.
+
+    Args:
+        elsewhere: `generation.policies`, name to folder or hub id.
 
     Raises:
         DataError: a policy's file is lost or changed.
-        ConfigError: a policy was trained from another base model.
+        ConfigError: a policy was trained from another base model; one from elsewhere does not fit, or is called as another.
     """
     own, key = paths.approach, reference_key(model, paths, tokenizer)
     found = [Candidate(REFERENCE, None, key, own)]
@@ -109,6 +116,14 @@ def find_candidates(
             require_artifact(folder, what=what, command=command, read=EVERYTHING)
             check_base(folder, model, paths, what=what, command=command)
             found.append(Candidate(name, folder, policy_key(key, folder), approach))
+    taken = {candidate.method.lower() for candidate in found}
+    for name, source in (elsewhere or {}).items():
+        if name.lower() in taken:
+            raise ConfigError(
+                f"generation.policies: got the name {name}, which a policy in {paths.policies} has; choose another"
+            )
+        foreign = find_foreign(name, source, model, paths, tokenizer)
+        found.append(Candidate(name, foreign.folder, io.fingerprint([key, foreign.key]), own, foreign))
     return found
 
 
@@ -205,6 +220,8 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
         shared = self.shared
         if self.candidate.directory is None:
             return load_causal_lm(shared.model, shared.paths).eval()
+        if self.candidate.foreign is not None:
+            return load_foreign(self.candidate.foreign, shared.model, shared.paths)
         return load_policy(self.candidate.directory, shared.model, shared.paths)
 
     @cached_property
@@ -285,14 +302,22 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
         if table.holds(rows):
             return [lookup(table, row) for row in rows]
         longest = max(row.longest for row in rows)
-        check_agreement(self.policy, SequenceLogps(self.policy), longest=longest)
+        share_prompt = self._share_prompts(self.policy, longest)
+        with self.as_reference() as reference:  # of another architecture than a policy from elsewhere may be
+            share_prompt &= self._share_prompts(reference, longest)
         return score_rows(
             rows,
             lambda batch: response_kls(self.policy, self.as_reference, batch),
             table=table,
             pad_id=self.tokenizer.pad_token_id,
             tokens_per_batch=self.shared.scoring_tokens,
-            share_prompt=supports_shared_prompts(SequenceLogps(self.policy).unwrapped.config, longest),
+            share_prompt=share_prompt,
             device=get_device(),
             description=f"{self.candidate.method}: KL",
         )
+
+    @staticmethod
+    def _share_prompts(model: nn.Module, longest: int) -> bool:
+        scorer = SequenceLogps(model)
+        check_agreement(model, scorer, longest=longest)
+        return supports_shared_prompts(scorer.unwrapped.config, longest)

@@ -48,7 +48,11 @@ def check_agreement(model: nn.Module, scorer: SequenceLogps | SequenceRewards, *
         ConfigError: they differ by more than rounding, or depend on the other rows of a batch; says by how much.
     """
     config, weight = scorer.unwrapped.config, next(model.parameters())
-    key = (type(scorer.unwrapped).__name__, config.to_json_string(), str(weight.dtype), weight.device.type)
+    head = scorer.unwrapped.get_output_embeddings() if isinstance(scorer, SequenceLogps) else None
+    key = (
+        *(type(scorer.unwrapped).__name__, config.to_json_string(), str(weight.dtype), weight.device.type),
+        str(type(head)),  # an adapter may wrap it
+    )
     if _checked.get(key, 0) >= longest:
         return
     with _evaluating(model), torch.no_grad():

@@ -12,6 +12,7 @@ from prmd.artifacts.runs import CONFIG_COPY, read_run
 from prmd.config.loading import kept_model
 from prmd.config.shared import ModelConfig
 from prmd.errors import ConfigError
+from prmd.models.identity import weight_files
 from prmd.models.loading import base_content_key, base_model_key, model_source
 
 
@@ -64,6 +65,43 @@ def check_base(directory: Path, model: ModelConfig, paths: ArtifactPaths, *, wha
             + f" ({directory}); set model.name (and model.revision) to what it was trained from, or make it again with: "
             f"{command} --force"
         )
+
+
+def adapter_base(directory: Path, model: ModelConfig, paths: ArtifactPaths, *, what: str) -> str:
+    """The base that an adapter without a record names, and how it was found to be `model`.
+
+    By content where it is a folder of this machine, else by its name.
+
+    Args:
+        what: where it is configured, for messages.
+
+    Raises:
+        ConfigError: it names none, or another.
+    """
+    config, base = io.read_json(directory / "adapter_config.json"), Path(model_source(model, paths))
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    remedy = (
+        "set model.name to the base it was trained from, or name the right one in its adapter_config.json"
+    )
+    if not named:
+        raise ConfigError(
+            f"{what}: no base_model_name_or_path in {directory / 'adapter_config.json'}; {remedy}"
+        )
+    here = find_user_path(named, "folder")
+    if here is not None and base.is_dir():
+        same, how = weight_files(here) == weight_files(base), "the same weights as model.name"
+    elif here is None and "/" in named and not Path(named).is_absolute() and not base.is_dir():
+        same = named == model.name and revision in (None, "main", model.revision or "main")
+        how = "the hub id of model.name"
+    else:
+        same, how = _last(named) in (_last(model.name), base.name), "known by its name alone"
+    if not same:
+        now = {"name": model.name, "revision": model.revision}
+        raise ConfigError(
+            f"{what}: the adapter was trained from {_shown({'name': named, 'revision': revision})}, model.name is "
+            f"{_shown(now)} ({directory}); {remedy}"
+        )
+    return f"{named}, {how}"
 
 
 def _is_same(kept: dict[str, Any], now: dict[str, Any]) -> bool:

@@ -356,15 +356,25 @@ def load_policy(directory: Path, model: ModelConfig, paths: ArtifactPaths) -> Pr
     """A trained policy: a folder with a LoRA adapter for the base model, or with full weights.
 
     Raises:
+        DataError: a tensor is missing.
         NotFiniteError: as `refuse_not_finite`.
     """
     if (directory / "adapter_config.json").is_file():
         return load_adapted(load_causal_lm(model, paths), directory).eval()
     trust = model.trust_remote_code
     attention = attention_implementation(model.attention, load_folder_config(directory, trust=trust))
-    loaded = _load_model(
-        AutoModelForCausalLM, directory, attention=attention, dtype=getattr(torch, model.dtype), trust=trust
+    loaded, info = _load_model(
+        AutoModelForCausalLM,
+        directory,
+        attention=attention,
+        dtype=getattr(torch, model.dtype),
+        trust=trust,
+        output_loading_info=True,
     )
+    if info["missing_keys"]:  # which transformers would fill with random numbers
+        raise DataError(
+            f"{directory}: no {min(info['missing_keys'])} in its weights; take a whole copy of it"
+        )
     loaded = loaded.to(get_device()).eval()
     refuse_not_finite(loaded, str(directory), _TRAIN_AGAIN)
     return loaded

@@ -76,6 +76,11 @@ def headline_section(paths: ArtifactPaths) -> Section:
         "samples_per_prompt": evaluation.get("samples_per_prompt"),
         "notes": [
             *(f"{one['method']}: not evaluated: {one['reason']}" for one in left_out),
+            *(
+                f"{row['method']}: not trained here: {', '.join(f'{k} {v}' for k, v in row['elsewhere'].items())}"
+                for row in rows
+                if row.get("elsewhere")
+            ),
             *(f"{name}: {note}" for name, m in metrics.items() for note in m.get("notes") or []),
         ],
         "truncated": {n: m["truncated_share"] for n, m in metrics.items() if m.get("truncated_share")},
@@ -175,8 +180,13 @@ def _measured_on(paths: ArtifactPaths, evaluation: dict[str, Any], comparison: d
         f"tokens at temperature {evaluation.get('temperature', '?')}. Win rate: share of sample pairs the judge "
         "prefers to the reference, ties ½ (chance: 0.50). Brackets: 95 % intervals over prompts; for the worst objective a "
         f"band, lowest lower to lowest upper end. At equal length: the win rate at the reference's length. ↑ ↓: the interval "
-        f"excludes ½.{paired}{_both_needed(comparison)}"
+        f"excludes ½.{paired}{_both_needed(comparison)}{_not_trained_here(comparison)}"
     )
+
+
+def _not_trained_here(comparison: dict[str, Any]) -> str:
+    found = [row["method"] for row in comparison.get("rows") or [] if row.get("elsewhere")]
+    return f" Not trained here: {_listed(found)}, see the notes." if found else ""
 
 
 def _both_needed(comparison: dict[str, Any]) -> str:
@@ -203,7 +213,7 @@ def approaches_section(paths: ArtifactPaths) -> Section | None:
     table = None
     if len(compared) > 1:
         named = [
-            row | {"method": f"{row['approach']}: {row['method'].removeprefix(row['approach'] + '@')}"}
+            row | {"method": f"{_trained_on(row)}: {row['method'].removeprefix(row['approach'] + '@')}"}
             for row in sorted(rows, key=lambda row: compared.index(row["approach"]))
         ]
         caption = f"Same prompts, decoding, reference and judges for every row: those of {paths.approach}."
@@ -212,6 +222,10 @@ def approaches_section(paths: ArtifactPaths) -> Section | None:
         return None
     command = f'{missing(paths, EVALUATE)} "generation.other_approaches=[{",".join(apart)}]"'
     return {"table": table, "apart": apart, "command": command if apart else None}
+
+
+def _trained_on(row: dict[str, Any]) -> str:
+    return "elsewhere" if row.get("elsewhere") else row["approach"]
 
 
 MAX_BROWSED_PROMPTS = 60
