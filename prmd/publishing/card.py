@@ -1,6 +1,7 @@
 """The model card of what is published: made of its records, with intervals, licenses, limits and how to load it."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from prmd.errors import ConfigError
@@ -31,6 +32,15 @@ scorer = Scorer("FOLDER")  # a local copy of this repository
 print(scorer.calibrated([messages]))  # every member, in calibrated units
 print(scorer.pessimistic([messages]))  # R, the lowest of them
 ```"""
+_MEMBERS = """That is r_0. The ensemble is the adapters in `members/`, on the base model; with `prmd_scorer.py` from this folder, which
+needs torch, transformers and peft:
+
+```python
+from prmd_scorer import Scorer
+scorer = Scorer("FOLDER"{base})  # a local copy of this repository
+print(scorer.calibrated([messages]))  # every member, in calibrated units
+print(scorer.pessimistic([messages]))  # R, the lowest of them
+```"""
 _ADAPTER = """```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,7 +64,9 @@ class Facts:
         here: how a reader names what was published.
         base: hub id of the base, or the name of its local folder.
         is_hub_base: whether a stranger can fetch the base by that name.
+        base_license: what the base's own card states; None where that is not known.
         license: what the user gives for own pairs; else None.
+        evaluation: of a policy, what `compute_metrics` measured of these very weights; None where it has not.
     """
 
     kind: str
@@ -62,12 +74,14 @@ class Facts:
     here: str
     base: str
     is_hub_base: bool
+    base_license: str | None
     revision: str | None
     approach: str
     metrics: dict[str, Any]
     record: dict[str, Any]
     command: str
     license: str | None
+    evaluation: dict[str, Any] | None
     is_adapter: bool
     has_ensemble: bool
     has_members: bool
@@ -107,8 +121,8 @@ def model_card(facts: Facts) -> str:
         f"# {facts.name} ({facts.kind.replace('_', ' ')})",
         _method(facts),
         "## How to load\n\n" + _loading(facts),
-        "## Measured\n\n" + _measured(facts.metrics),
-        "## Data and licenses\n\n" + "\n".join(f"- {what}: {license_}" for what, license_ in data),
+        "## Measured\n\n" + (_evaluated(facts) if facts.kind == "policy" else _measured(facts.metrics)),
+        "## Data and licenses\n\n" + _licenses(facts, data),
         "## Limits\n\n" + _limits(facts),
         "## Made by\n\n" + _made_by(facts),
     ]
@@ -129,7 +143,7 @@ def _head(facts: Facts, data: list[tuple[str, str]]) -> str:
 def _method(facts: Facts) -> str:
     key = facts.name.split("-")[0] if facts.kind == "policy" else "reward_model"
     equation = _EQUATIONS.get(key, _EQUATIONS["other"])
-    local = "" if facts.is_hub_base else " (a local folder of its author, not on the hub: ask for it)"
+    local = "" if facts.is_hub_base else " (of its author's machine, not on the hub by this name: ask for it)"
     revision = f" at revision {facts.revision}" if facts.revision else ""
     notes = "".join(f"\n- {note}" for note in facts.metrics.get("notes", []))
     lines = [f"- base model: {facts.base}{revision}{local}", f"- method: {facts.name}, {equation}"]
@@ -141,26 +155,63 @@ def _loading(facts: Facts) -> str:
         return (_ADAPTER if facts.is_adapter else _POLICY).format(base=facts.base, here=facts.here)
     text = _SCORE.format(here=facts.here)
     if facts.has_members:
-        return text + (
-            "\n\nThat is r_0. The ensemble is the adapters in `members/`, for peft on the base model; `scoring.json` holds "
-            "their calibration, in the order of the adapters."
-        )
+        base = "" if facts.is_hub_base else ', base="FOLDER OF THE BASE"'
+        return f"{text}\n\n{_MEMBERS.format(base=base)}"
     return f"{text}\n\n{_ENSEMBLE}" if facts.has_ensemble else text
+
+
+def _licenses(facts: Facts, data: list[tuple[str, str]]) -> str:
+    known = f"{facts.base_license}, by its own card" if facts.base_license else None
+    base = known or "no card of it states a license here; look for it before you use what is made of it"
+    return "\n".join([f"- base model {facts.base}: {base}", *(f"- {what}: {name}" for what, name in data)])
+
+
+def _evaluated(facts: Facts) -> str:
+    """What judges say of a policy's samples, in intervals over prompts; or that nobody has asked them."""
+    found = facts.evaluation
+    if found is None:
+        return "Not evaluated yet: there are no results of these weights. Judge it on your own prompts before use."
+    said, objectives = found["evaluation"], found["objectives"]
+    judges = [f"{k}: {_judge(card)}" for k, card in said["judges"].items()]
+    controlled = {k: (v["length_controlled"] or {}).get("win_rate") for k, v in objectives.items()}
+    estimates = {
+        **{f"win rate, {k}": v["win_rate"] for k, v in objectives.items()},
+        **{f"win rate at equal length, {k}": v for k, v in controlled.items()},
+        "worst objective": found["worst_objective"]["win_rate"],
+        "mean of the minimum over objectives": found["mean_of_min"],
+        "KL to the base, nats a response": found["kl"]["per_response"],
+        "tokens a response": found["length"],
+    }
+    text = (
+        f"Against samples of the base on {said['prompts']} held-out prompts, {said['samples_per_prompt']} each, at most "
+        f"{said['max_new_tokens']} tokens, temperature {said['temperature']:g}. Win rate: share of pairs that the judge decides "
+        f"for the policy, 0.5 is no change. Judges, and their accuracy on held-out pairs: {'; '.join(judges)}."
+    )
+    return f"{text}\n\n{_table(estimates, 'measure')}"
+
+
+def _judge(card: dict[str, Any]) -> str:
+    accuracy = card.get("accuracy") or {}
+    known = f"{accuracy['value']:.2f} (n = {accuracy['n']})" if "value" in accuracy else "not measured"
+    name = card["path"]
+    return f"{Path(name).name if Path(name).is_absolute() else name}, {known}"
 
 
 def _measured(metrics: dict[str, Any]) -> str:
     """Every estimate that has an interval, and the sizes of what it was measured on."""
+    table = _table({name.replace("_", " "): value for name, value in metrics.items()}, "held-out pairs")
+    return table or "Nothing was measured beside the training; judge it on your own prompts before use."
+
+
+def _table(estimates: dict[str, Any], of: str) -> str:
+    """A row for each estimate that has an interval; empty where none has."""
     rows = [
-        f"| {name.replace('_', ' ')} | {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] | {value['n']} | "
-        f"{value['method']} |"
-        for name, value in metrics.items()
+        f"| {name} | {value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}] | {value['n']} | {value['method']} |"
+        for name, value in estimates.items()
         if isinstance(value, dict) and {"value", "low", "high", "n", "method"} <= set(value)
     ]
-    if not rows:
-        return "Nothing was measured beside the training; judge it on your own prompts before use."
-    return "\n".join(
-        ["| held-out pairs | value [interval] | n | method |", "| --- | --- | --- | --- |", *rows]
-    )
+    head = [f"| {of} | value [interval] | n | method |", "| --- | --- | --- | --- |"]
+    return "\n".join([*head, *rows]) if rows else ""
 
 
 def _limits(facts: Facts) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from safetensors import safe_open
 
 from prmd.artifacts import io
 from prmd.artifacts.manifest import EVERYTHING
@@ -19,6 +20,7 @@ from prmd.artifacts.runs import CONFIG_COPY, require_artifact
 from prmd.config.loading import kept_values
 from prmd.errors import ConfigError, DataError
 from prmd.publishing.card import Facts, model_card
+from prmd.publishing.records import base_license, newest_evaluation
 from prmd.rewards.debias import DEBIAS_FILE
 from prmd.rewards.reward_model import CALIBRATION_FILE, ENSEMBLE_FILE
 
@@ -34,6 +36,7 @@ _FILES = (
 )
 _OF_THIS_MACHINE = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 """Keys that transformers writes of where a model was read."""
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "added_tokens.json")
 
 
 def publish_model(artifact: Path, *, hub_id: str | None, folder: Path | None, license_: str | None) -> str:
@@ -115,8 +118,8 @@ def _facts(
     artifact: Path, kind: str, command: str, record: dict[str, Any], here: str, license_: str | None
 ) -> Facts:
     model = kept_values(artifact / CONFIG_COPY)["model"]
-    local = model.get("source") == "local" or find_user_path(model["name"], "folder") is not None
-    local = local or Path(model["name"]).is_absolute()
+    local = Path(model["name"]).is_absolute() or find_user_path(model["name"], "folder") is not None
+    local = local or model.get("source", "hub") != "hub"
     metrics = io.read_json(artifact / "metrics.json")
     return Facts(
         kind=kind,
@@ -124,12 +127,14 @@ def _facts(
         here=here,
         base=Path(model["name"]).name if local else model["name"],
         is_hub_base=not local,
+        base_license=base_license(model),
         revision=model.get("revision"),
         approach=metrics["approach"],
         metrics=metrics,
         record=record,
         command=command,
         license=license_,
+        evaluation=newest_evaluation(artifact, artifact.parents[3]) if kind == "policy" else None,
         is_adapter=(artifact / "adapter_config.json").is_file(),
         has_ensemble=(artifact / ENSEMBLE_FILE).is_file(),
         has_members=(artifact / "members").is_dir(),
@@ -162,22 +167,37 @@ def _write_scoring(artifact: Path, made: Path, facts: Facts) -> None:
         "source": kept.get("source"),
         "calibration": kept.get("calibration"),
     }
+    if facts.has_members:
+        scoring["base"] = facts.base if facts.is_hub_base else None
+        scoring["revision"] = facts.revision if facts.is_hub_base else None
     io.write_json(made / "scoring.json", scoring)
-    if not facts.has_members:
-        io.copy_file(Path(__file__).with_name("prmd_scorer.py"), made / "prmd_scorer.py")
+    io.copy_file(Path(__file__).with_name("prmd_scorer.py"), made / "prmd_scorer.py")
 
 
 def _refuse_own_paths(made: Path, artifact: Path) -> None:
-    """No text that leaves names a folder of this machine.
+    """No text that leaves names a folder of this machine, nor do the notes in front of weights.
 
     Raises:
         DataError: one does.
     """
-    own = [str(place) for place in (artifact.parents[3], Path.home()) if place != Path(place.anchor)]
-    for path in sorted(made.rglob("*")):
-        if path.suffix in (".json", ".md", ".jinja", ".py") and path.name != "tokenizer.json":
+    root, home = artifact.parents[3], Path.home()
+    for path in sorted(file for file in made.rglob("*") if file.is_file()):
+        # A vocabulary may hold a home as short as /root by chance, but not a whole path.
+        places = [root] if path.name in _VOCABULARIES else [root, home]
+        own = [_spellings(place) for place in places if place != Path(place.anchor)]
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                text = str(file.metadata())
+        elif path.suffix == ".model":
+            continue  # pieces of words in binary
+        else:
             text = io.read_utf8(path)
-            if named := next((place for place in own if place in text), None):
-                raise DataError(
-                    f"{path.name}: names {named}, a folder of this machine; take it out of {artifact / path.name}"
-                )
+        if named := next((place[0] for place in own if any(spelled in text for spelled in place)), None):
+            raise DataError(
+                f"{path.name}: names {named}, a folder of this machine; take it out of {artifact / path.name}"
+            )
+
+
+def _spellings(place: Path) -> list[str]:
+    """As this system writes it, as JSON and Python do, and with forward slashes."""
+    return [str(place), str(place).replace("\\", "\\\\"), place.as_posix()]

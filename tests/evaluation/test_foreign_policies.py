@@ -13,7 +13,9 @@ from tiny_workspace import candidate, candidates_of, prompts_of, write_reward_mo
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from prmd.artifacts import io
+from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, GenerationConfig
+from prmd.config.loading import load_config
 from prmd.errors import ConfigError
 from prmd.evaluation.evaluate import benchmark_eval, compute_metrics
 from prmd.evaluation.held_out import debiased_rewards
@@ -175,3 +177,14 @@ def test_names_of_the_projects_own_results_are_refused(policies: dict[str, str],
     with pytest.raises(ValidationError, match=said):
         GenerationConfig(policies=policies)
     assert GenerationConfig(policies={"modpo_theirs": "a/b"}).policies == {"modpo_theirs": "a/b"}
+
+
+def test_they_are_named_on_the_command_line() -> None:
+    given = "generation.policies={theirs: org/name@revision, mine: /models/merged}"
+    config = load_config(CONFIG_DIR / "evaluation_config.yaml", EvaluationConfig, [given])
+    assert config.generation.policies == {"theirs": "org/name@revision", "mine": "/models/merged"}
+    with pytest.raises(ConfigError, match="got the name cvar") as error:
+        load_config(
+            CONFIG_DIR / "evaluation_config.yaml", EvaluationConfig, ["generation.policies={cvar: a/b}"]
+        )
+    assert "\n" not in str(error.value)

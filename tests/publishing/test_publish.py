@@ -17,6 +17,7 @@ from prmd.errors import ConfigError, DataError
 from prmd.models.tokenization import tokenize_row
 from prmd.pairs import PreferencePair
 from prmd.publishing import publish as publishing
+from prmd.publishing import records
 from prmd.publishing.publish import publish_model, write_published
 from prmd.rewards.reward_model import load_reward_model
 
@@ -34,6 +35,14 @@ def models(tmp_path):
 @pytest.fixture
 def honest(models):
     return models / "reward_models" / "hh_truthfulqa" / "honest_rm"
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise OSError("offline")
+
+    monkeypatch.setattr(records, "hf_hub_download", unreachable)
 
 
 def published(artifact, tmp_path):
@@ -113,7 +122,7 @@ def test_a_policy_loads_with_four_lines(models, tmp_path):
     with torch.no_grad():
         torch.testing.assert_close(policy(ids).logits, own(ids).logits, rtol=0, atol=0)
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "a local folder of its author" in card and "HH-RLHF" in card and "TruthfulQA" in card
+    assert "of its author's machine, not on the hub" in card and "HH-RLHF" in card and "TruthfulQA" in card
     assert not (out / "checkpoints").exists() and not (out / "prmd_scorer.py").exists()
 
 
