@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
 from prmd.config.shared import ModelConfig
-from prmd.errors import ConfigError
+from prmd.errors import ConfigError, NotFiniteError
 from prmd.models.bases import adapter_base
 from prmd.models.chat_templates import ANSWER, NEXT, QUESTION, SYSTEM, render, set_thinking, stop_token
 from prmd.models.identity import content_key, weight_files
@@ -215,6 +215,7 @@ def load_foreign(
 
     Raises:
         ConfigError: its weights do not fit the base, or its own architecture.
+        DataError: a tensor is missing.
         NotFiniteError: as `load_policy`.
     """
     key = f"generation.policies.{policy.name}"
@@ -222,6 +223,9 @@ def load_foreign(
         loaded = load_policy(policy.folder, model, paths)
     except torch.OutOfMemoryError:
         raise
+    except NotFiniteError as error:  # whose remedy is for what was trained here
+        found = str(error).rpartition("; ")[0]
+        raise NotFiniteError(f"{key}: {found}; take another copy, or leave it out") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
             f"{key}: the weights in {policy.folder} do not fit ({policy.base}): {_first_line(error)}; take another copy, or set "
@@ -240,7 +244,7 @@ def _require_every_tensor(model: PeftModel, folder: Path, key: str) -> None:
     if odd := sorted(kept ^ placed):
         raise ConfigError(
             f"{key}: {len(odd)} tensors of {folder / ADAPTER_WEIGHTS} and the base do not answer each other, the first is "
-            f"{odd[0]}; set model.name to the base it was trained from"
+            f"{odd[0]}; set model.name to the base it was trained from, or merge it into that (merge_and_unload) and name the folder"
         )
 
 

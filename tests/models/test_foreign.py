@@ -12,7 +12,7 @@ from tiny_workspace import reward_model_config
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from prmd.config.shared import RewardModelConfig
-from prmd.errors import ConfigError, DataError, UserError
+from prmd.errors import ConfigError, DataError, NotFiniteError, UserError
 from prmd.models.foreign import ForeignPolicy, find_foreign, load_foreign
 from prmd.models.loading import load_tokenizer
 
@@ -150,6 +150,14 @@ def test_an_adapter_of_other_widths_is_refused_in_a_line(tmp_path: Path, base: P
     assert "\n" not in str(error.value)
 
 
+def test_an_adapter_with_embeddings_of_its_own_is_refused(tmp_path: Path, base: Path) -> None:
+    """peft would load them into the base itself, so that switching the adapter off would not give the reference."""
+    settings = shared(base)
+    folder = adapter(tmp_path / "lora", base, target_modules=["q_proj", "lm_head"])
+    with pytest.raises(ConfigError, match=r"1 tensors of .* the first is .*lm_head.* merge it"):
+        load_foreign(found(folder, base), settings.model, settings.paths)
+
+
 def test_a_half_adapter_is_refused(tmp_path: Path, base: Path) -> None:
     folder, settings = adapter(tmp_path / "lora", base), shared(base)
     weights = load_file(folder / "adapter_model.safetensors")
@@ -167,6 +175,23 @@ def test_a_full_model_with_a_lost_tensor_is_refused(tmp_path: Path, base: Path) 
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DataError, match=r"no model\.layers\.1\.mlp\.up_proj\.weight"):
         load_foreign(found(folder, base), settings.model, settings.paths)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "full"])
+def test_weights_that_are_not_finite_are_said_with_what_to_do(tmp_path: Path, base: Path, kind: str) -> None:
+    settings = shared(base)
+    folder = adapter(tmp_path / "x", base) if kind == "adapter" else full(tmp_path / "x")
+    file = folder / ("adapter_model.safetensors" if kind == "adapter" else "model.safetensors")
+    weights = load_file(file)
+    next(iter(weights.values())).view(-1)[3] = float("nan")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(NotFiniteError, match=r"1 of .* tensors hold NaN") as error:
+        load_foreign(found(folder, base), settings.model, settings.paths)
+    said = str(error.value)
+    assert said.startswith("generation.policies.theirs: ") and said.endswith(
+        "take another copy, or leave it out"
+    )
+    assert "--force" not in said and "\n" not in said
 
 
 def test_adapters_that_cannot_be_switched_off_are_refused(tmp_path: Path, base: Path) -> None:
