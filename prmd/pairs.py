@@ -9,7 +9,8 @@ import re
 import sys
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from prmd.artifacts import io, runs
@@ -29,6 +30,8 @@ _CONTROL_TEXT = re.compile(
 _FIELDS = ("id", "prompt", "chosen", "rejected", "source")
 _WEIGHT = "weight"
 """Key of a stored row whose pair has a weight; others lack it."""
+_REWARDS = "rewards"
+"""A key that a row has besides where its source brings rewards: {objective: [of chosen, of rejected]}."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class PreferencePair:
         objective: one of the approach, `helpful`, `harmless` or `honest` of the built-in ones.
         weight: factor of the pair's loss in every training, of mean 1 over the training pairs of its objective once stored;
             None: no weights were given, which counts as 1.
+        rewards: (of chosen, of rejected) for each objective whose rewards the row brings (`data.own_pairs.rewards`).
     """
 
     id: str
@@ -53,6 +57,7 @@ class PreferencePair:
     source: str
     objective: str
     weight: float | None = None
+    rewards: Mapping[str, Sequence[float]] = field(default_factory=dict, hash=False)
 
     @property
     def first_turn(self) -> str:
@@ -79,6 +84,7 @@ class PreferencePair:
             "rejected": [{"role": "assistant", "content": self.rejected}],
             "source": self.source,
             **({} if self.weight is None else {_WEIGHT: self.weight}),
+            **({_REWARDS: {k: list(both) for k, both in self.rewards.items()}} if self.rewards else {}),
         }
 
     @classmethod
@@ -86,7 +92,7 @@ class PreferencePair:
         """Read and validate a stored row.
 
         Args:
-            row: keys id, prompt, chosen, rejected, source, perhaps weight, and no others.
+            row: keys id, prompt, chosen, rejected, source, perhaps weight and rewards, and no others.
             objective: the objective the row is stored under.
             where: `file:line`, for the error.
 
@@ -103,6 +109,7 @@ class PreferencePair:
             source=row["source"],
             objective=objective,
             weight=float(row[_WEIGHT]) if _WEIGHT in row else None,
+            rewards=row.get(_REWARDS, {}),
         )
 
 
@@ -197,7 +204,7 @@ def is_weight(value: Any) -> bool:
 def _row_problem(row: Mapping[str, Any]) -> str | None:
     """What is wrong with a stored row, or None."""
     missing = [name for name in _FIELDS if name not in row]
-    unknown = sorted(set(row) - {*_FIELDS, _WEIGHT})
+    unknown = sorted(set(row) - {*_FIELDS, _WEIGHT, _REWARDS})
     if missing or unknown:
         return f"a row has exactly the keys {', '.join(_FIELDS)}; missing {missing}, unknown {unknown}"
     if _WEIGHT in row and not is_weight(row[_WEIGHT]):
@@ -214,6 +221,16 @@ def _row_problem(row: Mapping[str, Any]) -> str | None:
             return f"{name!r} must be a list of one assistant message"
     if row["chosen"][0]["content"] == row["rejected"][0]["content"]:
         return "chosen and rejected are the same text"
+    return _rewards_problem(row[_REWARDS]) if _REWARDS in row else None
+
+
+def _rewards_problem(rewards: Any) -> str | None:
+    for objective, both in rewards.items() if isinstance(rewards, dict) else [(None, rewards)]:
+        numbers = isinstance(both, list) and [
+            type(value) in (int, float) and isfinite(value) for value in both
+        ]
+        if objective is None or numbers != [True, True]:
+            return f"'rewards' must hold [of chosen, of rejected] by objective, two numbers each, got {both!r:.80}"
     return None
 
 

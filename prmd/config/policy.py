@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from prmd.config import brought
 from prmd.config.shared import (
     LoraConfig,
     MisplacedError,
@@ -20,6 +21,7 @@ from prmd.config.shared import (
     TrainingConfig,
     TuningConfig,
     check_objectives,
+    checked,
 )
 from prmd.objectives import METHOD_LIKE, OBJECTIVES
 
@@ -131,4 +133,16 @@ class PolicyConfig(RefersToRewardModelConfig):
     @classmethod
     def policy_is_of_the_objectives(cls, value: PolicySection, info: ValidationInfo) -> PolicySection:
         shared = info.data.get("reward_model_config")  # missing where it is wrong itself
-        return value if shared is None else value.of(shared.data.objectives)
+        if shared is None:
+            return value
+        needs = {"constraints": bool(value.constraints), "gamma": value.gamma}
+        problem = brought.policy_problem(shared.data.from_columns, value.methods, **needs)
+        return checked(value.of(shared.data.objectives), problem)
+
+    @field_validator("pairs")
+    @classmethod
+    def columns_have_no_samples(cls, value: PairsConfig, info: ValidationInfo) -> PairsConfig:
+        shared = info.data.get("reward_model_config")
+        if shared is None:
+            return value
+        return checked(value, brought.pairs_problem(shared.data.from_columns, value.reference_samples))

@@ -4,7 +4,7 @@ Every default lives in a field and nowhere else; a field is here only if some co
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from prmd.artifacts.paths import ArtifactPaths, resolve_artifact_root
+from prmd.config import brought
 from prmd.objectives import OBJECTIVES, names_problem
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -54,6 +55,16 @@ def check_objectives(names: Iterable[str], known: Sequence[str], said: str, *key
     """
     if unknown := sorted(set(names) - set(known)):
         raise MisplacedError(f"{said} {unknown}; known objectives are {', '.join(known)}", *keys)
+
+
+Checked = TypeVar("Checked", bound=Section)
+
+
+def checked(section: Checked, problem: tuple[str, ...] | None) -> Checked:
+    """The section, or its problem (what is wrong and the keys to it) as a `MisplacedError`."""
+    if problem:
+        raise MisplacedError(*problem)
+    return section
 
 
 # ------------------------------------------------------------------ data
@@ -153,9 +164,21 @@ ULTRAFEEDBACK_SCORES = {
 """Objectives and the four aspects that UltraFeedback's completions are rated for."""
 
 
+class BroughtConfig(Section):
+    function: str | None = None
+    column_chosen: str | None = None
+    column_rejected: str | None = None
+
+    @model_validator(mode="after")
+    def source_is_one(self) -> "BroughtConfig":
+        return checked(self, brought.source_problem(self.function, self.column_chosen, self.column_rejected))
+
+
 class OwnPairsConfig(Section):
     objectives: dict[str, OwnFileConfig] = Field(default_factory=dict)
     scored: ScoredConfig | None = None
+    rewards: dict[str, BroughtConfig] = Field(default_factory=dict)
+    allow_code: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -173,7 +196,15 @@ class OwnPairsConfig(Section):
             )
         if problem := names_problem(self.names):
             raise MisplacedError(problem, *(("objectives",) if self.objectives else ("scored", "scores")))
-        return self
+        named = {objective: source.function for objective, source in self.rewards.items()}
+        scoring = {"scored": self.scored is not None, "allow_code": self.allow_code}
+        return checked(self, brought.rewards_problem(named, self.names, **scoring))
+
+    @model_serializer(mode="wrap")
+    def rewards_where_there_are_any(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The values as pydantic dumps them; without the keys that are younger, where they are at their default."""
+        younger = ("rewards", "allow_code")
+        return {key: value for key, value in dump(self).items() if value or key not in younger}
 
 
 class DataConfig(Section):
@@ -189,6 +220,16 @@ class DataConfig(Section):
     def objectives(self) -> tuple[str, ...]:
         """What the approach aligns, in the order of every `[K, ...]` tensor."""
         return self.own_pairs.names if self.approach == "own_pairs" else OBJECTIVES
+
+    @property
+    def brought(self) -> dict[str, BroughtConfig]:
+        """The objectives whose rewards the user brings."""
+        return self.own_pairs.rewards if self.approach == "own_pairs" else {}
+
+    @property
+    def from_columns(self) -> tuple[str, ...]:
+        """Those of them whose rewards are columns, which know no samples."""
+        return tuple(objective for objective, source in self.brought.items() if source.function is None)
 
     @model_validator(mode="after")
     def own_pairs_are_named(self) -> "DataConfig":
@@ -323,6 +364,10 @@ class SharedConfig(Section):
     scoring_tokens: PositiveInt = 8192
     calibration: CalibrationConfig = CalibrationConfig()
 
+    @model_validator(mode="after")
+    def columns_score_no_samples(self) -> "SharedConfig":
+        return checked(self, brought.samples_problem(self.data.from_columns, self.calibration.source))
+
     @property
     def paths(self) -> ArtifactPaths:
         return ArtifactPaths(
@@ -345,6 +390,7 @@ class RewardModelConfig(SharedConfig):
     def debias_is_of_the_objectives(cls, value: DebiasConfig, info: ValidationInfo) -> DebiasConfig:
         if (data := info.data.get("data")) is not None:  # missing where it is wrong itself
             check_objectives(value.features, data.objectives, "debias.features names", "features")
+            return checked(value, brought.debias_problem(data.brought, value.features))
         return value
 
     @model_validator(mode="after")

@@ -97,7 +97,7 @@ def split_objectives(config: RewardModelConfig, *, force: bool = False, dry_run:
     manifests = {name: read_manifest(name, config.data, config.paths) for name in names}
     inputs = _input_hashes(manifests)
     fingerprint = io.fingerprint(
-        {"data": config.data.model_dump(mode="json"), "inputs": inputs, "splitter": SPLITTER_VERSION}
+        {"data": _deciding(config.data), "inputs": inputs, "splitter": SPLITTER_VERSION}
     )
     if not force and runs.is_current(target, fingerprint):
         logger.info(
@@ -107,6 +107,17 @@ def split_objectives(config: RewardModelConfig, *, force: bool = False, dry_run:
     with locks.held(target):
         _build(config, inputs, fingerprint, clock, force)
     return target
+
+
+def _deciding(data: DataConfig) -> dict[str, Any]:
+    """What of the settings decides the splits: functions that reward pairs, and whether they may, do not."""
+    values = data.model_dump(mode="json")
+    own = values.get("own_pairs", {})
+    own.pop("allow_code", None)
+    columns = {k: source for k, source in own.pop("rewards", {}).items() if source["function"] is None}
+    if columns:
+        own["rewards"] = columns
+    return values
 
 
 def _build(

@@ -15,6 +15,7 @@ from prmd.artifacts.paths import EMBEDDED_DIR, ArtifactPaths, stage_command
 from prmd.config.shared import DataConfig
 from prmd.data import sources
 from prmd.data.collection import RawFile
+from prmd.data.own.files import reward_columns
 from prmd.data.readers import SourceFile
 from prmd.errors import DataError
 from prmd.runtime import progress, require_disk
@@ -134,7 +135,10 @@ def _identity(source: str, data: DataConfig) -> dict[str, Any]:
         kept = {
             name: [file.path, file.revision, file.split, file.kept_columns] for name, file in named.items()
         }
-        return {"path": ", ".join(file.path for file in named.values()), "revision": None, "named": kept}
+        columns = {k: list(both) for k, both in reward_columns(own).items()}
+        rewards = {"rewards": columns} if columns else {}
+        path = ", ".join(file.path for file in named.values())
+        return {"path": path, "revision": None, "named": kept, **rewards}
     section = getattr(data, source)
     identity = {"path": section.path, "revision": section.revision}
     if source == "hh_rlhf":

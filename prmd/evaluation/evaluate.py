@@ -31,6 +31,7 @@ from prmd.benchmarks import benchmark_names
 from prmd.benchmarks.base import why_not_run
 from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
+from prmd.config.brought import no_samples
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import SharedConfig
 from prmd.errors import DataError, NotFiniteError, UserError
@@ -44,7 +45,7 @@ from prmd.pairs import PREPARE_COMMAND, read_pairs
 from prmd.report.evaluation_sections import benchmark_results, headline_section
 from prmd.report.page import build_report
 from prmd.report.tables import Table, format_estimate, format_number, to_markdown
-from prmd.rewards.reward_model import RewardModel, load_reward_model, load_reward_models
+from prmd.rewards.reward_model import Scorer, load_reward_model, load_reward_models
 from prmd.rewards.train import train_judge
 from prmd.runtime import require_disk
 from prmd.statistics.resampling import Resampling
@@ -130,8 +131,11 @@ def _judges(config: EvaluationConfig, force: bool) -> list[Judge]:
     return judges
 
 
-def _reward_models(shared: SharedConfig) -> tuple[RewardModel, ...]:
-    """The ensembles that policies were trained on, or none: a plain DPO run has no need of them."""
+def _reward_models(shared: SharedConfig) -> tuple[Scorer, ...]:
+    """The ensembles that policies were trained on, or none: a plain DPO run has no need of them, columns score no sample."""
+    if columns := shared.data.from_columns:
+        logger.info("no proxies (violation rate, over-optimisation curve): %s", no_samples(columns))
+        return ()
     try:
         return tuple(load_reward_models(shared))
     except DataError as error:

@@ -30,7 +30,8 @@ from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER
 from prmd.judges.reward_model import Conversation, Judge, check_scores
 from prmd.models.tokenization import tokenize_row
-from prmd.rewards.reward_model import RewardModel
+from prmd.rewards.brought import BroughtReward
+from prmd.rewards.reward_model import Scorer
 from prmd.runtime import free_memory
 from prmd.statistics.resampling import Resampling
 
@@ -63,7 +64,7 @@ class Evaluation:
     prompts: list[EvaluationPrompt]
     judges: list[Judge]
     reference: Candidate
-    reward_models: tuple[RewardModel, ...] = ()
+    reward_models: tuple[Scorer, ...] = ()
 
     @classmethod
     def of(
@@ -73,7 +74,7 @@ class Evaluation:
         prompts: list[EvaluationPrompt],
         judges: list[Judge],
         reference: Candidate,
-        reward_models: tuple[RewardModel, ...] = (),
+        reward_models: tuple[Scorer, ...] = (),
     ) -> "Evaluation":
         """What the configuration says of it, and what was found and loaded."""
         shared = config.shared
@@ -280,10 +281,7 @@ def _member_rewards(evaluation: Evaluation, runs: Sequence[Run]) -> np.ndarray:
     """Raw rewards of all samples by every member of the training ensembles, [methods, K, M, X, n]."""
     conversations, found = _conversations(evaluation, runs), []
     for model, judge in zip(evaluation.reward_models if runs else (), evaluation.judges, strict=False):
-        rows = [
-            tokenize_row(model.tokenizer, one.prompt, one.responses, keep_suffix=True)
-            for one in conversations
-        ]
+        rows = [_row_of(model, one) for one in conversations]
         scorer = replace(model)  # a copy of its own, so that its weights leave memory with it
         values = scorer.rewards(rows, description=f"{judge.objective} ensemble")
         del scorer
@@ -291,6 +289,13 @@ def _member_rewards(evaluation: Evaluation, runs: Sequence[Run]) -> np.ndarray:
         table = torch.stack(values).numpy().reshape(len(runs), len(evaluation.prompts), -1, model.members)
         found.append(table.transpose(0, 3, 1, 2))
     return np.stack(found, axis=1) if found else np.empty((0,))
+
+
+def _row_of(model: Scorer, one: Conversation) -> Any:
+    """A conversation as these rewards are computed of it."""
+    if isinstance(model, BroughtReward):
+        return model.rows_of_texts(one.prompt, one.responses)
+    return tokenize_row(model.tokenizer, one.prompt, one.responses, keep_suffix=True)
 
 
 def measure(

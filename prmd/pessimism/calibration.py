@@ -11,7 +11,7 @@ therefore follows whichever has the lower offset or the larger scale; calibrated
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ class Calibration:
             "n_prompts": self.n_prompts,
             "n_responses": self.n_responses,
         }
+
+    def repeated(self, members: int) -> "Calibration":
+        """That of one member as that of `members` equal ones."""
+        return replace(self, scale=self.scale.expand(members), offset=self.offset.expand(members))
 
     @classmethod
     def from_json(cls, fields: dict[str, object]) -> "Calibration":

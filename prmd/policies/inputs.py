@@ -68,7 +68,7 @@ from prmd.policies.scores import (
 )
 from prmd.policies.targets import Targets, clipping_warning, method_targets, refuse_signs
 from prmd.rewards.debias import DEBIAS_FILE, FittedBias, read_bias
-from prmd.rewards.reward_model import RewardModel
+from prmd.rewards.reward_model import Scorer
 from prmd.training.fingerprints import calibration_keys, training_keys
 from prmd.training.trainer import PairData, weight_column
 
@@ -134,7 +134,7 @@ class _Trained:
 
 def prepare(
     methods: Sequence[str],
-    models: Sequence[RewardModel],
+    models: Sequence[Scorer],
     tokens: PairTokens,
     *,
     splits: Mapping[str, Split],
@@ -222,7 +222,7 @@ def _label_offsets(pairs: PolicyPairs, biases: Mapping[str, FittedBias], tokens:
 def _scored(
     pairs: PolicyPairs,
     held_out: PolicyPairs,
-    models: Sequence[RewardModel],
+    models: Sequence[Scorer],
     tokens: PairTokens,
     *,
     shared: SharedConfig,
@@ -239,7 +239,8 @@ def _scored(
     parts = [pairs.tokenized, held_out.tokenized]
 
     def draw(part: int) -> SampledPrompts:
-        return sample_prompts(sampling, tokens.tokenizer, tokens.of_prompts(parts[part]))
+        messages = [pair.prompt for pair in parts[part].pairs]
+        return sample_prompts(sampling, tokens.tokenizer, tokens.of_prompts(parts[part]), messages)
 
     centers = [draw(part) for part in range(len(parts))] if by_prompt else []
     train, val = score_pairs(shared, models, tokens, parts, samples=centers)
@@ -393,7 +394,7 @@ def policy_fingerprints(
     tuning: TuningConfig,
     training: TrainingConfig,
     train: Split,
-    models: Sequence[RewardModel] = (),
+    models: Sequence[Scorer] = (),
 ) -> Keys:
     """Key of everything a finished policy depends on, and of nothing its method does not read; then that of earlier versions.
 

@@ -21,6 +21,7 @@ from prmd.inference.cache import ScoreTable
 from prmd.inference.reference import calibration_sampling, samples_table, with_sample_count
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import Tokens
+from prmd.pairs import Message
 from prmd.pessimism.kl_budget import gate_row, usable_kl_target
 from prmd.policies.inputs import method_mixture
 from prmd.policies.methods import (
@@ -49,7 +50,8 @@ from prmd.policies.scores import (
     sample_prompts,
     score_samples,
 )
-from prmd.rewards.reward_model import RewardModel, load_reward_models
+from prmd.rewards.brought import BroughtReward
+from prmd.rewards.reward_model import Scorer, load_reward_models
 from prmd.runtime import is_main_process
 from prmd.training.dry_run import Sampled, describe_training
 
@@ -169,7 +171,7 @@ def preview_gate(
 
 
 def describe_gate(
-    models: Sequence[RewardModel],
+    models: Sequence[Scorer],
     tokens: PairTokens,
     splits: Mapping[str, Split],
     *,
@@ -197,7 +199,7 @@ def describe_gate(
 
 
 def cached_responses(
-    models: Sequence[RewardModel],
+    models: Sequence[Scorer],
     tokens: PairTokens,
     splits: Mapping[str, Split],
     *,
@@ -238,28 +240,44 @@ def cached_responses(
     return f"no scored reference samples are cached; {stage_command('pessimistic_dpo')} makes them"
 
 
-def distinct_prompts(split: Split, tokens: PairTokens, lengths: Iterable[int]) -> list[Tokens]:
-    """Distinct prompts of a split of all objectives, cut to each of these lengths as stages 2 and 3 do."""
-    messages = [pair.prompt for pairs in split.values() for pair in pairs]
-    return list(dict.fromkeys(tokens.of_prompt(prompt, length) for prompt in messages for length in lengths))
+def distinct_prompts(
+    split: Split, tokens: PairTokens, lengths: Iterable[int]
+) -> dict[Tokens, tuple[Message, ...]]:
+    """Distinct prompts of a split of all objectives, cut to each of these lengths as stages 2 and 3 do, with the messages."""
+    found: dict[Tokens, tuple[Message, ...]] = {}
+    for prompt in (pair.prompt for pairs in split.values() for pair in pairs):
+        for length in lengths:
+            found.setdefault(tokens.of_prompt(prompt, length), prompt)
+    return found
 
 
 def _scored_prompts(
-    sampling: SharedConfig, models: Sequence[RewardModel], tokens: PairTokens, prompts: Sequence[Tokens]
+    sampling: SharedConfig,
+    models: Sequence[Scorer],
+    tokens: PairTokens,
+    prompts: Mapping[Tokens, tuple[Message, ...]],
 ) -> SampledPrompts | None:
     """The prompts whose samples are cached with the rewards of every model; None where there are none."""
     table = samples_table(sampling, tokens.tokenizer)  # sampling would load a model for what is missing
     cached = [prompt for prompt in prompts if table.holds([prompt])]
     if not cached:
         return None
-    found = sample_prompts(sampling, tokens.tokenizer, cached)
+    found = sample_prompts(sampling, tokens.tokenizer, cached, [prompts[prompt] for prompt in cached])
     kept = set(range(len(cached)))
     for model in models:
-        rewards = ScoreTable(sampling.paths.cache("rewards", model.fingerprint), model.members)
-        rows = found.rows_for_rewards(model)
-        kept &= {i for i, row in enumerate(rows) if rewards.holds([row])}
-    chosen = sorted(kept)
-    return SampledPrompts([cached[i] for i in chosen], [found.responses[i] for i in chosen]) if kept else None
+        kept &= set(_cached(model, found.rows_for_rewards(model)))
+    if not kept:
+        return None
+    parts = (cached, found.responses, found.messages)
+    return SampledPrompts(*([part[i] for i in sorted(kept)] for part in parts))
+
+
+def _cached(model: Scorer, rows: Sequence[Any]) -> list[int]:
+    """The rows all of whose rewards are in the cache."""
+    if isinstance(model, BroughtReward):
+        return [i for i, held in enumerate(model.held(rows)) if held]
+    table = ScoreTable(model.paths.cache("rewards", model.fingerprint), model.members)
+    return [i for i, row in enumerate(rows) if table.holds([row])]
 
 
 def gate_table(policy: PolicySection, scored: ScaleResponses) -> dict[str, Any]:

@@ -7,6 +7,7 @@ base take turns on it), and cached by content. Methods, beta, losses and scales 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,21 +17,26 @@ from prmd.config.shared import CalibrationConfig, SharedConfig
 from prmd.inference.generation import GeneratedResponse, sample_rows
 from prmd.inference.reference import reference_logps, reference_samples
 from prmd.models.tokenization import PrefixRow, TokenizedPairs, Tokens
+from prmd.pairs import Message
 from prmd.pessimism.aggregation import stack_objectives
 from prmd.pessimism.calibration import calibrate, prompt_means
 from prmd.policies.pairs import PairScores, PairTokens, ReferenceSamples, ScaleResponses
-from prmd.rewards.reward_model import RewardModel, rows_of_samples
+from prmd.rewards.brought import BroughtReward
+from prmd.rewards.reward_model import Scorer, release_shared_base, rows_of_samples
 
 
 @dataclass(frozen=True)
 class SampledPrompts:
-    """Rendered prompts with the samples that pi_ref gave to each."""
+    """Rendered prompts with the samples that pi_ref gave to each, and the messages that were rendered."""
 
     prompts: Sequence[Tokens]
     responses: Sequence[Sequence[GeneratedResponse]]
+    messages: Sequence[Sequence[Message]]
 
-    def rows_for_rewards(self, model: RewardModel) -> list[PrefixRow]:
+    def rows_for_rewards(self, model: Scorer) -> Sequence[Any]:
         """Rows of a prompt and its samples as a reward model reads them, by their text."""
+        if isinstance(model, BroughtReward):
+            return model.rows_of_samples(self.messages, self.responses)
         return rows_of_samples(model, self.prompts, self.responses)
 
     def rows_for_policies(self, tokenizer: PreTrainedTokenizerBase) -> list[PrefixRow]:
@@ -39,14 +45,18 @@ class SampledPrompts:
 
 
 def sample_prompts(
-    shared: SharedConfig, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Tokens]
+    shared: SharedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tokens],
+    messages: Sequence[Sequence[Message]],
 ) -> SampledPrompts:
     """Sample pi_ref, or read what was sampled before.
 
     Args:
         shared: its `calibration` says how many samples of each prompt (`with_sample_count`).
+        messages: of each prompt.
     """
-    return SampledPrompts(prompts, reference_samples(shared, tokenizer, prompts))
+    return SampledPrompts(prompts, reference_samples(shared, tokenizer, prompts), messages)
 
 
 def centers_by_prompt(calibration: CalibrationConfig) -> bool:
@@ -56,7 +66,7 @@ def centers_by_prompt(calibration: CalibrationConfig) -> bool:
 
 def score_pairs(
     shared: SharedConfig,
-    models: Sequence[RewardModel],
+    models: Sequence[Scorer],
     tokens: PairTokens,
     parts: Sequence[TokenizedPairs],
     *,
@@ -76,11 +86,12 @@ def score_pairs(
     for objective, model in zip(objectives, models, strict=True):
         for i, part in enumerate(parts):
             own = samples[i].rows_for_rewards(model) if samples else None
-            rows = tokens.for_rewards(model.tokenizer, part)
+            brought = isinstance(model, BroughtReward)
+            rows = model.rows_of_pairs(part.pairs) if brought else tokens.for_rewards(model.tokenizer, part)
             values = _calibrated_rewards(model, objective, rows, own)
             calibrated[i].append(values.permute(2, 0, 1))  # [n, 2, M] -> [M, n, 2]
         model.release()
-    _release_base(models)  # before the reference model is loaded
+    release_shared_base(models)  # before the reference model is loaded
     return [
         PairScores(
             stack_objectives(rewards),
@@ -92,7 +103,7 @@ def score_pairs(
 
 
 def _calibrated_rewards(
-    model: RewardModel, objective: str, rows: Sequence[PrefixRow], samples: Sequence[PrefixRow] | None
+    model: Scorer, objective: str, rows: Sequence[Any], samples: Sequence[Any] | None
 ) -> Tensor:
     """Rewards [n, 2, M] of one objective.
 
@@ -104,11 +115,6 @@ def _calibrated_rewards(
     return calibrate(raw, scale=model.calibration.scale, offset=offset)
 
 
-def _release_base(models: Sequence[RewardModel]) -> None:
-    if (base := models[0].shared_base) is not None:
-        base.release()
-
-
 def pair_responses(scores: PairScores) -> ScaleResponses:
     """The two responses of each pair, to fix the reward scale where no samples of pi_ref are drawn."""
     index = torch.arange(scores.rewards.shape[2]).repeat_interleave(2)
@@ -116,7 +122,7 @@ def pair_responses(scores: PairScores) -> ScaleResponses:
 
 
 def score_samples(
-    models: Sequence[RewardModel], sampled: SampledPrompts, *, by_prompt: bool, source: str
+    models: Sequence[Scorer], sampled: SampledPrompts, *, by_prompt: bool, source: str
 ) -> ScaleResponses:
     """Calibrated rewards of reference samples by every member of every objective.
 
@@ -132,7 +138,7 @@ def score_samples(
         values = calibrate(raw, scale=model.calibration.scale, offset=offset)
         calibrated.append(values.flatten(0, 1).T)
         model.release()
-    _release_base(models)
+    release_shared_base(models)
     index = torch.arange(len(sampled.prompts)).repeat_interleave(n)
     source = f"reference samples of the {source}"
     return ScaleResponses(stack_objectives(calibrated), index, source, n, centred=by_prompt)
@@ -146,7 +152,7 @@ def score_as_policy(
     return ReferenceSamples(rows, torch.stack(reference_logps(shared, tokenizer, rows)))
 
 
-def _centers(model: RewardModel, rows: Sequence[PrefixRow], objective: str) -> Tensor:
+def _centers(model: Scorer, rows: Sequence[Any], objective: str) -> Tensor:
     """b(x) of every prompt from its samples: [n, M]."""
     values = model.rewards(rows, description=f"{objective} rewards of reference samples")
     index = torch.tensor([i for i, rewards in enumerate(values) for _ in rewards])

@@ -63,7 +63,7 @@ from prmd.policies.soup import average_policies
 from prmd.policies.targets import describe_targets, policy_loss, with_clip
 from prmd.policies.trl_baseline import train_trl_dpo, unweighted_notes
 from prmd.report import figures
-from prmd.rewards.reward_model import RewardModel, load_reward_models
+from prmd.rewards.reward_model import Scorer, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
 from prmd.training.checkpoints import Trained, copy_model, drop_checkpoints, name_checkpoints, trained_once
 from prmd.training.run import TrainingRun, check_training, run_training
@@ -227,7 +227,7 @@ def _not_finished(
 def _prepare(
     methods: Sequence[str],
     objective: str | None,
-    models: Sequence[RewardModel],
+    models: Sequence[Scorer],
     tokens: PairTokens,
     splits: Mapping[str, Split],
     *,

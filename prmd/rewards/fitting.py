@@ -6,10 +6,11 @@ Each is one scoring pass over pairs or reference samples, cached by content. Tra
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.config.shared import RewardModelConfig
@@ -20,6 +21,7 @@ from prmd.models.tokenization import PrefixRow, TokenizedPairs, tokenize_pairs, 
 from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.pessimism.calibration import fit_calibration, prompt_means
 from prmd.report import reward_figures
+from prmd.rewards.brought import BroughtReward, TextRow
 from prmd.rewards.debias import Debiasing, scan_features, scan_notes
 from prmd.rewards.heads import fit_ensemble
 from prmd.rewards.metrics import (
@@ -30,13 +32,15 @@ from prmd.rewards.metrics import (
     reward_metrics,
     warnings,
 )
-from prmd.rewards.reward_model import ENSEMBLE_FILE, RewardModel, rows_of_samples, write_calibration
+from prmd.rewards.reward_model import ENSEMBLE_FILE, RewardModel, Scorer, rows_of_samples, write_calibration
 from prmd.rewards.task import RewardPairs, RewardTask, tokenize_reward_pairs
 from prmd.runtime import is_main_process
 from prmd.statistics.reliability import mean_pairwise_correlation
 from prmd.training.trainer import PAIR_WEIGHT, weight_column
 
 logger = logging.getLogger(__name__)
+
+Model = TypeVar("Model", RewardModel, BroughtReward)
 
 
 def _pair_features(
@@ -83,26 +87,40 @@ def fit_heads(
         ensemble.save(reward_model.directory / ENSEMBLE_FILE)
 
 
+def _test_rewards(reward_model: Scorer, tokenized: TokenizedPairs, description: str) -> tuple[Tensor, Tensor]:
+    """(r_0 [n, 2], rewards of every member [n, 2, M]) of test pairs; what is brought has one member, itself."""
+    if isinstance(reward_model, BroughtReward):
+        rows = reward_model.rows_of_pairs(tokenized.pairs)
+        members = torch.stack(reward_model.rewards(rows, description=description))
+        return members[..., 0], members
+    base, features = _pair_features(reward_model, tokenized, description)
+    return base, _member_rewards(reward_model, tokenized, base, features)
+
+
 def measure(
     task: RewardTask,
     data: RewardPairs,
-    reward_model: RewardModel,
+    reward_model: Scorer,
+    tokenizer: PreTrainedTokenizerBase,
     facts: dict[str, Any],
     debiasing: Debiasing | None = None,
 ) -> dict[str, Any]:
-    """Metrics on the test split; written with figures and examples to `outputs/reward_analysis` for a reward model."""
-    tokenized = tokenize_reward_pairs(task, data.test, reward_model.tokenizer)
-    base, features = _pair_features(reward_model, tokenized, f"{task.objective}: test pairs")
-    members = _member_rewards(reward_model, tokenized, base, features)
+    """Metrics on the test split; written with figures and examples to `outputs/reward_analysis` for a reward model.
+
+    Args:
+        tokenizer: in whose tokens responses are measured.
+    """
+    tokenized = tokenize_reward_pairs(task, data.test, tokenizer)
+    base, members = _test_rewards(reward_model, tokenized, f"{task.objective}: test pairs")
     scale = reward_model.calibration.scale if reward_model.calibration else None
-    bias = debiasing.held_out(tokenized.pairs, reward_model.tokenizer) if debiasing else None
+    bias = debiasing.held_out(tokenized.pairs, tokenizer) if debiasing else None
     held_out = HeldOut(tokenized.pairs, tokenized.rows, base, members, scale, bias)
     metrics = {
         "objective": task.objective,
         "approach": task.config.paths.approach,
         **reward_metrics(held_out),
         **facts,
-        "feature_scan": scan_features(data.train, reward_model.tokenizer),
+        "feature_scan": scan_features(data.train, tokenizer),
     }
     accuracy = metrics["accuracy"]
     logger.info(
@@ -126,7 +144,7 @@ def measure(
     return metrics
 
 
-def calibrate_reward_model(task: RewardTask, reward_model: RewardModel) -> tuple[RewardModel, float | None]:
+def calibrate_reward_model(task: RewardTask, reward_model: Model) -> tuple[Model, float | None]:
     """Fit s and the global b on validation prompts of all objectives and store them with the model.
 
     Returns:
@@ -143,9 +161,12 @@ def calibrate_reward_model(task: RewardTask, reward_model: RewardModel) -> tuple
     try:
         fitted = fit_calibration(rewards, index)
     except ValueError as error:
+        remedy = "raise training.learning_rate or give more pairs, and train it again with --force"
+        if isinstance(reward_model, BroughtReward):
+            remedy = "bring rewards that tell responses to one prompt apart"
         raise DataError(
             f"{task.name}: its rewards of {len(rewards)} {calibration.source.replace('_', ' ')} of {len(found)} prompts give no "
-            f"scale ({error}); raise training.learning_rate or give more pairs, and train it again with --force"
+            f"scale ({error}); {remedy}"
         ) from error
     if is_main_process():
         write_calibration(reward_model, fitted, source=calibration.source)
@@ -156,7 +177,7 @@ def calibrate_reward_model(task: RewardTask, reward_model: RewardModel) -> tuple
     return replace(reward_model, calibration=fitted), correlation
 
 
-def _calibration_rows(config: RewardModelConfig, reward_model: RewardModel) -> list[PrefixRow]:
+def _calibration_rows(config: RewardModelConfig, reward_model: Scorer) -> Sequence[PrefixRow | TextRow]:
     """The responses that calibrate a reward model, one row for each validation prompt, of every objective as many."""
     calibration, paths = config.calibration, config.paths
     per_objective = -(-calibration.prompts // len(paths.objectives))
@@ -167,11 +188,13 @@ def _calibration_rows(config: RewardModelConfig, reward_model: RewardModel) -> l
             read_pairs(paths, objective, "val"), key=lambda p: hash_share("calibration", p.id)
         )[:per_objective]
     ]
-    training, tokenizer = config.training, reward_model.tokenizer
+    training = config.training
     if calibration.source == "validation_responses":
+        if isinstance(reward_model, BroughtReward):
+            return reward_model.rows_of_pairs(pairs)
         return tokenize_pairs(
             pairs,
-            tokenizer,
+            reward_model.tokenizer,
             max_length=training.max_length,
             over_length=training.over_length,
             keep_suffix=True,
@@ -180,4 +203,6 @@ def _calibration_rows(config: RewardModelConfig, reward_model: RewardModel) -> l
     prompts = [tokenize_prompt(base, pair.prompt, max_length=training.max_length) for pair in pairs]
     reward_model.release()  # the reference is loaded to be sampled from
     samples = reference_samples(calibration_sampling(config), base, prompts)
+    if isinstance(reward_model, BroughtReward):
+        return reward_model.rows_of_samples([pair.prompt for pair in pairs], samples)
     return rows_of_samples(reward_model, prompts, samples)

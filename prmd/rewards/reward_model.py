@@ -38,6 +38,7 @@ from prmd.models.sequence_models import SequenceRewards, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, Tokens, tokenize_texts
 from prmd.pessimism.calibration import Calibration
 from prmd.rewards.adapters import AdapterMembers, SharedBase, find_members, shared_base
+from prmd.rewards.brought import BROUGHT_FILE, BroughtReward, brought_reward
 from prmd.rewards.heads import Ensemble
 from prmd.runtime import free_memory
 
@@ -162,6 +163,10 @@ class RewardModel:
         )
 
 
+Scorer = RewardModel | BroughtReward
+"""What gives the rewards of an objective; the rows it reads are its own."""
+
+
 def rows_of_samples(
     model: RewardModel, prompts: Sequence[Tokens], responses: Sequence[Sequence[GeneratedResponse]]
 ) -> list[PrefixRow]:
@@ -220,21 +225,27 @@ def load_reward_model(directory: Path, *, shared: SharedConfig) -> RewardModel:
     )
 
 
-def load_reward_models(shared: SharedConfig) -> list[RewardModel]:
+def load_reward_models(shared: SharedConfig) -> list[Scorer]:
     """The finished, calibrated reward models of all objectives, in their order; weights are not loaded yet.
 
     Raises:
-        DataError: one is missing (with the command that trains it), uncalibrated, of another ensemble size, or calibrated
-            on other data.
+        ConfigError: the function of a brought reward cannot be loaded.
+        DataError: one is missing (with the command that trains it), uncalibrated, of another ensemble size, calibrated on
+            other data, or trained where it is brought now, or the other way round.
     """
-    found = []
+    found: list[Scorer] = []
     for objective in shared.paths.objectives:
         directory = shared.paths.reward_model(objective)
         command = reward_model_command(objective)
         what = f"the {objective} reward model"
         require_artifact(directory, what=what, command=command, read=EVERYTHING)
-        check_base(directory, shared.model, shared.paths, what=what, command=command)
-        model = load_reward_model(directory, shared=shared)
+        model: Scorer
+        if objective in shared.data.brought:
+            model = load_brought(directory, objective, shared=shared)
+        else:
+            _refuse_brought(directory, what, command)
+            check_base(directory, shared.model, shared.paths, what=what, command=command)
+            model = load_reward_model(directory, shared=shared)
         if model.calibration is None:
             raise DataError(f"{directory}: no calibration.json; make it with `{command} --force`")
         check_calibration(model, shared.calibration.source)
@@ -244,15 +255,69 @@ def load_reward_models(shared: SharedConfig) -> list[RewardModel]:
                 f"make it again with `{command} --force`"
             )
         found.append(model)
+    return _side_by_side(shared, found)
+
+
+def _side_by_side(shared: SharedConfig, found: Sequence[Scorer]) -> list[Scorer]:
+    """Models of one ensemble size, those that can on a shared base; what is brought is repeated to that size.
+
+    Raises:
+        DataError: ensembles of different size.
+    """
     sizes = {
-        objective: model.members for objective, model in zip(shared.paths.objectives, found, strict=True)
+        objective: model.members
+        for objective, model in zip(shared.paths.objectives, found, strict=True)
+        if isinstance(model, RewardModel)
     }
     if len(set(sizes.values())) > 1:
         raise DataError(
             f"reward models have ensembles of different size {sizes}; train them with one ensemble.members"
         )
-    base = shared_base(shared.model, shared.paths, [model.directory for model in found])
-    return [replace(model, shared_base=base) for model in found]
+    trained = [model.directory for model in found if isinstance(model, RewardModel)]
+    base = shared_base(shared.model, shared.paths, trained) if trained else None
+    members = max(sizes.values(), default=1)
+    return [
+        replace(model, shared_base=base) if isinstance(model, RewardModel) else model.repeated(members)
+        for model in found
+    ]
+
+
+def release_shared_base(models: Sequence[Scorer]) -> None:
+    """Free the base that reward models take turns on, where they share one."""
+    bases = (model.shared_base for model in models if not isinstance(model, BroughtReward))
+    if (base := next((base for base in bases if base), None)) is not None:
+        base.release()
+
+
+def load_brought(directory: Path, objective: str, *, shared: SharedConfig) -> BroughtReward:
+    """Load a brought reward, its calibration included, and see that it is still the one that was calibrated.
+
+    Raises:
+        ConfigError: its function cannot be loaded.
+        DataError: a model was trained there, or the function's file or the columns have changed since.
+    """
+    reward, path = brought_reward(shared, objective, directory), directory / BROUGHT_FILE
+    again = f"run `{reward_model_command(objective)} --force`"
+    if not path.is_file():
+        raise DataError(
+            f"{directory}: holds a trained reward model, and data.own_pairs.rewards brings the rewards of {objective}; {again}"
+        )
+    kept = io.read_json(path)
+    if kept["fingerprint"] != reward.fingerprint:
+        changed = (
+            "its file has changed since" if kept.get("function") == reward.source.function else "wanted it"
+        )
+        named = reward.source.function or f"{reward.source.column_chosen}, {reward.source.column_rejected}"
+        raise DataError(f"{path}: not calibrated for {named} as it is now ({changed}); {again}")
+    return replace(reward, calibration=read_calibration(directory, reward.fingerprint))
+
+
+def _refuse_brought(directory: Path, what: str, command: str) -> None:
+    if (directory / BROUGHT_FILE).is_file():
+        raise DataError(
+            f"{what} is a reward that was brought ({directory}), and data.own_pairs.rewards names none now; train one with: "
+            f"{command} --force"
+        )
 
 
 def weights_keys(directory: Path, paths: ArtifactPaths) -> tuple[str, str]:
@@ -291,7 +356,7 @@ def read_calibration(directory: Path, fingerprint: str) -> Calibration | None:
     return Calibration.from_json(record["calibration"])
 
 
-def check_calibration(reward_model: RewardModel, source: str) -> None:
+def check_calibration(reward_model: Scorer, source: str) -> None:
     """Refuse a calibration that is not that of this configuration.
 
     Args:
@@ -314,11 +379,12 @@ def check_calibration(reward_model: RewardModel, source: str) -> None:
         )
 
 
-def write_calibration(reward_model: RewardModel, calibration: Calibration, *, source: str) -> None:
+def write_calibration(reward_model: Scorer, calibration: Calibration, *, source: str) -> None:
     """Store a calibration with the keys of what it belongs to: model, template, source and validation pairs."""
+    trained = isinstance(reward_model, RewardModel)
     record = {
         "reward_model": reward_model.fingerprint,
-        "template": template_fingerprint(reward_model.tokenizer),
+        "template": template_fingerprint(reward_model.tokenizer) if trained else None,
         "data": _validation_key(reward_model.paths),
         "source": source,
         "calibration": calibration.to_json(),

@@ -35,6 +35,7 @@ from prmd.models.bases import base_record
 from prmd.models.chat_templates import describe_template
 from prmd.models.loading import load_tokenizer
 from prmd.rewards.backbone import train_backbone, train_members
+from prmd.rewards.bring import bring_reward, check_functions
 from prmd.rewards.debias import DEBIAS_FILE, Debiasing, FittedBias, prepare_debiasing
 from prmd.rewards.fitting import calibrate_reward_model, fit_heads, measure
 from prmd.rewards.reward_model import CALIBRATION_FILE, ENSEMBLE_FILE, load_reward_model
@@ -72,7 +73,10 @@ def train_reward_model(
             f"{paths.approach}; name it, such as `{TRAIN_COMMAND} objective={paths.objectives[0]}`"
         )
     names = ("reward_models", paths.approach, objective)
-    return _run(RewardTask(config, objective, "train", paths.reward_model(objective), names), force, dry_run)
+    task = RewardTask(config, objective, "train", paths.reward_model(objective), names)
+    if objective in config.data.brought:
+        return bring_reward(task, force=force, dry_run=dry_run)
+    return _run(task, force, dry_run)
 
 
 def train_judge(
@@ -123,6 +127,8 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
         task="reward_model",
         directory=task.directory,
     )
+    if task.split == "train":
+        check_functions(config)
     debiased = prepare_debiasing(task, data, tokenizer)  # refuses before anything is written
     _build(task, data, tokenizer, fingerprints, force, *debiased)
     return task.directory
@@ -187,7 +193,7 @@ def _build(
     if task.split == "train":  # judges are calibrated by the evaluation, on its own samples
         reward_model, correlation = calibrate_reward_model(task, reward_model)
         facts["member_correlation_reference_samples"] = correlation
-    metrics = measure(task, data, reward_model, facts, debiasing)
+    metrics = measure(task, data, reward_model, reward_model.tokenizer, facts, debiasing)
     reward_model.release()  # its weights are read from the folder that is about to be moved
     base = base_record(task.config.model, task.config.paths)
     inputs = {"data": fingerprint, "reward_model": reward_model.fingerprint, "base": base}

@@ -7,15 +7,15 @@ JSON, JSON Lines, CSV and Parquet, gzipped or not; a file, a folder of such file
 import csv
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from prmd.config.shared import DataConfig, OwnSource
-from prmd.data.own.scored import scored_rows
+from prmd.config.shared import DataConfig, OwnPairsConfig, OwnSource
+from prmd.data.own.scored import as_score, scored_rows
 from prmd.data.readers import Row, SourceFile, json_rows, local_file, local_path, parquet_rows, split_rows
 from prmd.errors import ConfigError, DataError
 
@@ -35,26 +35,42 @@ def plan_own(data: DataConfig) -> list[SourceFile]:
     Raises:
         ConfigError: a path is neither local nor a hub id with a revision, or a folder holds no such file; names its key.
     """
-    own = data.own_pairs
+    own, rewards = data.own_pairs, reward_columns(data.own_pairs)
     files = []
     for objective, settings in own.objectives.items():
         key = f"data.own_pairs.objectives.{objective}"
-        files += _planned(objective, settings, key, partial(pair_rows, columns=settings.columns, key=key))
+        keep = partial(pair_rows, columns=settings.columns, key=key, rewards=rewards)
+        files += _planned(objective, settings, key, keep, rewards)
     if own.scored is not None:
         key = "data.own_pairs.scored"
         files += _planned(SCORED, own.scored, key, partial(scored_rows, settings=own.scored, key=key))
     return files
 
 
+def reward_columns(own: OwnPairsConfig) -> dict[str, tuple[str, str]]:
+    """The columns (of chosen, of rejected) that hold the rewards of an objective."""
+    return {
+        objective: (source.column_chosen, source.column_rejected)
+        for objective, source in own.rewards.items()
+        if source.column_chosen is not None and source.column_rejected is not None
+    }
+
+
 def _planned(
-    label: str, settings: OwnSource, key: str, keep: Callable[[Iterable[Row], str], Iterable[Row]]
+    label: str,
+    settings: OwnSource,
+    key: str,
+    keep: Callable[[Iterable[Row], str], Iterable[Row]],
+    rewards: Mapping[str, tuple[str, str]] | None = None,
 ) -> list[SourceFile]:
     """The files that one path stands for.
 
     Args:
         keep: (rows, the file for messages) -> the rows as they are kept.
+        rewards: the columns that are kept as `rewards`.
     """
     path, kept = local_path(settings.path, f"{key}.path"), settings.kept_columns
+    kept |= {"rewards": rewards} if rewards else {}
     if path is None:
         if settings.revision is None:
             raise ConfigError(
@@ -132,13 +148,21 @@ def _cell(text: str) -> Any:
 
 
 # ------------------------------------------------------------------ columns
-def pair_rows(rows: Iterable[Row], where: str, *, columns: dict[str, str | None], key: str) -> Iterator[Row]:
-    """The named columns of every row, under the names of `COLUMNS`.
+def pair_rows(
+    rows: Iterable[Row],
+    where: str,
+    *,
+    columns: dict[str, str | None],
+    key: str,
+    rewards: Mapping[str, tuple[str, str]] | None = None,
+) -> Iterator[Row]:
+    """The named columns of every row, under the names of `COLUMNS`; under `rewards` those of the objectives that have some.
 
     Args:
         where: the file, for messages.
         columns: whose name here is another one there; None: not to be read.
         key: of the file's section in the configuration.
+        rewards: columns of the rewards of chosen and rejected by objective; what is no number there is kept as None.
 
     Raises:
         DataError: a column that is needed or named is not there; says which are.
@@ -148,11 +172,23 @@ def pair_rows(rows: Iterable[Row], where: str, *, columns: dict[str, str | None]
     there = list(dict.fromkeys(column for row in rows for column in row))
     needed = [name for name in COLUMNS if name in ("chosen", "rejected") or columns.get(name)]
     require_columns({name: names[name] for name in needed} if rows else {}, there, where, key)
+    _require_rewards(rewards or {}, there if rows else None, where)
     for row in rows:
         kept = {name: row[column] for name, column in names.items() if column in row}
         if isinstance(weight := kept.get("weight"), float) and not isfinite(weight):
             kept["weight"] = str(weight)  # JSON Lines hold no such number; as text it is refused with its row
-        yield kept
+        scores = {k: [as_score(row.get(column)) for column in both] for k, both in (rewards or {}).items()}
+        yield kept | ({"rewards": scores} if scores else {})
+
+
+def _require_rewards(rewards: Mapping[str, tuple[str, str]], there: Sequence[str] | None, where: str) -> None:
+    for objective, columns in rewards.items():
+        if there is not None and (absent := [column for column in columns if column not in there]):
+            raise DataError(
+                f"{where}: no column {absent[0]!r} for the rewards of {objective} (data.own_pairs.rewards); it has "
+                f"{', '.join(there)}; every pair of every objective needs them, as all objectives reward it: name the columns "
+                "that hold them, or bring a function"
+            )
 
 
 def require_columns(names: dict[str, str | None], there: Iterable[str], where: str, key: str) -> None:

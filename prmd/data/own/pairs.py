@@ -7,7 +7,7 @@ from typing import Any
 
 from prmd.config.shared import OwnFileConfig, OwnPairsConfig
 from prmd.data.collection import PairCollection, RawFile, SourcedPair
-from prmd.data.own.files import SCORED
+from prmd.data.own.files import SCORED, reward_columns
 from prmd.data.own.formats import Compared, RowError, compare, form_of
 from prmd.data.own.scored import as_score, preferred
 from prmd.errors import DataError
@@ -70,8 +70,11 @@ def _add_file(collection: PairCollection, file: RawFile, settings: OwnPairsConfi
         if weight == 0:
             collection.left_out[objective]["zero_weight"] += 1
             continue
-        pair = replace(pair, id=own["id"] or pair.id, weight=weight)
+        pair = replace(pair, id=own["id"] or pair.id, weight=weight, rewards=row.get("rewards", {}))
         collection.pairs.append(SourcedPair(pair, None))
+    _refuse_unrewarded(
+        [item.pair for item in collection.pairs if item.pair.objective == objective], place, settings
+    )
 
 
 def _has_weights(file: RawFile, settings: OwnFileConfig) -> bool:
@@ -94,6 +97,22 @@ def _weight(row: dict[str, Any], where: str) -> float:
             "weight", f"{where}: got {value!r:.40}, wanted a finite number above 0 (0 leaves the pair out)"
         )
     return number
+
+
+def _refuse_unrewarded(pairs: Sequence[PreferencePair], place: str, settings: OwnPairsConfig) -> None:
+    """Refuse pairs that lack the number of an objective whose rewards are columns.
+
+    Raises:
+        DataError: says of how many, and of which first.
+    """
+    for objective, columns in reward_columns(settings).items():
+        lacking = [pair for pair in pairs if None in pair.rewards[objective]]
+        if lacking:
+            raise DataError(
+                f"{place}: {len(lacking)} of {len(pairs)} pairs have no number in {' or '.join(map(repr, columns))}, the rewards "
+                f"of {objective} (the first: {lacking[0].id}, {lacking[0].source}); all objectives reward every pair that "
+                "policies are trained on: fill them in, or remove these rows"
+            )
 
 
 def _own_text(row: dict[str, Any], key: str, where: str) -> str | None:
