@@ -79,7 +79,7 @@ def test_a_function_from_configuration_to_report(finished: tuple[Pipeline, Path,
     reference = io.read_json(paths.metrics / "reference.json")
     assert reference["best_of_n"] and reference["proxy"]  # its rewards of evaluation samples
     page = paths.report.read_text(encoding="utf-8")
-    assert "reward model: length" in page and "my_rewards.py:concise" in page
+    assert "reward model: length" in page and "The reward of length is brought, not trained" in page
 
 
 def test_the_copies_are_one_member(finished: tuple[Pipeline, Path, list[str]]) -> None:
@@ -140,13 +140,14 @@ def test_a_function_that_fails_is_one_line_before_anything_trains(
     assert not loads and not configs[RewardModelConfig].paths.reward_model("polite").exists()
 
 
-def test_columns_from_configuration_to_report(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_columns_from_configuration_to_report(tmp_path: Path) -> None:
     rewards = {"length": {"column_chosen": "good", "column_rejected": "bad"}}
     overrides = overrides_of(tmp_path, rewards, "policy.methods=[hard_min]", "training.max_pairs=10")
     for objective in ("polite", "length"):
         path = tmp_path / f"{objective}.jsonl"
         rows = [
-            row | {"good": len(row["chosen"]) / 7, "bad": -i} for i, row in enumerate(io.read_jsonl(path))
+            row | {"good": len(row["chosen"][0]["content"]) / 7, "bad": -i}
+            for i, row in enumerate(io.read_jsonl(path))
         ]
         io.write_jsonl(path, rows)
     pipeline = run_kept(tmp_path, overrides)

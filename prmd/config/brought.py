@@ -58,8 +58,8 @@ def samples_problem(from_columns: Sequence[str], source: str) -> Problem | None:
     """Why `calibration.source` cannot be had with columns."""
     if not from_columns or source != "reference_samples":
         return None
-    text = f"got reference_samples, and {no_samples(from_columns)}; set validation_responses, or bring a function"
-    return text, "calibration", "source"
+    remedy = "set calibration.source: validation_responses, or bring a function"
+    return f"got reference_samples, and {no_samples(from_columns)}; {remedy}", "calibration", "source"
 
 
 def debias_problem(brought: Iterable[str], features: Iterable[str]) -> Problem | None:

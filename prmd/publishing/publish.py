@@ -21,6 +21,7 @@ from prmd.config.loading import kept_values
 from prmd.errors import ConfigError, DataError
 from prmd.publishing.card import Facts, model_card
 from prmd.publishing.records import base_license, newest_evaluation
+from prmd.rewards.brought import BROUGHT_FILE
 from prmd.rewards.debias import DEBIAS_FILE
 from prmd.rewards.reward_model import CALIBRATION_FILE, ENSEMBLE_FILE
 
@@ -90,6 +91,10 @@ def write_published(artifact: Path, folder: Path, *, here: str, license_: str | 
         raise DataError(f"{artifact}: wanted the folder of a reward model, policy or judge of this project")
     command = _command(kind, artifact.name)
     record = require_artifact(artifact, what=f"{kind} {artifact.name}", command=command, read=EVERYTHING)
+    if (artifact / BROUGHT_FILE).is_file():
+        raise DataError(
+            f"{artifact}: a reward that was brought (data.own_pairs.rewards), with no model to publish"
+        )
     facts = _facts(artifact, kind, command, record, here, license_)
     card = model_card(facts)  # refuses before anything is written
     with tempfile.TemporaryDirectory(dir=_made(folder.absolute().parent)) as scratch:

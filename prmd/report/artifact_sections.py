@@ -161,6 +161,9 @@ def reward_models_section(paths: ArtifactPaths) -> Section:
     caption = (
         "Held-out test pairs; brackets: 95 % intervals. Length only: the longer response is called better."
     )
+    for objective, m in present.items():
+        if source := m.get("brought"):
+            caption += f" The reward of {objective} is brought, not trained: {flat(source)}."
     table = Table(("measure", *present), rows, caption) if present else None
     return {
         "table": table,

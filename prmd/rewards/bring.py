@@ -45,17 +45,19 @@ def bring_reward(task: RewardTask, *, force: bool = False, dry_run: bool = False
         ConfigError: its function cannot be loaded, or the folder holds what was made of other settings or data.
         DataError: it does not reward every response, or gives no scale.
     """
-    one = task.config.ensemble.model_copy(update={"members": 1})
-    task = replace(task, config=task.config.model_copy(update={"ensemble": one}))
-    config, reward = task.config, brought_reward(task.config, task.objective, task.directory)
+    config = task.config
     if dry_run:
-        source = (
-            reward.source.function or f"{reward.source.column_chosen} and {reward.source.column_rejected}"
-        )
-        logger.info("%s: brought (%s), nothing would be trained", task.name, source)
+        source = config.data.brought[task.objective]
+        named = source.function or f"columns {source.column_chosen} and {source.column_rejected}"
+        logger.info("%s: brought (%s), nothing would be trained", task.name, named)
         logger.info("would calibrate and measure it, and write %s", task.directory)
         return task.directory
-    data, tokenizer = read_reward_pairs(task), load_tokenizer(config.model, config.paths)
+    reward, tokenizer = (
+        brought_reward(config, task.objective, task.directory),
+        load_tokenizer(config.model, config.paths),
+    )
+    one = config.ensemble.model_copy(update={"members": 1})  # no pairs are kept for heads
+    data = read_reward_pairs(replace(task, config=config.model_copy(update={"ensemble": one})))
     fingerprint = _fingerprint(task, reward, tokenizer)
     if not force and is_current(task.directory, fingerprint, read=(CALIBRATION_FILE, BROUGHT_FILE)):
         logger.info(

@@ -53,7 +53,7 @@ FITTED = frozenset({ENSEMBLE_FILE, CALIBRATION_FILE, DEBIAS_FILE, "metrics.json"
 def train_reward_model(
     config: RewardModelConfig, *, objective: str | None, force: bool = False, dry_run: bool = False
 ) -> Path:
-    """Train the reward model of one objective.
+    """Train the reward model of one objective; of one whose reward is brought, try, measure and calibrate that.
 
     Args:
         objective: one of the approach; None: not named on the command line, which is refused.

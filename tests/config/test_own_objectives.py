@@ -133,3 +133,87 @@ def test_twelve_objectives_have_twelve_colours_and_ours_keep_theirs() -> None:
     assert len(set(OBJECTIVE_COLOURS)) == 12
     assert objective_colour("honest") == objective_colour("honest", ["honest"]) == PALETTE[2]
     assert objective_colour(own[12], own) not in OBJECTIVE_COLOURS
+
+
+# ------------------------------------------------------------------ rewards that are brought
+FUNCTION = "data.own_pairs.rewards={polite: {function: my_rewards.py:polite}}"
+COLUMNS = "data.own_pairs.rewards={polite: {column_chosen: a, column_rejected: b}}"
+ALLOWED = "data.own_pairs.allow_code=true"
+ON_PAIRS = "calibration.source=validation_responses"
+
+
+def test_rewards_of_ones_own_are_of_the_objectives() -> None:
+    data = policy(FUNCTION, ALLOWED).shared.data
+    assert list(data.brought) == ["polite"] and data.from_columns == ()
+    assert policy(COLUMNS, ON_PAIRS).shared.data.from_columns == ("polite",)
+    kept = as_dict(policy(COLUMNS, ON_PAIRS))["reward_model_config"]["data"]["own_pairs"]
+    assert kept["rewards"]["polite"]["column_chosen"] == "a" and "allow_code" not in kept
+    assert not {"rewards", "allow_code"} & set(
+        as_dict(policy())["reward_model_config"]["data"]["own_pairs"]
+    )  # so that what was finished without them stays finished
+
+
+def test_code_that_may_not_run_is_refused_and_not_imported(tmp_path: Path) -> None:
+    marker = tmp_path / "imported"
+    (tmp_path / "my_rewards.py").write_text(
+        f"open({str(marker)!r}, 'w').close()\ndef polite(p, r): return 1.0\n", encoding="utf-8"
+    )
+    named = (
+        f"data.own_pairs.rewards={{polite: {{function: '{(tmp_path / 'my_rewards.py').as_posix()}:polite'}}}}"
+    )
+    for refused in ((), ("data.own_pairs.allow_code=false",)):
+        with pytest.raises(ConfigError, match=r"read it, and set data\.own_pairs\.allow_code: true"):
+            policy(named, *refused)
+    policy(named, ALLOWED)
+    assert not marker.exists()  # a configuration runs nothing
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.own_pairs.rewards={kind: {function: a.py:f}}", ALLOWED], r"rewards name \['kind'\]; known"),
+        (
+            ["data.own_pairs.rewards={polite: {function: a.py}}", ALLOWED],
+            "wanted a Python file and a function in it",
+        ),
+        (["data.own_pairs.rewards={polite: {column_chosen: a}}"], "wanted one source of rewards"),
+        (["data.own_pairs.rewards={polite: {}}"], "wanted one source of rewards"),
+        (
+            ["data.own_pairs.rewards={polite: {function: a.py:f, column_rejected: b}}", ALLOWED],
+            "wanted one source of rewards",
+        ),
+        ([COLUMNS], r"calibration\.source: got reference_samples, and the rewards of polite are columns"),
+        (
+            [COLUMNS, ON_PAIRS, "policy.methods=[maxmin]"],
+            r"policy\.methods: maxmin needs scored samples, and the",
+        ),
+        (
+            [COLUMNS, ON_PAIRS, "policy.constraints={concise: 1.0}"],
+            r"policy\.constraints: needs scored samples",
+        ),
+        ([COLUMNS, ON_PAIRS, "policy.gamma=0.1"], r"policy\.gamma: needs scored samples"),
+        (
+            [COLUMNS, ON_PAIRS, "pairs.reference_samples=4"],
+            r"reference_samples: got 4, and the rewards of polite",
+        ),
+        (
+            [FUNCTION, ALLOWED, "debias.features={polite: [length]}"],
+            r"debias\.features names \['polite'\], whose",
+        ),
+        (
+            [COLUMNS, ON_PAIRS, "data.own_pairs.scored={path: a, scores: {rated: r}}"],
+            "also those of data.own_pairs.scored, which have no such columns",
+        ),
+    ],
+)
+def test_rewards_that_cannot_be_had_are_refused_when_the_file_is_read(
+    overrides: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        policy(*overrides)
+    assert str(caught.value).count("\n") == 0
+
+
+def test_what_needs_samples_takes_a_function() -> None:
+    needs = ("policy.methods=[maxmin]", "policy.constraints={concise: 1.0}", "pairs.reference_samples=4")
+    assert policy(FUNCTION, ALLOWED, *needs).pairs.reference_samples == 4

@@ -484,3 +484,68 @@ def test_the_shipped_example_prepares_from_anywhere(tmp_path, monkeypatch):
             CONFIG_DIR / "own_pairs", [*overrides, "data.own_pairs.objectives.honest.columns={id: null}"]
         )
         split_objectives(changed[RewardModelConfig])
+
+
+# ------------------------------------------------------------------ columns that hold rewards
+def with_rewards(config, rewards):
+    own = config.data.own_pairs.model_dump() | {"rewards": rewards, "allow_code": True}
+    values = config.model_dump() | {
+        "data": config.data.model_dump() | {"own_pairs": own},
+        "calibration": {"source": "validation_responses"},
+    }
+    return RewardModelConfig.model_validate(values)
+
+
+def test_rewards_in_columns_come_with_every_pair_and_change_nothing_else(tmp_path):
+    plain = own_config(tmp_path, write_jsonl(tmp_path / "polite.jsonl", rows("polite")))
+    prepared(plain)
+    before = {(k, s): plain.paths.split(k, s).read_bytes() for k in ("concise", "polite") for s in SPLITS}
+    assert b"rewards" not in before["polite", "train"]
+    scored = [row | {"up": i / 3, "down": f"-{i}"} for i, row in enumerate(rows("polite"))]
+    write_jsonl(tmp_path / "polite.jsonl", scored)
+    write_jsonl(
+        tmp_path / "concise.jsonl", [row | {"up": 1, "down": 2.5, "more": "x"} for row in rows("concise")]
+    )
+    config = with_rewards(plain, {"polite": {"column_chosen": "up", "column_rejected": "down"}})
+    prepared(config)
+    for objective in ("concise", "polite"):
+        for pair in all_pairs(config, objective):
+            i = int(pair.chosen.split()[-1])
+            assert list(pair.rewards["polite"]) == (
+                [i / 3, -float(i)] if objective == "polite" else [1.0, 2.5]
+            )
+    for (objective, split), content in before.items():
+        lines = config.paths.split(objective, split).read_text(encoding="utf-8").splitlines()
+        bare = [{k: v for k, v in json.loads(line).items() if k != "rewards"} for line in lines]
+        assert bare == [json.loads(line) for line in content.splitlines()]
+
+
+@pytest.mark.parametrize("value", [None, "N/A", "", float("nan"), True])
+def test_a_pair_without_its_reward_is_refused_with_the_counts(tmp_path, value):
+    polite = [row | {"up": 1.0, "down": 0.0} for row in rows("polite")]
+    concise = [
+        row | {"up": 1.0, "down": value if i in (3, 9) else 0.0} for i, row in enumerate(rows("concise"))
+    ]
+    plain = own_config(tmp_path, write_jsonl(tmp_path / "polite.jsonl", polite))
+    write_jsonl(tmp_path / "concise.jsonl", concise)
+    config = with_rewards(plain, {"polite": {"column_chosen": "up", "column_rejected": "down"}})
+    with pytest.raises(
+        DataError, match=r"objectives\.concise .*: 2 of 40 pairs have no number in 'up' or 'down'.*:4\)"
+    ):
+        prepared(config)
+
+
+def test_a_file_without_the_columns_is_refused(tmp_path):
+    polite = [row | {"up": 1.0, "down": 0.0} for row in rows("polite")]
+    plain = own_config(tmp_path, write_jsonl(tmp_path / "polite.jsonl", polite))
+    config = with_rewards(plain, {"polite": {"column_chosen": "up", "column_rejected": "down"}})
+    with pytest.raises(DataError, match=r"concise\.jsonl: no column 'up' for the rewards of polite"):
+        prepared(config)
+
+
+def test_a_function_prepares_no_data_anew(tmp_path):
+    plain = own_config(tmp_path, write_jsonl(tmp_path / "polite.jsonl", rows("polite")))
+    folder = prepared(plain)
+    record = (folder / "run.json").read_bytes()
+    prepared(with_rewards(plain, {"polite": {"function": "my_rewards.py:polite"}}))
+    assert (folder / "run.json").read_bytes() == record
