@@ -229,6 +229,7 @@ class PairTokens:
         self._reward_rows: dict[tuple[str, Text, str, str], PrefixRow] = {}
         self._whole_prompts: dict[Text, Tokens] = {}
         self._cut_prompts: dict[tuple[Text, int], Tokens] = {}
+        self._messages: dict[Tokens, Sequence[Message]] = {}
 
     def of_pairs(self, pairs: Sequence[PreferencePair]) -> TokenizedPairs:
         """Pairs as policies read them, which end with the end of turn; over-long ones are fitted or dropped.
@@ -299,11 +300,15 @@ class PairTokens:
             rendered = render(self.tokenizer, messages, add_generation_prompt=True)
             self._whole_prompts[text] = tuple(rendered)
         whole, cut = self._whole_prompts[text], (text, max_length)
-        if len(whole) <= max_length:
-            return whole
-        if cut not in self._cut_prompts:
+        if len(whole) > max_length and cut not in self._cut_prompts:
             self._cut_prompts[cut] = tokenize_prompt(self.tokenizer, messages, max_length=max_length)
-        return self._cut_prompts[cut]
+        found = whole if len(whole) <= max_length else self._cut_prompts[cut]
+        self._messages.setdefault(found, messages)
+        return found
+
+    def messages_of(self, prompt: Tokens) -> Sequence[Message]:
+        """The messages of a prompt from `of_prompt`, uncut; of several that are cut alike, the first."""
+        return self._messages[prompt]
 
     def of_prompts(self, tokenized: TokenizedPairs) -> list[Tokens]:
         """The prompts of pairs, as the policy continues them."""

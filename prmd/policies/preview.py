@@ -21,7 +21,6 @@ from prmd.inference.cache import ScoreTable
 from prmd.inference.reference import calibration_sampling, samples_table, with_sample_count
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import Tokens
-from prmd.pairs import Message
 from prmd.pessimism.kl_budget import gate_row, usable_kl_target
 from prmd.policies.inputs import method_mixture
 from prmd.policies.methods import (
@@ -240,29 +239,22 @@ def cached_responses(
     return f"no scored reference samples are cached; {stage_command('pessimistic_dpo')} makes them"
 
 
-def distinct_prompts(
-    split: Split, tokens: PairTokens, lengths: Iterable[int]
-) -> dict[Tokens, tuple[Message, ...]]:
-    """Distinct prompts of a split of all objectives, cut to each of these lengths as stages 2 and 3 do, with the messages."""
-    found: dict[Tokens, tuple[Message, ...]] = {}
-    for prompt in (pair.prompt for pairs in split.values() for pair in pairs):
-        for length in lengths:
-            found.setdefault(tokens.of_prompt(prompt, length), prompt)
-    return found
+def distinct_prompts(split: Split, tokens: PairTokens, lengths: Iterable[int]) -> list[Tokens]:
+    """Distinct prompts of a split of all objectives, cut to each of these lengths as stages 2 and 3 do."""
+    messages = [pair.prompt for pairs in split.values() for pair in pairs]
+    return list(dict.fromkeys(tokens.of_prompt(prompt, length) for prompt in messages for length in lengths))
 
 
 def _scored_prompts(
-    sampling: SharedConfig,
-    models: Sequence[Scorer],
-    tokens: PairTokens,
-    prompts: Mapping[Tokens, tuple[Message, ...]],
+    sampling: SharedConfig, models: Sequence[Scorer], tokens: PairTokens, prompts: Sequence[Tokens]
 ) -> SampledPrompts | None:
     """The prompts whose samples are cached with the rewards of every model; None where there are none."""
     table = samples_table(sampling, tokens.tokenizer)  # sampling would load a model for what is missing
     cached = [prompt for prompt in prompts if table.holds([prompt])]
     if not cached:
         return None
-    found = sample_prompts(sampling, tokens.tokenizer, cached, [prompts[prompt] for prompt in cached])
+    messages = [tokens.messages_of(prompt) for prompt in cached]
+    found = sample_prompts(sampling, tokens.tokenizer, cached, messages)
     kept = set(range(len(cached)))
     for model in models:
         kept &= set(_cached(model, found.rows_for_rewards(model)))

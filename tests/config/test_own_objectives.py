@@ -194,7 +194,7 @@ def test_code_that_may_not_run_is_refused_and_not_imported(tmp_path: Path) -> No
         ([COLUMNS, ON_PAIRS, "policy.gamma=0.1"], r"policy\.gamma: needs scored samples"),
         (
             [COLUMNS, ON_PAIRS, "pairs.reference_samples=4"],
-            r"reference_samples: got 4, and the rewards of polite",
+            r"reference_samples=4: got 4, and the rewards of polite",
         ),
         (
             [FUNCTION, ALLOWED, "debias.features={polite: [length]}"],
