@@ -34,7 +34,7 @@ _REWARDS = "rewards"
 """A key that a row has besides where its source brings rewards: {objective: [of chosen, of rejected]}."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class PreferencePair:
     """One prompt and two responses, of which `chosen` is preferred for `objective`.
 

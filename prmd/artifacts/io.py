@@ -174,20 +174,33 @@ def jsonl_line(row: Mapping[str, Any]) -> str:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read JSON Lines; a line that is not a JSON object is a `DataError` with file:line."""
-    rows = []
-    for number, line in enumerate(read_utf8(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: not JSON ({error}); mend or remove this line") from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}:{number}: expected a JSON object, got {type(row).__name__}; mend this line"
-            )
-        rows.append(row)
-    return rows
+    return list(iterate_jsonl(path))
+
+
+def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """`read_jsonl` row by row, so that no more than one is in memory."""
+    number = 0
+    try:
+        with path.open(encoding="utf-8-sig") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield _row_of(line.removesuffix("\n"), f"{path}:{number}")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 (after line {number}: {error.reason}); save the file as UTF-8"
+        ) from error
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _row_of(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise DataError(f"{where}: not JSON ({error}); mend or remove this line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}; mend this line")
+    return row
 
 
 def read_utf8(path: Path) -> str:
@@ -201,9 +214,11 @@ def read_utf8(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 ({error}); save the file as UTF-8") from error
     except OSError as error:
-        raise DataError(
-            f"{path}: cannot be read ({error.strerror or error}); put a readable file there"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"{path}: cannot be read ({error.strerror or error}); put a readable file there")
 
 
 def parse_json(text: str, *, odd_numbers_as_null: bool = False) -> Any:
@@ -226,7 +241,7 @@ def parse_json(text: str, *, odd_numbers_as_null: bool = False) -> Any:
 
 def has_surrogate(text: str) -> bool:
     """Whether a text holds half a character: what an escape such as `\\ud83d` without its other half leaves."""
-    return _SURROGATE.search(text) is not None
+    return not text.isascii() and _SURROGATE.search(text) is not None
 
 
 def _finite_or_none(digits: str) -> float | None:

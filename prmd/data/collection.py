@@ -1,13 +1,28 @@
 """Rows of a fetched file, and the pairs made of them with every row that cannot be used and why."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from prmd.artifacts import io
 from prmd.data.readers import Row
 from prmd.pairs import PreferencePair
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows of a JSON Lines file, read anew whenever they are iterated over, so that they are never all in memory."""
+
+    path: Path
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[Row]:
+        return io.iterate_jsonl(self.path)
 
 
 @dataclass(frozen=True)
@@ -26,14 +41,14 @@ class RawFile:
     label: str
     upstream_split: str | None
     path: Path
-    rows: list[Row]
+    rows: list[Row] | StoredRows
 
     def where(self, index: int) -> str:
         """The `source` of the pair made from row `index` (0-based): `hh_rlhf/helpful-base/train:12`."""
         return f"{self.source}/{self.label}:{index + 1}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SourcedPair:
     """A pair and the split its source gives it: `train`, `test`, or None where the source is not split."""
 

@@ -175,17 +175,18 @@ def _collect(data: DataConfig, paths: ArtifactPaths) -> PairCollection:
 
 def _say_constant_prompts(collection: PairCollection) -> None:
     """Warn of an objective with one prompt alone: pairs are split by prompt, so all of them fall into one split."""
-    prompts: dict[str, Counter[str]] = {}
-    for item in collection.pairs:
-        prompts.setdefault(item.pair.objective, Counter())[item.pair.prompt_key] += 1
-    for objective, counts in prompts.items():
-        [(prompt, count), *others] = counts.most_common(2)
-        if count > 1 and not others:
+    counts = Counter(item.pair.objective for item in collection.pairs)
+    prompts: dict[str, set[str]] = {objective: set() for objective in counts}
+    for pair in (item.pair for item in collection.pairs):
+        if len(prompts[pair.objective]) < 2:
+            prompts[pair.objective].add(pair.prompt_key)
+    for objective, count in counts.items():
+        if count > 1 and len(prompts[objective]) == 1:
             logger.warning(
                 "%s: all %d pairs have one prompt, %.60r, and pairs with one prompt share a split; give other prompts too",
                 objective,
                 count,
-                prompt,
+                *prompts[objective],
             )
 
 

@@ -6,7 +6,8 @@ Readers of the sources themselves are in `sources`.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import EMBEDDED_DIR, ArtifactPaths, stage_command
 from prmd.config.shared import DataConfig
 from prmd.data import sources
-from prmd.data.collection import RawFile
+from prmd.data.collection import RawFile, StoredRows
 from prmd.data.own.files import reward_columns
-from prmd.data.readers import SourceFile
+from prmd.data.readers import Row, SourceFile
 from prmd.errors import DataError
 from prmd.runtime import progress, require_disk
 
@@ -122,7 +123,8 @@ def read_source(source: str, data: DataConfig, paths: ArtifactPaths) -> Iterator
             raise DataError(
                 f"{path}: missing or changed since it was downloaded; run `{DOWNLOAD_COMMAND}` again"
             )
-        yield RawFile(source, entry["label"], entry["upstream_split"], path, io.read_jsonl(path))
+        rows = StoredRows(path, entry["rows"])
+        yield RawFile(source, entry["label"], entry["upstream_split"], path, rows)
 
 
 def _identity(source: str, data: DataConfig) -> dict[str, Any]:
@@ -166,17 +168,27 @@ def _write_file(source: str, directory: Path, file: SourceFile) -> dict[str, Any
     path = _file_directory(source, directory) / file.name
     lazy = file.read()
     total = len(lazy) if hasattr(lazy, "__len__") else None
-    rows = list(progress(lazy, total, f"{source} {file.label}"))
-    if source != "embedded":
+    counted = Counter[str]()
+    rows = _counted(progress(lazy, total, f"{source} {file.label}"), counted)
+    if source == "embedded":
+        deque(rows, maxlen=0)
+    else:
         io.write_jsonl(path, rows)
-    logger.log(logging.INFO if rows else logging.WARNING, "%s: %s, %d rows", source, path, len(rows))
+    count = counted["rows"]
+    logger.log(logging.INFO if count else logging.WARNING, "%s: %s, %d rows", source, path, count)
     return {
         "label": file.label,
         "upstream_split": file.upstream_split,
         "origin": file.origin,
-        "rows": len(rows),
+        "rows": count,
         "sha256": io.file_sha256(path),
     }
+
+
+def _counted(rows: Iterable[Row], counted: Counter[str]) -> Iterator[Row]:
+    for row in rows:
+        counted["rows"] += 1
+        yield row
 
 
 def _file_directory(source: str, directory: Path) -> Path:

@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +29,33 @@ def json_rows(path: Path) -> Iterator[Row]:
     Raises:
         DataError: the file or a line of it cannot be read; names both.
     """
+    lines, start = _text_lines(path), []
+    for line in lines:  # the first that is not blank tells an array from lines
+        start.append(line)
+        if line.strip():
+            break
+    if "".join(start).lstrip().startswith("["):
+        yield from _array_rows(path, "".join([*start, *lines]))
+        return
+    for number, line in enumerate(chain(start, lines), start=1):
+        if line.strip():
+            yield _parse_object(line.removesuffix("\n"), f"{path}:{number}")
+
+
+def _text_lines(path: Path) -> Iterator[str]:
     opener = gzip.open if path.suffix == ".gz" else Path.open
+    number = 0
     try:
         with opener(path, "rt", encoding="utf-8-sig") as stream:
-            text = stream.read()
+            for line in stream:
+                yield line
+                number += 1
     except (UnicodeDecodeError, EOFError, OSError, zlib.error) as error:
+        said = error.reason if isinstance(error, UnicodeDecodeError) else error
         raise DataError(
-            f"{path}: not readable as UTF-8 text ({error}), wanted JSON or JSON Lines, gzipped only where it ends in .gz; "
-            "save or fetch the file again"
+            f"{path}: not readable as UTF-8 text (after line {number}: {said}), wanted JSON or JSON Lines, gzipped only "
+            "where it ends in .gz; save or fetch the file again"
         ) from error
-    if text.lstrip().startswith("["):
-        yield from _array_rows(path, text)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield _parse_object(line, f"{path}:{number}")
 
 
 def _array_rows(path: Path, text: str) -> Iterator[Row]:

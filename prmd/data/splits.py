@@ -6,10 +6,12 @@ Everything here is decided by hashes of text: no random state, the same split on
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from datasketch import MinHash, MinHashLSH
+from numpy.typing import NDArray
 
 from prmd.config.shared import SplitsConfig
 from prmd.data.collection import SourcedPair
@@ -21,6 +23,10 @@ SplitPairs = dict[str, dict[str, list[PreferencePair]]]
 """objective -> split -> pairs."""
 
 _PERMUTATIONS = 64
+_BAND_FACTORS = np.random.default_rng(0).integers(0, 1 << 64, _PERMUTATIONS, np.uint64)
+"""Any odd-looking numbers: a band is hashed by its scalar product with them."""
+_BLOCK = 4096
+"""Prompts that are sketched at once."""
 _SHINGLE_WORDS = 3
 _SHINGLE_CHARACTERS = 5
 _UNSPACED = re.compile(
@@ -67,13 +73,15 @@ def split_pairs(
         A result in which each objective has every split, some perhaps empty.
     """
     benchmark = {prompt_key(question) for question in benchmark_questions}
-    assigned = _assign(sourced, settings, benchmark)
+    keys = [item.pair.prompt_key for item in sourced]
+    keyed = list(zip(keys, sourced, strict=True))
+    upstream_test = {key for key, item in keyed if item.upstream_split == "test"}
+    unsplit = {key for key, item in keyed if item.upstream_split is None}
+    assigned = {key: _assign(key, settings, upstream_test, unsplit) for key in {*keys} - benchmark}
     near = _near_duplicates(assigned, benchmark, settings.near_duplicate_threshold)
     result = SplitResult({o: {s: [] for s in SPLITS} for o in objectives}, Counter())
-    upstream_test = _keys(s for s in sourced if s.upstream_split == "test")
     seen: set[str] = set()
-    for item in sourced:
-        key = item.pair.prompt_key
+    for key, item in keyed:
         split, objective = assigned.get(key), item.pair.objective
         if split is None:
             result.drop(objective, "benchmark_question")
@@ -89,26 +97,14 @@ def split_pairs(
     return result
 
 
-def _keys(sourced: Iterable[SourcedPair]) -> set[str]:
-    return {item.pair.prompt_key for item in sourced}
-
-
-def _assign(sourced: Sequence[SourcedPair], settings: SplitsConfig, benchmark: set[str]) -> dict[str, str]:
-    """Prompt key -> split; keys of benchmark questions are left out."""
-    upstream_test = _keys(s for s in sourced if s.upstream_split == "test")
-    unsplit = _keys(s for s in sourced if s.upstream_split is None)
-    assigned = {}
-    for key in _keys(sourced) - benchmark:
-        share = hash_share("split", key) - settings.test_fraction
-        if key in upstream_test or (share < 0 and key in unsplit):
-            assigned[key] = "test"
-        elif 0 <= share < settings.val_fraction:
-            assigned[key] = "val"
-        elif 0 <= share - settings.val_fraction < settings.judge_fraction:
-            assigned[key] = "judge"
-        else:
-            assigned[key] = "train"
-    return assigned
+def _assign(key: str, settings: SplitsConfig, upstream_test: set[str], unsplit: set[str]) -> str:
+    """The split of a prompt, before near duplicates leave it."""
+    share = hash_share("split", key) - settings.test_fraction
+    if key in upstream_test or (share < 0 and key in unsplit):
+        return "test"
+    if 0 <= share < settings.val_fraction:
+        return "val"
+    return "judge" if 0 <= share - settings.val_fraction < settings.judge_fraction else "train"
 
 
 def _near_duplicates(assigned: Mapping[str, str], benchmark: set[str], threshold: float) -> set[str]:
@@ -116,49 +112,80 @@ def _near_duplicates(assigned: Mapping[str, str], benchmark: set[str], threshold
 
     MinHash finds candidates, among prompts of the same kind of script; the exact Jaccard similarity of the shingles decides.
     """
-    by_split = defaultdict(list)
-    for key in sorted(assigned):
-        by_split[assigned[key]].append(key)
-    index = {spaced: _new_index(threshold, spaced) for spaced in (True, False)}
-    _insert(index, sorted(benchmark) + by_split["test"] + by_split["val"])
-    dropped = set()
-    for split in ("judge", "train"):
-        near: set[str] = set()
-        sketched = zip(by_split[split], _sketches(by_split[split]), strict=True)
-        for key, sketch in progress(sketched, len(by_split[split]), f"near duplicates in {split}"):
-            shingles = _shingles(key)
-            if any(
-                _jaccard(shingles, _shingles(other)) >= threshold
-                for other in index[_is_spaced(key)].query(sketch)
-            ):
-                near.add(key)
-        dropped |= near
-        if split == "judge":
-            _insert(index, [key for key in by_split["judge"] if key not in near])
+    by_kind = {spaced: defaultdict[str, list[str]](list) for spaced in (True, False)}
+    for key in benchmark:
+        by_kind[_is_spaced(key)]["held out"].append(key)
+    for key, split in assigned.items():
+        by_kind[_is_spaced(key)]["held out" if split in ("test", "val") else split].append(key)
+    dropped: set[str] = set()
+    for spaced, prompts in by_kind.items():
+        held_out = [_BandIndex(prompts["held out"], threshold, spaced)]
+        near = _nearly_in(held_out, prompts["judge"], threshold, "judge")
+        held_out.append(_BandIndex([key for key in prompts["judge"] if key not in near], threshold, spaced))
+        dropped |= near | _nearly_in(held_out, prompts["train"], threshold, "train")
     return dropped
 
 
-def _new_index(threshold: float, spaced: bool) -> MinHashLSH:
-    """An empty index of candidates; one pair in four at the threshold escapes that of words, one in a hundred the other."""
-    weights = (0.5, 0.5) if spaced else (0.05, 0.95)  # of a candidate too many and of one missed
-    return MinHashLSH(threshold=min(0.9 * threshold, 0.95), num_perm=_PERMUTATIONS, weights=weights)
+def _nearly_in(
+    indices: Sequence["_BandIndex"], keys: Sequence[str], threshold: float, split: str
+) -> set[str]:
+    """Those of `keys` with a near duplicate in one of the indices, all of which have bands alike."""
+    near = set()
+    for start in progress(
+        range(0, len(keys), _BLOCK), -(-len(keys) // _BLOCK), f"near duplicates in {split}"
+    ):
+        block = keys[start : start + _BLOCK]
+        bands = indices[0].bands_of(block)
+        for index in indices:
+            for row, candidates in index.candidates(bands):
+                shingles = _shingles(block[row])
+                if any(_jaccard(shingles, _shingles(other)) >= threshold for other in candidates):
+                    near.add(block[row])
+    return near
 
 
-def _insert(index: Mapping[bool, MinHashLSH], keys: Sequence[str]) -> None:
-    for key, sketch in zip(keys, _sketches(keys), strict=True):
-        index[_is_spaced(key)].insert(key, sketch, check_duplication=False)
+class _BandIndex:
+    """Prompts by bands of their MinHash sketches, each band a number: some 130 bytes a prompt, where a `MinHashLSH` takes 3,000.
 
+    One pair in four at the threshold has no band in common among prompts of words, one in a hundred of the others.
+    """
 
-def _sketches(keys: Sequence[str]) -> list[MinHash]:
-    return MinHash.bulk(
-        [[s.encode("utf-8", "surrogatepass") for s in _shingles(key)] for key in keys],
-        num_perm=_PERMUTATIONS,
-    )
+    def __init__(self, keys: Sequence[str], threshold: float, spaced: bool) -> None:
+        weights = (0.5, 0.5) if spaced else (0.05, 0.95)  # of a candidate too many and of one missed
+        lsh = MinHashLSH(threshold=min(0.9 * threshold, 0.95), num_perm=_PERMUTATIONS, weights=weights)
+        self.shape = (lsh.b, lsh.r)
+        self.keys = keys
+        blocks = [self.bands_of(keys[i : i + _BLOCK]) for i in range(0, len(keys), _BLOCK)]
+        bands = np.concatenate([np.empty((0, lsh.b), np.uint64), *blocks])
+        self.orders = np.argsort(bands, axis=0)
+        self.sorted = np.take_along_axis(bands, self.orders, axis=0)
+
+    def bands_of(self, keys: Sequence[str]) -> NDArray[np.uint64]:
+        """A number for each band of each prompt, [prompts, bands]: that of equal bands is equal.
+
+        Of two unlike ones it is equal once in 2^33 or less, which costs a comparison and changes nothing.
+        """
+        shingles = [[s.encode("utf-8", "surrogatepass") for s in _shingles(key)] for key in keys]
+        sketches = [m.hashvalues for m in MinHash.bulk(shingles, num_perm=_PERMUTATIONS)]
+        count, size = self.shape
+        values = np.array(sketches, np.uint64)[:, : count * size].reshape(len(keys), count, size)
+        return (values * _BAND_FACTORS[:size]).sum(axis=2)  # modulo 2^64
+
+    def candidates(self, bands: NDArray[np.uint64]) -> Iterator[tuple[int, Iterator[str]]]:
+        """For each row of `bands` that shares one with an indexed prompt: the row and these prompts, some perhaps repeated."""
+        columns = range(self.shape[0])
+        first, last = (
+            np.stack([np.searchsorted(self.sorted[:, k], bands[:, k], side) for k in columns], axis=1)
+            for side in ("left", "right")
+        )
+        for row in np.flatnonzero((first < last).any(axis=1)):
+            places = (self.orders[first[row, k] : last[row, k], k] for k in columns)
+            yield int(row), (self.keys[place] for found in places for place in found)
 
 
 def _is_spaced(key: str) -> bool:
     """Whether at least half of the letters are of scripts that set spaces between words."""
-    return 2 * len(_UNSPACED.findall(key)) <= len(key.replace(" ", ""))
+    return key.isascii() or 2 * len(_UNSPACED.findall(key)) <= len(key.replace(" ", ""))
 
 
 def _shingles(key: str) -> frozenset[str]:

@@ -54,7 +54,7 @@ def test_manifest_says_where_from_how_many_and_which_bytes(config):
         ("harmless-base/train", "train", 3),
         ("harmless-base/test", "test", 1),
     ]
-    assert files[0].rows[2] == ROW and files[0].where(2) == "hh_rlhf/helpful-base/train:3"
+    assert list(files[0].rows)[2] == ROW and files[0].where(2) == "hh_rlhf/helpful-base/train:3"
 
 
 def test_interrupted_fetch_is_resumed(config, monkeypatch, caplog):
@@ -139,7 +139,7 @@ def test_embedded_pairs_are_manifested_and_not_copied(config, tmp_path, monkeypa
     manifest = fetch_source("embedded", config.data, config.paths, force=False)
     assert [entry["rows"] for entry in manifest["files"].values()] == [2, 2, 2]
     assert [p.name for p in config.paths.raw("embedded").iterdir()] == ["manifest.json"]
-    assert read(config, "embedded")[2].rows == [{"id": "honest"}] * 2
+    assert list(read(config, "embedded")[2].rows) == [{"id": "honest"}] * 2
     write(folder / "honest.jsonl", [{"id": "edited"}])
     with pytest.raises(DataError, match="changed since it was downloaded"):
         read(config, "embedded")

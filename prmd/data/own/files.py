@@ -7,7 +7,7 @@ JSON, JSON Lines, CSV and Parquet, gzipped or not; a file, a folder of such file
 import csv
 import gzip
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from io import TextIOWrapper
 from math import isfinite
@@ -93,8 +93,8 @@ def _planned(
 
 def _kept(
     keep: Callable[[Iterable[Row], str], Iterable[Row]], read: Callable[[], Iterable[Row]], where: str
-) -> list[Row]:
-    return list(keep(read(), where))
+) -> Iterable[Row]:
+    return keep(read(), where)
 
 
 def _kind(path: Path) -> str:
@@ -156,7 +156,9 @@ def pair_rows(
     key: str,
     rewards: Mapping[str, tuple[str, str]] | None = None,
 ) -> Iterator[Row]:
-    """The named columns of every row, under the names of `COLUMNS`; under `rewards` those of the objectives that have some.
+    """The named columns of every row, under the names of `COLUMNS`; and under `rewards` those of the objectives that have some.
+
+    Row by row, so that a file of any size can be read.
 
     Args:
         where: the file, for messages.
@@ -165,23 +167,25 @@ def pair_rows(
         rewards: columns of the rewards of chosen and rejected by objective; what is no number there is kept as None.
 
     Raises:
-        DataError: a column that is needed or named is not there; says which are.
+        DataError: a column that is needed or named is in no row, known once the last was read; says which are there.
     """
-    rows = list(rows)
     names = {name: columns.get(name, name) for name in COLUMNS}
-    there = list(dict.fromkeys(column for row in rows for column in row))
-    needed = [name for name in COLUMNS if name in ("chosen", "rejected") or columns.get(name)]
-    require_columns({name: names[name] for name in needed} if rows else {}, there, where, key)
-    _require_rewards(rewards or {}, there if rows else None, where)
+    there: dict[str, None] = {}
+    empty = True
     for row in rows:
+        empty = False
+        there.update(dict.fromkeys(row))
         kept = {name: row[column] for name, column in names.items() if column in row}
         if isinstance(weight := kept.get("weight"), float) and not isfinite(weight):
             kept["weight"] = str(weight)  # JSON Lines hold no such number; as text it is refused with its row
         scores = {k: [as_score(row.get(column)) for column in both] for k, both in (rewards or {}).items()}
         yield kept | ({"rewards": scores} if scores else {})
+    needed = [name for name in COLUMNS if name in ("chosen", "rejected") or columns.get(name)]
+    require_columns({} if empty else {name: names[name] for name in needed}, there, where, key)
+    _require_rewards(rewards or {}, None if empty else there, where)
 
 
-def _require_rewards(rewards: Mapping[str, tuple[str, str]], there: Sequence[str] | None, where: str) -> None:
+def _require_rewards(rewards: Mapping[str, tuple[str, str]], there: Collection[str] | None, where: str) -> None:
     for objective, columns in rewards.items():
         if there is not None and (absent := [column for column in columns if column not in there]):
             raise DataError(

@@ -206,13 +206,12 @@ def _unique_ids(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     Raises:
         DataError: two different pairs of one objective have one id.
     """
-    homes = defaultdict(set)
-    for pair in pairs:
-        homes[pair.id].add(pair.objective)
+    home: dict[str, str] = {}
+    shared = {pair.id for pair in pairs if home.setdefault(pair.id, pair.objective) != pair.objective}
     found: list[PreferencePair] = []
     first: dict[str, PreferencePair] = {}
     for pair in pairs:
-        own = replace(pair, id=f"{pair.objective}-{pair.id}") if len(homes[pair.id]) > 1 else pair
+        own = replace(pair, id=f"{pair.objective}-{pair.id}") if pair.id in shared else pair
         before = first.setdefault(own.id, own)
         if _content(before) != _content(own):
             raise DataError(
@@ -259,9 +258,11 @@ def _refuse_partly_weighted(pairs: Sequence[PreferencePair], settings: OwnPairsC
 
 
 def _refuse_copies(pairs: Sequence[PreferencePair], settings: OwnPairsConfig) -> None:
-    held: dict[frozenset[Any], str] = {}
+    held: dict[frozenset[int], str] = {}
     for objective in settings.names:
-        own = frozenset(_content(pair) for pair in pairs if pair.objective == objective)
+        own = frozenset(
+            hash(_content(pair)) for pair in pairs if pair.objective == objective
+        )  # texts would take memory
         if other := held.get(own):
             raise DataError(
                 f"data.own_pairs: {other} and {objective} have the same {len(own)} pairs, which would count one objective "
