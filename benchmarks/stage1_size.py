@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -193,24 +194,13 @@ def share_of_near_copies() -> float:
 def table(results: dict[str, Any]) -> str:
     """The rows as a page of Markdown."""
     rows, setup = results["rows"], results["setup"]
-    head = (
-        "rows",
-        "MB",
-        "download s (CPU)",
-        "split s (CPU)",
-        "rows per second",
-        "per CPU second",
-        "peak MiB, download",
-        "peak MiB, split",
-        "time per row",
-        "near copies dropped",
-    )
-    lines = ["# Stage 1 at size", "", (__doc__ or "").partition("\n\n    ")[0], ""]
+    head = ("rows", "MB", "download s (CPU)", "split s (CPU)", "rows per second", "per CPU second")
+    head += ("peak MiB, download", "peak MiB, split", "pairs kept", "near copies dropped")
+    lines = ["# Stage 1 at size", "", *(part.replace("\n", " ") for part in _explained()), ""]
     lines += ["| " + " | ".join(head) + " |", "|---:" * len(head) + "|"]
     for row in rows:
         both = [f"{row[script]['seconds']:,.0f} ({row[script]['cpu_seconds']:,.0f})" for script in SCRIPTS]
         peaks = [f"{row[script]['peak_mib']:,}" for script in SCRIPTS]
-        per_row = rows[0]["rows_per_cpu_second"] / row["rows_per_cpu_second"]
         speeds = [f"{row[key]:,.0f}" for key in ("rows_per_second", "rows_per_cpu_second")]
         near = f"{row['near']:,} of {row['made']['near_copies']:,}"
         cells = [
@@ -219,17 +209,23 @@ def table(results: dict[str, Any]) -> str:
             *both,
             *speeds,
             *peaks,
-            f"{per_row:.2f}×",
+            f"{row['kept']:,}",
             near,
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    facts, used = setup["hardware"], setup["versions"]
     lines += ["", *(f"* {note}" for note in notes(rows)), ""]
-    facts = setup["hardware"]
     lines.append(
-        f"{facts['cpu']}, one thread, {facts['memory_gib']} GiB; Python {setup['versions']['python']}, "
-        f"numpy {setup['versions']['numpy']}. Time per row is CPU time, as a multiple of that of the first line."
+        f"{facts['cpu']}, one thread, {facts['memory_gib']} GiB; Python {used['python']}, numpy {used['numpy']}, datasketch "
+        f"{setup['datasketch']}. Where seconds exceed CPU seconds, other programs had the processor."
     )
     return "\n".join(lines) + "\n"
+
+
+def _explained() -> tuple[str, str]:
+    """What is measured: the first line of this module's docstring, and its paragraph on the rows."""
+    title, _, about, *_ = (__doc__ or "").split("\n\n")
+    return f"{title}\n", about
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
@@ -269,6 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     configure_logging()
     sources = source_hashes(Path(__file__)) | source_hashes(Path(prepare.__file__))
     setup = {"hardware": hardware(), "versions": versions(), "sources": sources, **git_state()}
+    setup["datasketch"] = metadata.version("datasketch")
     former = (
         io.read_json(options.json) if options.json.is_file() else {"rows": [], "setup": {"sources": None}}
     )
