@@ -309,4 +309,4 @@ def _say_what_would_be_split(data: DataConfig, paths: ArtifactPaths) -> None:
         paths.processed,
         paths.visualizations,
     )
-    logger.info("no model is loaded; memory is about four times the size of the raw files")
+    logger.info("no model is loaded; memory is half a GiB and about three times the size of the raw files")
