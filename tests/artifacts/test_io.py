@@ -72,6 +72,19 @@ def test_jsonl_skips_blank_lines_and_names_the_bad_one(tmp_path: Path) -> None:
         io.read_jsonl(path)
 
 
+def test_rows_are_read_one_by_one(tmp_path: Path) -> None:
+    path = io.write_text(tmp_path / "a.jsonl", '\ufeff{"a": 1}\n \n{"a": 2}\n' + "{}\n" * 10_000)
+    with path.open("ab") as stream:
+        stream.write(b"[\n\xff\n")
+    rows = io.iterate_jsonl(path)
+    assert [next(rows), next(rows)] == [{"a": 1}, {"a": 2}]
+    with pytest.raises(
+        DataError,
+        match=r"a\.jsonl: not UTF-8 \(after line \d+: invalid start byte\)|a\.jsonl:10004: not JSON",
+    ):
+        list(rows)
+
+
 def test_half_a_character_is_written_as_its_escape_and_read_back(tmp_path: Path) -> None:
     row = {"a\ud83d": ["b\udc00", "é"]}
     path = io.write_jsonl(tmp_path / "a.jsonl", [{"a": "é"}, row])

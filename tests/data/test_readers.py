@@ -56,6 +56,16 @@ def test_broken_archives_and_encodings(tmp_path):
         list(json_rows(latin))
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r\n", "\r"])
+def test_lines_are_read_one_by_one(tmp_path, ending):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(f'{ending}{{"a": 1}}{ending}{{"a": 2}}{ending}oops'.encode() + b"\n" * 100_000 + b"\xff")
+    rows = json_rows(path)
+    assert [next(rows), next(rows)] == [{"a": 1}, {"a": 2}]
+    with pytest.raises(DataError, match=r"x\.jsonl:4: not JSON \(Expecting value\)"):
+        next(rows)
+
+
 def test_answers_are_cut_at_semicolons_and_end_in_a_full_stop():
     row = truthfulqa_row(
         {

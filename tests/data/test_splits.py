@@ -1,14 +1,24 @@
 """Splits: no prompt in two of them, upstream tests stay tests, near duplicates leave train."""
 
+import random
 from collections import defaultdict
 
 import pytest
+from datasketch import MinHash, MinHashLSH
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prmd.config.shared import SplitsConfig
 from prmd.data.collection import SourcedPair
-from prmd.data.splits import _shingles, check_no_leak, limit_pairs, split_pairs
+from prmd.data.splits import (
+    _is_spaced,
+    _jaccard,
+    _near_duplicates,
+    _shingles,
+    check_no_leak,
+    limit_pairs,
+    split_pairs,
+)
 from prmd.pairs import make_pair, prompt_key
 
 FRACTIONS = SplitsConfig(val_fraction=0.1, test_fraction=0.2, judge_fraction=0.15)
@@ -160,6 +170,57 @@ def test_near_duplicates_in_scripts_without_spaces(template):
     for text in texts["train"]:
         near = [len(grams(text) & other) / len(grams(text) | other) for other in held_out]
         assert text not in prompts or max(near) < 0.8
+
+
+def near_by_lsh(assigned, benchmark, threshold):
+    """Near duplicates by datasketch's own index, a prompt at a time; and those that no index of candidates would miss."""
+
+    def sketch(key):
+        made = MinHash(num_perm=64)
+        made.update_batch([shingle.encode() for shingle in _shingles(key)])
+        return made
+
+    weights = {True: (0.5, 0.5), False: (0.05, 0.95)}
+    index = {s: MinHashLSH(threshold=0.9 * threshold, num_perm=64, weights=weights[s]) for s in weights}
+    held_out, dropped, exact = (
+        [*benchmark, *(k for k in assigned if assigned[k] in ("test", "val"))],
+        set(),
+        set(),
+    )
+    new = list(held_out)
+    for split in ("judge", "train"):
+        for key in new:
+            index[_is_spaced(key)].insert(key, sketch(key), check_duplication=False)
+        near = set()
+        for key in (k for k in assigned if assigned[k] == split):
+            alike = {other for other in held_out if _jaccard(_shingles(key), _shingles(other)) >= threshold}
+            exact |= {key} if alike else set()
+            near |= {key} if alike & {*index[_is_spaced(key)].query(sketch(key))} else set()
+        new = [key for key in assigned if assigned[key] == split and key not in near]
+        held_out += new
+        dropped |= near
+    return dropped, exact
+
+
+@pytest.mark.parametrize("threshold", [0.5, 0.8])
+def test_near_duplicates_are_those_of_the_index_of_datasketch(threshold):
+    draw = random.Random(1)
+    words = {True: [f"w{i}" for i in range(3000)], False: [chr(0x4E00 + i) for i in range(3000)]}
+    prompts = []
+    for spaced in (True, False) * 60:
+        text = draw.choices(words[spaced], k=40)
+        for changes in (0, 1, 2, 3, 4):
+            changed = [*text]
+            for place in draw.sample(range(40), changes):
+                changed[place] = draw.choice(words[spaced])
+            prompts.append((" " if spaced else "").join(changed))
+    splits = draw.choices(("train", "test", "val", "judge", None), k=len(prompts))
+    assigned = {p: split for p, split in zip(prompts, splits, strict=True) if split}
+    benchmark = {p for p, split in zip(prompts, splits, strict=True) if split is None}
+    found = _near_duplicates(assigned, benchmark, threshold)
+    by_lsh, exact = near_by_lsh(assigned, benchmark, threshold)
+    assert found == by_lsh
+    assert len(found) > 40 and len(exact - found) > 2  # at this threshold some have no band in common
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0x0DFF), max_size=60))

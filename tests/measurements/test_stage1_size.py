@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_rows_are_repeatable_and_of_the_stated_length_and_kinds() -> None:
     assert sum(words) / len(words) == pytest.approx(40, abs=1)
     assert sum(len(row["rejected"].split()) for row in rows) / len(rows) == pytest.approx(60, abs=1.5)
     prompts = sorted({prompt_key(row["prompt"]) for row in rows}, key=lambda text: text.split()[1:5])
-    near = [_jaccard(_shingles(a), _shingles(b)) for a, b in zip(prompts, prompts[1:], strict=False)]
+    near = [_jaccard(_shingles(a), _shingles(b)) for a, b in pairwise(prompts)]
     assert sum(0.8 <= value < 1 for value in near) == 25
 
 
@@ -37,27 +38,46 @@ def test_share_of_near_copies_that_must_go_by_enumeration() -> None:
 
 
 @pytest.mark.slow
-def test_both_scripts_are_measured_and_sizes_of_the_same_code_stay(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file, work = tmp_path / "size.json", tmp_path / "work"
-    for size in (300, 200):
-        stage1_size.main(["--rows", str(size), "--json", str(file), "--work", str(work)])
-    results = io.read_json(file)
-    assert [row["rows"] for row in results["rows"]] == [200, 300] and not list(work.iterdir())
-    assert {"prmd/data/splits.py", "benchmarks/stage1_size.py"} <= set(results["setup"]["sources"])
-    row = results["rows"][1]
-    assert row["repeated"] == row["made"]["copies"] == 2 and row["refused"] == dict.fromkeys(
-        stage1_size.ODD, 2
-    )
-    assert row["kept"] == 300 - 2 - 8 - row["near"]
+def test_both_scripts_are_measured_and_everything_made_is_counted(tmp_path: Path) -> None:
+    row = stage1_size.measure(300, tmp_path)
+    assert row["repeated"] == row["made"]["copies"] == 2 == row["made"]["near_copies"]
+    assert row["refused"] == dict.fromkeys(stage1_size.ODD, 2)
+    assert row["kept"] == 300 - 2 - 8 - row["near"] and row["near"] <= 2
     for script in stage1_size.SCRIPTS:
         assert row[script]["cpu_seconds"] > 0 and row[script]["peak_mib"] > 100
     seconds = sum(row[script]["cpu_seconds"] for script in stage1_size.SCRIPTS)
-    assert row["rows_per_cpu_second"] == pytest.approx(300 / seconds, rel=0.05)
+    assert row["rows_per_cpu_second"] == pytest.approx(300 / seconds, rel=0.02)
+
+
+def fake_row(count: int, work: Path) -> stage1_size.Row:
+    """A thousand rows a second after ten seconds; one exact copy in a hundred is not counted."""
+    (work / f"rows-{count}").mkdir(parents=True)
+    one = {"seconds": 12.0, "cpu_seconds": 5 + count / 2000, "peak_mib": 100 + count // 1024}
+    made = {"rows": count, "copies": count // 100, "near_copies": count // 100}
+    speeds = {"rows_per_second": 1.0, "rows_per_cpu_second": count / (10 + count / 1000)}
+    counts = {"kept": count, "repeated": count // 100 - 1, "near": count // 250, "refused": {}}
+    both = dict.fromkeys(stage1_size.SCRIPTS, one)
+    return (
+        {"rows": count, "megabytes": 1.0, "peak_mib": one["peak_mib"], "made": made} | both | speeds | counts
+    )
+
+
+def test_sizes_measured_by_the_same_code_stay_and_the_page_says_what_they_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stage1_size, "measure", fake_row)
+    file, work = tmp_path / "size.json", tmp_path / "work"
+    common = ["--json", str(file), "--work", str(work)]
+    stage1_size.main(["--rows", "30720", *common])
+    stage1_size.main(["--rows", "10240", *common])
+    results = io.read_json(file)
+    assert [row["rows"] for row in results["rows"]] == [10_240, 30_720] and not list(work.iterdir())
+    assert {"prmd/data/splits.py", "benchmarks/stage1_size.py"} <= set(results["setup"]["sources"])
     page = file.with_suffix(".md").read_text(encoding="utf-8")
-    assert page in capsys.readouterr().out and "NOT counted" not in page
+    assert page in capsys.readouterr().out and "NOT counted" in page
+    grown = "3× the rows, 2.01× the CPU time; 1.00 ms and 1.0 KiB of peak memory for each further row"
+    assert grown in page and "| 10,240 | 1 | 12 (10) |" in page
     results["setup"]["sources"]["prmd/data/splits.py"] = "of another version"
     io.write_json(file, results)
-    stage1_size.main(["--rows", "200", "--json", str(file), "--work", str(work)])
-    assert [row["rows"] for row in io.read_json(file)["rows"]] == [200]
+    stage1_size.main(["--rows", "10240", *common])
+    assert [row["rows"] for row in io.read_json(file)["rows"]] == [10_240]
