@@ -4,10 +4,14 @@ Everything here is decided by hashes of text: no random state, the same split on
 `collection`, writing them in `prepare`.
 """
 
+import math
 import re
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from datasketch import MinHash, MinHashLSH
@@ -23,10 +27,9 @@ SplitPairs = dict[str, dict[str, list[PreferencePair]]]
 """objective -> split -> pairs."""
 
 _PERMUTATIONS = 64
-_BAND_FACTORS = np.random.default_rng(0).integers(0, 1 << 64, _PERMUTATIONS, np.uint64)
-"""Any odd-looking numbers: a band is hashed by its scalar product with them."""
 _BLOCK = 4096
-"""Prompts that are sketched at once."""
+"""Prompts that are looked up at once."""
+_ROUNDING = 1e-9
 _SHINGLE_WORDS = 3
 _SHINGLE_CHARACTERS = 5
 _UNSPACED = re.compile(
@@ -110,7 +113,8 @@ def _assign(key: str, settings: SplitsConfig, upstream_test: set[str], unsplit: 
 def _near_duplicates(assigned: Mapping[str, str], benchmark: set[str], threshold: float) -> set[str]:
     """Keys of judge that nearly repeat test, val or the benchmark, and keys of train that nearly repeat any of these.
 
-    MinHash finds candidates, among prompts of the same kind of script; the exact Jaccard similarity of the shingles decides.
+    The exact Jaccard similarity of the shingles decides, among prompts of the same kind of script whose MinHash sketches have
+    a band in common (`_Sketches`): data that was split by earlier versions is split the same way again.
     """
     by_kind = {spaced: defaultdict[str, list[str]](list) for spaced in (True, False)}
     for key in benchmark:
@@ -119,68 +123,99 @@ def _near_duplicates(assigned: Mapping[str, str], benchmark: set[str], threshold
         by_kind[_is_spaced(key)]["held out" if split in ("test", "val") else split].append(key)
     dropped: set[str] = set()
     for spaced, prompts in by_kind.items():
-        held_out = [_BandIndex(prompts["held out"], threshold, spaced)]
-        near = _nearly_in(held_out, prompts["judge"], threshold, "judge")
-        held_out.append(_BandIndex([key for key in prompts["judge"] if key not in near], threshold, spaced))
-        dropped |= near | _nearly_in(held_out, prompts["train"], threshold, "train")
+        sketches = _Sketches(threshold, spaced)
+        held_out = [_ShingleIndex(prompts["held out"], threshold)]
+        near = _nearly_in(held_out, prompts["judge"], sketches, "judge")
+        held_out.append(_ShingleIndex([key for key in prompts["judge"] if key not in near], threshold))
+        dropped |= near | _nearly_in(held_out, prompts["train"], sketches, "train")
     return dropped
 
 
 def _nearly_in(
-    indices: Sequence["_BandIndex"], keys: Sequence[str], threshold: float, split: str
+    indices: Sequence["_ShingleIndex"], keys: Sequence[str], sketches: "_Sketches", split: str
 ) -> set[str]:
-    """Those of `keys` with a near duplicate in one of the indices, all of which have bands alike."""
+    """Those of `keys` with a near duplicate in one of the indices."""
     near = set()
     for start in progress(
         range(0, len(keys), _BLOCK), -(-len(keys) // _BLOCK), f"near duplicates in {split}"
     ):
         block = keys[start : start + _BLOCK]
-        bands = indices[0].bands_of(block)
         for index in indices:
-            for row, candidates in index.candidates(bands):
-                shingles = _shingles(block[row])
-                if any(_jaccard(shingles, _shingles(other)) >= threshold for other in candidates):
-                    near.add(block[row])
+            for key, others in index.similar(block):
+                if any(sketches.meet(key, other) for other in others):
+                    near.add(key)
     return near
 
 
-class _BandIndex:
-    """Prompts by bands of their MinHash sketches, each band a number: some 130 bytes a prompt, where a `MinHashLSH` takes 3,000.
+class _ShingleIndex:
+    """Prompts by their shingles, to find the similar ones without comparing with all.
 
-    One pair in four at the threshold has no band in common among prompts of words, one in a hundred of the others.
+    Of a prompt a with n shingles, one with m shingles and a similarity of at least t has t / (1 + t) (n + m) or more. So it has one
+    of any n - t / (1 + t) (n + m) + 1 of them; the rarest ones are looked up. Prompts of one template share all others.
     """
 
-    def __init__(self, keys: Sequence[str], threshold: float, spaced: bool) -> None:
+    def __init__(self, keys: Sequence[str], threshold: float) -> None:
+        hashes, counts = _hashes(keys)
+        owners, lengths = np.repeat(np.arange(len(keys), dtype=np.int32), counts), np.repeat(counts, counts)
+        order = np.lexsort((lengths, hashes))
+        self.keys, self.threshold = keys, threshold
+        self.hashes, self.owners, self.lengths = hashes[order], owners[order], lengths[order]
+        self.all_lengths = np.unique(counts)
+
+    def similar(self, block: Sequence[str]) -> Iterator[tuple[str, Iterator[str]]]:
+        """For prompts that may have similar ones: the prompt and those that are, some perhaps repeated."""
+        hashes, counts = _hashes(block)
+        first, last = (np.searchsorted(self.hashes, hashes, side) for side in ("left", "right"))
+        starts = np.cumsum(counts) - counts
+        known = np.add.reduceat((first < last).astype(int), starts)
+        for row in np.flatnonzero((known > 0) & (known >= self.threshold * counts - _ROUNDING)):
+            own = slice(starts[row], starts[row] + counts[row])
+            yield block[row], self._similar_to(block[row], first[own], last[own])
+
+    def _similar_to(self, key: str, first: NDArray[np.intp], last: NDArray[np.intp]) -> Iterator[str]:
+        shingles, t = _shingles(key), self.threshold
+        n = len(shingles)
+        lengths = self.all_lengths[
+            (self.all_lengths >= t * n - _ROUNDING) & (t * self.all_lengths <= n + _ROUNDING)
+        ]
+        for m in lengths:
+            places = [
+                (i + np.searchsorted(self.lengths[i:j], [m, m + 1])) for i, j in zip(first, last, strict=True)
+            ]
+            shared = max(1, math.ceil(t / (1 + t) * (n + m) - _ROUNDING))
+            for i, j in sorted(places, key=lambda place: place[1] - place[0])[: n - shared + 1]:
+                for owner in self.owners[i:j]:
+                    if _jaccard(shingles, _shingles(self.keys[owner])) >= t:
+                        yield self.keys[owner]
+
+
+def _hashes(keys: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Hashes of the shingles of all prompts, one prompt after another, and how many each has."""
+    hashes, counts = array("q"), array("q")
+    for key in keys:
+        shingles = _shingles(key)
+        hashes.extend(map(hash, shingles))
+        counts.append(len(shingles))
+    return np.array(hashes, np.int64), np.array(counts, np.int64)
+
+
+class _Sketches:
+    """MinHash sketches cut into bands; one pair in four at the threshold has none in common, one in a hundred of other scripts."""
+
+    def __init__(self, threshold: float, spaced: bool) -> None:
         weights = (0.5, 0.5) if spaced else (0.05, 0.95)  # of a candidate too many and of one missed
         lsh = MinHashLSH(threshold=min(0.9 * threshold, 0.95), num_perm=_PERMUTATIONS, weights=weights)
         self.shape = (lsh.b, lsh.r)
-        self.keys = keys
-        blocks = [self.bands_of(keys[i : i + _BLOCK]) for i in range(0, len(keys), _BLOCK)]
-        bands = np.concatenate([np.empty((0, lsh.b), np.uint64), *blocks])
-        self.orders = np.argsort(bands, axis=0)
-        self.sorted = np.take_along_axis(bands, self.orders, axis=0)
+        self.bands = lru_cache(_BLOCK)(self._bands)
 
-    def bands_of(self, keys: Sequence[str]) -> NDArray[np.uint64]:
-        """A number for each band of each prompt, [prompts, bands]: that of equal bands is equal.
+    def meet(self, key: str, other: str) -> bool:
+        """Whether two prompts have a band in common."""
+        return bool((self.bands(key) == self.bands(other)).all(axis=1).any())
 
-        Of two unlike ones it is equal once in 2^33 or less, which costs a comparison and changes nothing.
-        """
-        shingles = [[s.encode("utf-8", "surrogatepass") for s in _shingles(key)] for key in keys]
-        sketches = [m.hashvalues for m in MinHash.bulk(shingles, num_perm=_PERMUTATIONS)]
-        count, size = self.shape
-        values = np.array(sketches, np.uint64)[:, : count * size].reshape(len(keys), count, size)
-        return (values * _BAND_FACTORS[:size]).sum(axis=2)  # modulo 2^64
-
-    def candidates(self, bands: NDArray[np.uint64]) -> Iterator[tuple[int, Iterator[str]]]:
-        """For each row of `bands` that shares one with an indexed prompt: the row and these prompts, some perhaps repeated."""
-        columns = range(self.shape[0])
-        first, last = (
-            np.stack([np.searchsorted(self.sorted[:, k], bands[:, k], side) for k in columns], axis=1)
-            for side in ("left", "right")
-        )
-        for row in np.flatnonzero((first < last).any(axis=1)):
-            places = (self.orders[first[row, k] : last[row, k], k] for k in columns)
-            yield int(row), (self.keys[place] for found in places for place in found)
+    def _bands(self, key: str) -> NDArray[np.unsignedinteger[Any]]:
+        sketch = MinHash(num_perm=_PERMUTATIONS)
+        sketch.update_batch([shingle.encode("utf-8", "surrogatepass") for shingle in _shingles(key)])
+        return sketch.hashvalues[: self.shape[0] * self.shape[1]].reshape(self.shape)
 
 
 def _is_spaced(key: str) -> bool:
