@@ -14,6 +14,7 @@ from prmd.data.splits import (
     _is_spaced,
     _jaccard,
     _near_duplicates,
+    _ShingleIndex,
     _shingles,
     check_no_leak,
     limit_pairs,
@@ -221,6 +222,38 @@ def test_near_duplicates_are_those_of_the_index_of_datasketch(threshold):
     by_lsh, exact = near_by_lsh(assigned, benchmark, threshold)
     assert found == by_lsh
     assert len(found) > 40 and len(exact - found) > 2  # at this threshold some have no band in common
+
+
+short_texts = st.lists(
+    st.lists(st.sampled_from("abcd"), min_size=1, max_size=14).map(" ".join), max_size=12, unique=True
+)
+
+
+@given(short_texts, short_texts, st.sampled_from([0.0, 0.2, 0.5, 2 / 3, 0.8, 1.0]))
+def test_similar_prompts_are_all_found_and_no_others(keys, block, threshold):
+    def is_similar(a, b):
+        shared = _shingles(a) & _shingles(b)
+        return shared and len(shared) / len(_shingles(a) | _shingles(b)) >= threshold
+
+    found = {key: {*others} for key, others in _ShingleIndex(keys, threshold).similar(block)}
+    expected = {key: {other for other in keys if is_similar(key, other)} for key in block}
+    assert {key: others for key, others in found.items() if others} == {
+        k: v for k, v in expected.items() if v
+    }
+
+
+@pytest.mark.parametrize("changing", [4, 2])
+def test_prompts_of_one_template_are_not_compared_with_one_another(changing, monkeypatch):
+    """Ones that share 38 of 38 + `changing` shingles, below the threshold and above it; the latter end at the first near one."""
+    compared = []
+    monkeypatch.setattr("prmd.data.splits._jaccard", lambda a, b: compared.append(1) or _jaccard(a, b))
+    template = " ".join(f"w{i}" for i in range(40))
+    prompts = [" ".join([template, *(f"x{i}y{j}" for j in range(changing))]) for i in range(400)]
+    assigned = {prompt: ("test", "train", "train", "judge")[i % 4] for i, prompt in enumerate(prompts)}
+    found = _near_duplicates(assigned, set(), 0.86)
+    similar = 300 if changing == 2 else 0  # 38 / 42 = 0.90, 38 / 46 = 0.83
+    assert 0.95 * similar <= len(found) <= similar  # a sketch may meet none of the others
+    assert len(compared) < 10 * 400
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0x0DFF), max_size=60))
