@@ -185,7 +185,9 @@ def pair_rows(
     _require_rewards(rewards or {}, None if empty else there, where)
 
 
-def _require_rewards(rewards: Mapping[str, tuple[str, str]], there: Collection[str] | None, where: str) -> None:
+def _require_rewards(
+    rewards: Mapping[str, tuple[str, str]], there: Collection[str] | None, where: str
+) -> None:
     for objective, columns in rewards.items():
         if there is not None and (absent := [column for column in columns if column not in there]):
             raise DataError(
