@@ -33,7 +33,10 @@ def brought(
 
 
 def pairs_of(n: int, **rewards: list[float]) -> list[PreferencePair]:
-    return [PreferencePair(f"p{i}", ASKED, "a" * (i + 1), "b", "mine:1", "polite", rewards) for i in range(n)]
+    return [
+        PreferencePair(f"p{i}", ASKED, "a" * (i + 1), "b", "mine:1", "polite", rewards=rewards)
+        for i in range(n)
+    ]
 
 
 # ------------------------------------------------------------------ the file
