@@ -161,7 +161,7 @@ def test_every_example_of_the_page_is_read_as_it_says():
     page = (PROJECT_ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     rows = [json.loads(text) for text in re.findall(r"```json\n(.*?)\n```", page, flags=re.DOTALL)]
     pairs = [compare(row) for row in rows if "chosen" in row]
-    assert len(pairs) == 6 and all(pair.prompt == (USER,) for pair in pairs)
+    assert len(pairs) == 7 and all(pair.prompt == (USER,) for pair in pairs)
     assert {pair.chosen for pair in pairs} == {"It is blue."}
     sections = [
         yaml.safe_load(text)["data"] for text in re.findall(r"```yaml\n(.*?)\n```", page, flags=re.DOTALL)
@@ -170,4 +170,7 @@ def test_every_example_of_the_page_is_read_as_it_says():
         ("concise", "polite", "correct"),
         ("helpful", "honest"),
         ("helpful", "honest"),
+        ("correct", "polite"),
+        ("polite", "length"),
+        ("polite", "correct"),
     ]
