@@ -92,7 +92,7 @@ def _is_finished(path: Path, key: str) -> bool:
         return False
     found = io.read_json(path)
     lost = found.get("n", 0) and not path.with_name(rows[0]).is_file()
-    return found["status"] == "done" and found["fingerprint"] == key and not lost
+    return found.get("status") == "done" and found.get("fingerprint") == key and not lost
 
 
 def _stoppable(benchmark: Callable[[], BenchmarkResult], method: str) -> BenchmarkResult:

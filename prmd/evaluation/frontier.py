@@ -31,7 +31,9 @@ def write_frontier(evaluation: Evaluation, candidates: Sequence[Candidate]) -> N
     wanted = evaluation.generation.checkpoints == "all"
     key = io.fingerprint([evaluation.fingerprint, [c.fingerprint for c in candidates]])
     current = (
-        path.is_file() and is_as_recorded(path.parent, path.name) and io.read_json(path)["fingerprint"] == key
+        path.is_file()
+        and is_as_recorded(path.parent, path.name)
+        and io.read_json(path).get("fingerprint") == key
     )
     if wanted and not current:
         first = evaluation.prompts[: evaluation.generation.checkpoint_prompts]

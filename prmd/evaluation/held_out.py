@@ -165,7 +165,7 @@ def is_finished(evaluation: Evaluation, candidate: Candidate) -> bool:
     samples = f"samples/{candidate.method}.jsonl"
     if not (path.is_file() and (folder / samples).is_file() and is_as_recorded(folder, path.name, samples)):
         return False
-    found, wanted = io.read_json(path)["evaluation"], evaluation.describe(candidate)
+    found, wanted = io.read_json(path).get("evaluation", {}), evaluation.describe(candidate)
     same = all(
         found.get(key) == wanted.get(key) for key in ("fingerprint", "policy", "reward_models", "elsewhere")
     )

@@ -217,3 +217,7 @@ def test_a_result_without_its_items_is_not_finished(tmp_path: Path) -> None:
     items.mkdir()
     with pytest.raises(DataError, match=r"cvar\.items\.jsonl: is a folder, wanted a file"):
         _is_finished(path, "key")
+
+
+def test_a_file_that_is_no_result_is_not_finished(tmp_path: Path) -> None:
+    assert not _is_finished(io.write_json(tmp_path / "cvar.json", {"started": "2026-11-27"}), "key")

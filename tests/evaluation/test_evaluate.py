@@ -196,6 +196,18 @@ def test_finished_methods_are_reused_and_a_new_policy_is_added(
 
 
 @pytest.mark.usefixtures("no_report")
+def test_results_exchanged_with_their_record_are_made_again(tmp_path: Path) -> None:
+    config = write_workspace(tmp_path)
+    compute_metrics(config)
+    before, record = metrics_of(config, "hard_min"), config.paths.metrics / "run.json"
+    text = record.read_bytes()
+    record.write_bytes((config.paths.metrics / "hard_min.json").read_bytes())
+    (config.paths.metrics / "hard_min.json").write_bytes(text)
+    compute_metrics(config)
+    assert metrics_of(config, "hard_min") == before
+
+
+@pytest.mark.usefixtures("no_report")
 def test_another_judge_is_another_evaluation_but_samples_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,11 @@ Prepare = Callable[[], None]
 """Called in the process of a command before its script."""
 
 
+def messages(said: str) -> list[str]:
+    """Lines of a stderr but those of progress bars, which TRL and datasets draw there."""
+    return [line for line in said.splitlines() if line.strip() and "%|" not in line]
+
+
 @dataclass(frozen=True)
 class Ended:
     """How a command ended.
@@ -52,7 +57,7 @@ class Ended:
         Args:
             names: one of which the line has to hold; none: any line will do.
         """
-        lines = [line for line in self.said.splitlines() if line.strip()]
+        lines = messages(self.said)
         if self.status == HANGS:
             return "hangs"
         if "Traceback" in self.said:

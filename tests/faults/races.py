@@ -103,5 +103,4 @@ def _two_pipelines(project: Project, race: Race) -> Row:
 
 def _without_bars(said: str) -> str:
     """What a pipeline said, without the progress of TRL in an earlier step and the word that finished stages are kept."""
-    lines = [line for line in said.splitlines() if line.strip() and "%|" not in line]
-    return "\n".join(line for line in lines if not line.startswith("Stopped. "))
+    return "\n".join(line for line in commands.messages(said) if not line.startswith("Stopped. "))
