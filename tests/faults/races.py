@@ -65,7 +65,9 @@ def run_race(project: Project, race: Race) -> Row:
             time.sleep(race.share * project.seconds[first])
     ends = [one.end() for one in running]
     ends += [project.run(stage, root) for stage in dict.fromkeys(race.stages)]
-    return _judged(race, ends, len(race.stages), project.difference(root, last), root)
+    shared = first != last  # both score with the same judges, each what the other has not scored yet
+    difference = project.difference(root, last, rounding=shared)
+    return _judged(race, ends, len(race.stages), difference, root)
 
 
 def _judged(race: Race, ends: list[Ended], at_once: int, difference: str | None, root: Path) -> Row:

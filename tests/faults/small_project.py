@@ -327,7 +327,9 @@ def contents(root: Path, patterns: Sequence[str] | None) -> dict[str, str]:
                     found |= _rows_of(path, path.relative_to(root).parent.as_posix())
                 else:
                     plain = _plain(path, root)
-                    found[name] = _VALUES + plain.decode() if path.suffix == ".json" else _digest(plain)
+                    found[name] = (
+                        _VALUES + plain.decode() if path.suffix in (".json", ".jsonl") else _digest(plain)
+                    )
             except (UserError, SafetensorError, KeyError, TypeError, AttributeError):
                 found[name] = "damaged"
     return found
@@ -340,8 +342,8 @@ def _plain(path: Path, root: Path) -> bytes:
             value.pop("fingerprint")
         return json.dumps(value, sort_keys=True).replace(str(root), "").encode()
     if path.suffix == ".jsonl":
-        rows = map(_without_times, io.read_jsonl(path))
-        return "\n".join(json.dumps(row, sort_keys=True) for row in rows).replace(str(root), "").encode()
+        rows = [_without_times(row) for row in io.read_jsonl(path)]
+        return json.dumps(rows, sort_keys=True).replace(str(root), "").encode()
     content = path.read_bytes().replace(str(root).encode(), b"")
     return re.sub(rb"artifact_root: .*\n", b"", content) if path.suffix == ".yaml" else content
 
