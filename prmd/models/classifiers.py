@@ -29,6 +29,11 @@ from {module} import {base}
 
 class {name}(GenericForSequenceClassification, {base}):
     base_model_prefix = "{prefix}"
+
+    @classmethod
+    def is_custom_code(cls):
+        """The family's own code initializes weights; otherwise transformers leaves some of its buffers out."""
+        return False
 '''
 
 
@@ -54,6 +59,8 @@ def provide_classifier(model_config: Any) -> None:
     base = _family(plain)
     name = f"{plain.__name__.removesuffix('Model')}ForSequenceClassification"
     parts = {"config_class": kind, "base_model_prefix": base.base_model_prefix, "__module__": __name__}
+    # of custom code transformers leaves buffers without a value that the family sets at the level of its model, as Falcon-H1
+    parts["is_custom_code"] = classmethod(lambda cls: False)
     classifier = type(name, (GenericForSequenceClassification, base), parts)
     # transformers leaves out what is registered of its own families unless it may replace
     AutoModelForSequenceClassification.register(kind, classifier, exist_ok=True)

@@ -16,6 +16,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     CohereConfig,
+    FalconH1Config,
     GraniteConfig,
     PreTrainedConfig,
     XGLMConfig,
@@ -86,6 +87,21 @@ def test_the_head_stands_on_the_weights_of_the_base(tmp_path: Path, family: str)
     assert all(torch.equal(value, plain[name]) for name, value in model.base_model.state_dict().items())
     assert model.score.weight.shape == (1, 32) and rewards(model).std() > 1e-3
     torch.testing.assert_close(rewards(model), separate_rewards(model, ROWS), rtol=1e-5, atol=1e-5)
+
+
+def test_buffers_that_no_file_holds_have_the_values_of_the_plain_model(tmp_path: Path) -> None:
+    """Falcon-H1 sets its multipliers at the level of the whole model."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4}
+    sizes |= {"mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    config = FalconH1Config(**sizes, ssm_multipliers=[0.5, 2.0, 3.0, 4.0, 5.0])
+    path = saved(tmp_path / "base", config)
+    plain = dict(AutoModelForCausalLM.from_pretrained(path).named_buffers())
+    paths = ArtifactPaths(tmp_path, "pku_safe")
+    found = dict(load_base_classifier(model_at(path), paths, pad_token_id=0).named_buffers())
+    names = [name for name in plain if "mup_vector" in name]
+    assert len(names) == 2 and plain[names[0]].unique().numel() > 1
+    assert all(torch.equal(found[name], plain[name]) for name in names)
 
 
 def test_the_head_and_adapters_are_trained_and_nothing_else(tmp_path: Path) -> None:
