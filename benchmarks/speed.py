@@ -4,7 +4,7 @@
 
 Measures DPO against TRL's DPOTrainer (references precomputed in both, only optimiser steps timed), reward models against
 its RewardTrainer, distillation (TRL has none), scoring, peak memory at vocabulary 151,936, and each against the same
-model on dense batches. On a GPU also the shape of Qwen2.5-3B within 32 GB, and there `flex_attention` against `sdpa`.
+model on dense batches. On a GPU also the shape of Qwen2.5-3B within 32 GB.
 `--quick` takes 16 pairs instead of 64, and fewer repeats.
 Prints a Markdown table, and writes one list of rows as JSON.
 """

@@ -17,9 +17,8 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from benchmarks.side_by_side.limit import DenseBatch, alternate, dense_batches, dense_pass, planned_batches
-from benchmarks.side_by_side.rows import POLICY, Row, make_row, policy_data, ratio, timed_values
+from benchmarks.side_by_side.rows import POLICY, Row, make_row, policy_data, timed_values
 from benchmarks.side_by_side.setup import (
-    PAIRS_PER_BATCH,
     Models,
     Workload,
     processed_tokens,
@@ -32,7 +31,6 @@ from benchmarks.side_by_side.trainings import (
     trl_dpo,
     trl_reward,
 )
-from prmd.models.attention import SDPA_OR_FLEX, attention_implementation, attention_seconds, layer_shape
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.policies.targets import policy_loss
 from prmd.runtime import get_device
@@ -50,8 +48,6 @@ PEAK_TFLOPS = {
     "RTX 4090": 165.2,
 }
 """Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets, by part of the card's name."""
-ATTENTION_LENGTHS = (512, 1024, 2048, 4096)
-"""Tokens of the rows for which a single attention layer is timed."""
 
 
 def qwen_3b_shape() -> Qwen2Config:
@@ -108,31 +104,19 @@ class IsolatedRun:
 def shape_rows(
     config: PreTrainedConfig, workload: Workload, *, name: str, dtype: torch.dtype, repeats: int
 ) -> list[Row]:
-    """The rows dpo_<name> and reward_model_<name>, and attention_<name> where `flex_attention` can run."""
+    """The rows dpo_<name> and reward_model_<name>."""
     pad_id = workload.tokenizer.pad_token_id
     models = random_models(config, dtype=dtype, checkpointing=True, pad_token_id=pad_id)
-    attention = attention_implementation("auto", config)
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        dpo = _dpo_runs(models, workload, root, attention)
-        rewards = _reward_runs(models, workload, root, attention)
-        rows = [
-            _shape_row(f"dpo_{name}", dpo, config, workload, repeats),
-            _shape_row(f"reward_model_{name}", rewards, config, workload, repeats),
-        ]
-        if attention != "sdpa":
-            runs = {
-                kernel: IsolatedRun(partial(_our_dpo, models, workload, root, kernel))
-                for kernel in (SDPA_OR_FLEX, "sdpa")
-            }
-            rows.append(attention_row(f"attention_{name}", runs, config, workload, repeats))
-    return rows
+        runs = {
+            f"dpo_{name}": _dpo_runs(models, workload, Path(folder)),
+            f"reward_model_{name}": _reward_runs(models, workload, Path(folder)),
+        }
+        return [_shape_row(row, sides, config, workload, repeats) for row, sides in runs.items()]
 
 
-def _our_dpo(models: Models, workload: Workload, root: Path, attention: str) -> Callable[[], float]:
-    """Our DPO training with one of the attentions of `models.attention`."""
+def _our_dpo(models: Models, workload: Workload, root: Path) -> Callable[[], float]:
     rows, model = workload.policy_rows, models.policy()
-    model.set_attn_implementation(attention)
     # references of zero: precomputed on both sides, they cost a training no time
     data = policy_data(rows, torch.zeros(len(rows), 2), targets=False)
     loss, policy = partial(policy_loss, policy=POLICY), SequenceLogps(model)
@@ -141,22 +125,20 @@ def _our_dpo(models: Models, workload: Workload, root: Path, attention: str) -> 
     ).run
 
 
-def _dpo_runs(models: Models, workload: Workload, root: Path, attention: str) -> dict[str, IsolatedRun]:
+def _dpo_runs(models: Models, workload: Workload, root: Path) -> dict[str, IsolatedRun]:
     rows = workload.policy_rows
     return {
-        "ours": IsolatedRun(partial(_our_dpo, models, workload, root, attention)),
+        "ours": IsolatedRun(partial(_our_dpo, models, workload, root)),
         "trl": IsolatedRun(lambda: trl_dpo(models.policy(), workload, root / "trl", checkpointing=True).run),
         "limit": IsolatedRun(lambda: _limit(models.policy(), dense_batches(rows, _batches(workload)))),
     }
 
 
-def _reward_runs(models: Models, workload: Workload, root: Path, attention: str) -> dict[str, IsolatedRun]:
+def _reward_runs(models: Models, workload: Workload, root: Path) -> dict[str, IsolatedRun]:
     rows = workload.reward_rows
 
     def ours() -> Callable[[], float]:
-        classifier = models.classifier()
-        classifier.set_attn_implementation(attention)
-        model, data = SequenceRewards(classifier), PairData(rows, {})
+        model, data = SequenceRewards(models.classifier()), PairData(rows, {})
         return our_training(
             model, data, reward_objective, workload=workload, directory=root / "ours", checkpointing=True
         ).run
@@ -205,42 +187,6 @@ def _shape_row(
         note=_note(config, runs),
         model=type(config).__name__.removesuffix("Config"),
     )
-
-
-def attention_row(
-    name: str, runs: dict[str, IsolatedRun], config: PreTrainedConfig, workload: Workload, repeats: int
-) -> Row:
-    """`flex_attention` for all rows that share a prompt, over `sdpa`; TRL has no part in it.
-
-    Args:
-        runs: our DPO training by attention, `SDPA_OR_FLEX` and `sdpa`.
-    """
-    flex, sdpa = runs[SDPA_OR_FLEX], runs["sdpa"]
-    flex()  # compiles
-    times = alternate(runs, repeats=repeats)
-    speed, spread = ratio(times["sdpa"], times[SDPA_OR_FLEX])
-    pairs = len(workload.policy_rows)
-    return make_row(
-        name,
-        unit="pairs/s",
-        ours=pairs / statistics.median(times[SDPA_OR_FLEX]),
-        speed_ratio=speed,
-        spread=spread,
-        memory_ratio=flex.peak / sdpa.peak,
-        repeats=len(times["sdpa"]),
-        model=type(config).__name__.removesuffix("Config"),
-        note=f"speed and memory are those of flex_attention over sdpa in our DPO training; {_layer_note(config)}",
-    )
-
-
-def _layer_note(config: PreTrainedConfig) -> str:
-    """How many times faster one attention layer is with `flex_attention`, by length."""
-    ratios = []
-    for length in ATTENTION_LENGTHS:
-        shape = layer_shape(config, rows=PAIRS_PER_BATCH, length=length, dtype=torch.bfloat16, gradients=True)
-        ratio_of_times = attention_seconds(shape, flex=False) / attention_seconds(shape, flex=True)
-        ratios.append(f"{ratio_of_times:.2f}x at {length}")
-    return f"forward and backward of one attention layer, {PAIRS_PER_BATCH} rows: {', '.join(ratios)} tokens"
 
 
 def _note(config: PreTrainedConfig, runs: dict[str, IsolatedRun]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from prmd.models.attention import SDPA_OR_FASTER_FLEX, SDPA_OR_FLEX, rows_mask
+from prmd.models.attention import SDPA_OR_FLEX, rows_mask
 
 LOGITS_AT_ONCE = 2**25
 """Elements of one float32 block of logits (128 MiB): 220 tokens at a vocabulary of 151,936."""
@@ -183,7 +183,7 @@ def why_not_shared(model_config: Any, longest: int) -> str:
     attention = getattr(model_config, "_attn_implementation", "sdpa")
     if type(model_config) in _seen_apart:
         return "responses were measured to see each other"
-    if attention not in ("sdpa", SDPA_OR_FLEX, SDPA_OR_FASTER_FLEX):
+    if attention not in ("sdpa", SDPA_OR_FLEX):
         return f"{attention} attention is not used with a mask of shared prompts"
     text_config = model_config.get_text_config()  # of a multimodal model, that of its language part
     layer_types = getattr(text_config, "layer_types", None)

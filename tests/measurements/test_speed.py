@@ -10,7 +10,6 @@ import torch
 from tiny_models import tiny_causal_lm, tiny_config
 
 from benchmarks import speed
-from benchmarks.side_by_side import shape as speed_shape
 from benchmarks.side_by_side.limit import DenseBatch, alternate, dense_batches
 from benchmarks.side_by_side.memory import memory_row
 from benchmarks.side_by_side.rows import POLICY, ROW_KEYS, make_row, policy_data, ratio, timed_values
@@ -24,10 +23,9 @@ from benchmarks.side_by_side.setup import (
     random_models,
     read_candidates,
 )
-from benchmarks.side_by_side.shape import IsolatedRun, attention_row, shape_rows, training_flops
+from benchmarks.side_by_side.shape import shape_rows, training_flops
 from benchmarks.side_by_side.trainings import our_scoring, our_training, trl_dpo
 from prmd.config.shared import DataConfig
-from prmd.models.attention import SDPA_OR_FLEX, AttentionShape
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
 from prmd.policies.targets import policy_loss
@@ -123,25 +121,6 @@ def test_a_shape_is_compared_within_its_cap(workload: Workload) -> None:
     rows = shape_rows(tiny_config(), workload.first(4), name="tiny", dtype=torch.float32, repeats=1)
     assert [row["name"] for row in rows] == ["dpo_tiny", "reward_model_tiny"]
     assert all(row["speed_ratio"] > 0 and "did not fit" not in row["note"] for row in rows)
-
-
-def test_flex_attention_is_compared_with_sdpa(workload: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
-    shapes: list[AttentionShape] = []
-
-    def layer_seconds(shape: AttentionShape, *, flex: bool) -> float:
-        shapes.append(shape)
-        return shape.length / (1000 if flex else 500)
-
-    monkeypatch.setattr(speed_shape, "attention_seconds", layer_seconds)
-    runs = {
-        name: IsolatedRun(lambda taken=taken: lambda: taken)
-        for name, taken in ((SDPA_OR_FLEX, 2.0), ("sdpa", 3.0))
-    }
-    row = attention_row("attention_tiny", runs, tiny_config(), workload.first(4), 2)
-    assert (row["ours"], row["speed_ratio"], row["spread"], row["repeats"]) == (2.0, 1.5, [1.5, 1.5], 2)
-    assert row["trl"] is None and "2.00x at 512, 2.00x at 1024" in row["note"]
-    assert {shape.rows for shape in shapes} == {PAIRS_PER_BATCH} and all(shape.gradients for shape in shapes)
-    assert speed.misses(row) == []
 
 
 # ------------------------------------------------------------------ workload

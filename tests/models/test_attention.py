@@ -1,7 +1,6 @@
 """The choice between sdpa and flex_attention, and that both compute the same."""
 
 import copy
-import logging
 from collections.abc import Iterator
 
 import pytest
@@ -17,7 +16,6 @@ from model_families import (
     gradients,
 )
 from torch import Tensor, nn
-from torch._dynamo.exc import TorchDynamoException
 from torch.nn.attention import flex_attention as torch_flex
 from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -28,13 +26,9 @@ from prmd.config.shared import ModelConfig
 from prmd.errors import ConfigError
 from prmd.models import attention
 from prmd.models.attention import (
-    SDPA_OR_FASTER_FLEX,
     SDPA_OR_FLEX,
-    AttentionShape,
     attention_implementation,
-    attention_seconds,
     block_mask,
-    flex_is_faster,
     rows_mask,
 )
 from prmd.models.loading import load_causal_lm, load_classifier, load_policy
@@ -42,7 +36,6 @@ from prmd.models.prefix_rows import PADDING, attention_mask, collate_rows
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
 
-SHAPE = AttentionShape(2, 383, 4, 2, 16, torch.float32, False)
 LONG_ROWS = [
     PrefixRow(tuple(range(2, 58)) * 3, (tuple(range(5, 50)) * 3, tuple(range(9, 60)) * 2)),
     PrefixRow((7, 8, 9), ((20, 21), (30, 31, 32), (33,))),
@@ -163,22 +156,21 @@ def test_generation_with_left_padding_is_that_of_sdpa(eager_flex):
 
 
 def test_a_saved_model_does_not_name_the_switch(tmp_path):
-    with_attention(causal_model("llama"), SDPA_OR_FASTER_FLEX).save_pretrained(tmp_path)
+    with_attention(causal_model("llama"), SDPA_OR_FLEX).save_pretrained(tmp_path)
     assert "flex" not in (tmp_path / "config.json").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", [SDPA_OR_FLEX, SDPA_OR_FASTER_FLEX])
-def test_flex_shares_prompts_as_sdpa_does(name):
+def test_flex_shares_prompts_as_sdpa_does():
     full, window = family_config("qwen2"), family_config("mistral", sliding_window=8)
-    full._attn_implementation = window._attn_implementation = name
+    full._attn_implementation = window._attn_implementation = SDPA_OR_FLEX
     assert supports_shared_prompts(full, 100_000)
     assert supports_shared_prompts(window, 8) and not supports_shared_prompts(window, 9)
 
 
 # ------------------------------------------------------------------ the choice
-def test_a_gpu_takes_flex_where_it_can_run(gpu):
+def test_a_gpu_takes_flex_where_it_is_asked_for(gpu):
     config = Qwen2Config(hidden_size=2048, num_attention_heads=16)
-    assert attention_implementation("auto", config) == SDPA_OR_FASTER_FLEX
+    assert attention_implementation("auto", config) == "sdpa"
     assert attention_implementation("flex_attention", config) == SDPA_OR_FLEX
     assert torch._dynamo.config.recompile_limit == 64
     assert attention_implementation("sdpa", config) == "sdpa"
@@ -207,11 +199,9 @@ def test_models_that_flex_cannot_run(gpu, changes, word):
         attention_implementation("flex_attention", config)
 
 
-def test_a_machine_without_triton_uses_sdpa(gpu, monkeypatch, caplog):
+def test_a_machine_without_triton_cannot_run_flex(gpu, monkeypatch):
     monkeypatch.setattr(attention, "missing_compiler", lambda: "triton-windows")
-    with caplog.at_level(logging.INFO):
-        assert attention_implementation("auto", Qwen2Config()) == "sdpa"
-    assert not caplog.records
+    assert attention_implementation("auto", Qwen2Config()) == "sdpa"
     with pytest.raises(ConfigError, match="triton-windows is missing"):
         attention_implementation("flex_attention", Qwen2Config())
 
@@ -221,7 +211,7 @@ def test_models_are_loaded_with_the_choice(gpu, monkeypatch, tmp_path):
     config = family_config("llama", head_dim=16)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     paths = ArtifactPaths(tmp_path, "embedded")
-    for asked, name in (("auto", SDPA_OR_FASTER_FLEX), ("flex_attention", SDPA_OR_FLEX), ("sdpa", "sdpa")):
+    for asked, name in (("auto", "sdpa"), ("flex_attention", SDPA_OR_FLEX), ("sdpa", "sdpa")):
         model = ModelConfig(name=str(tmp_path / "base"), dtype="float32", attention=asked)
         assert load_causal_lm(model, paths).config._attn_implementation == name
         assert load_policy(tmp_path / "base", model, paths).config._attn_implementation == name
@@ -229,49 +219,6 @@ def test_models_are_loaded_with_the_choice(gpu, monkeypatch, tmp_path):
     with pytest.raises(ConfigError, match="power of two"):
         load_classifier(tmp_path / "rm", "float32", attention="flex_attention")
     assert load_classifier(tmp_path / "rm", "float32", attention="auto").config._attn_implementation == "sdpa"
-
-
-# ------------------------------------------------------------------ the measurement
-@pytest.fixture(autouse=True)
-def nothing_timed_yet() -> None:
-    flex_is_faster.cache_clear()
-
-
-@pytest.mark.parametrize(("flex", "sdpa"), [(1.0, 2.0), (2.0, 1.0)])
-def test_auto_takes_the_faster_kernel(monkeypatch, caplog, flex, sdpa):
-    timed = []
-
-    def seconds(shape: AttentionShape, *, flex: bool) -> float:
-        timed.append(shape)
-        return times[flex]
-
-    times = {True: flex, False: sdpa}
-    monkeypatch.setattr(attention, "attention_seconds", seconds)
-    model = with_attention(causal_model("llama"), SDPA_OR_FASTER_FLEX)
-    short, long = torch.tensor([[0, 1, 2]]), collate_rows(LONG_ROWS, pad_id=0)["segment_ids"]
-    with caplog.at_level(logging.INFO), torch.no_grad():
-        assert isinstance(rows_mask(model, short), Tensor) and not timed, "nothing to skip in one block"
-        masks = [rows_mask(model, long) for _ in range(2)]
-    assert [isinstance(mask, BlockMask) for mask in masks] == [flex < sdpa] * 2
-    assert set(timed) == {AttentionShape(2, 511, 4, 2, 8, torch.float32, False)}
-    assert len(caplog.records) == 1, "timed and said once"
-
-
-def test_a_kernel_that_does_not_compile_leaves_sdpa(monkeypatch, caplog):
-    def seconds(shape: AttentionShape, *, flex: bool) -> float:
-        raise TorchDynamoException("no compiler\nmore")
-
-    monkeypatch.setattr(attention, "attention_seconds", seconds)
-    assert not flex_is_faster(SHAPE)
-    assert "no compiler" in caplog.text and "more" not in caplog.text
-
-
-def test_both_kernels_are_timed_at_the_shape(eager_flex):
-    random_state = torch.random.get_rng_state()
-    assert attention_seconds(SHAPE, flex=False) > 0 and not eager_flex
-    assert attention_seconds(SHAPE, flex=True) > 0
-    assert {mask.shape for mask, _ in eager_flex} == {(2, 1, 383, 383)}
-    assert torch.equal(torch.random.get_rng_state(), random_state)
 
 
 # ------------------------------------------------------------------ on a GPU
