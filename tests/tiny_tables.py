@@ -33,7 +33,6 @@ class Table:
     fingerprint: str
     calibration: Calibration | None = None
     members: int = M
-    shared_base: None = None
 
     def release(self) -> None:
         """It has no weights."""

@@ -22,7 +22,7 @@ from prmd.pessimism.aggregation import stack_objectives
 from prmd.pessimism.calibration import calibrate, prompt_means
 from prmd.policies.pairs import PairScores, PairTokens, ReferenceSamples, ScaleResponses
 from prmd.rewards.brought import BroughtReward
-from prmd.rewards.reward_model import Scorer, release_shared_base, rows_of_samples
+from prmd.rewards.reward_model import Scorer, rows_of_samples
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,7 @@ def score_pairs(
             rows = model.rows_of_pairs(part.pairs) if brought else tokens.for_rewards(model.tokenizer, part)
             values = _calibrated_rewards(model, objective, rows, own)
             calibrated[i].append(values.permute(2, 0, 1))  # [n, 2, M] -> [M, n, 2]
-        model.release()
-    release_shared_base(models)  # before the reference model is loaded
+        model.release()  # before the next one, or the reference model, is loaded
     return [
         PairScores(
             stack_objectives(rewards),
@@ -138,7 +137,6 @@ def score_samples(
         values = calibrate(raw, scale=model.calibration.scale, offset=offset)
         calibrated.append(values.flatten(0, 1).T)
         model.release()
-    release_shared_base(models)
     index = torch.arange(len(sampled.prompts)).repeat_interleave(n)
     source = f"reference samples of the {source}"
     return ScaleResponses(stack_objectives(calibrated), index, source, n, centred=by_prompt)

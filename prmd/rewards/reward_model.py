@@ -37,7 +37,7 @@ from prmd.models.loading import (
 from prmd.models.sequence_models import SequenceRewards, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, Tokens, tokenize_texts
 from prmd.pessimism.calibration import Calibration
-from prmd.rewards.adapters import AdapterMembers, SharedBase, find_members, shared_base
+from prmd.rewards.adapters import AdapterMembers, find_members
 from prmd.rewards.brought import BROUGHT_FILE, BroughtReward, brought_reward
 from prmd.rewards.heads import Ensemble
 from prmd.runtime import free_memory
@@ -62,7 +62,6 @@ class RewardModel:
         fingerprint: key of weights, ensemble, template and precision; names the cache table of rewards.
         backbone_fingerprint: the same without the ensemble; names the cache table of features.
         base_model: what it was trained from, and in which precision it is scored.
-        shared_base: where its weights may be had as an adapter of a base that other reward models share.
     """
 
     directory: Path
@@ -75,24 +74,18 @@ class RewardModel:
     paths: ArtifactPaths
     base_model: ModelConfig
     scoring_tokens: int
-    shared_base: SharedBase | None = None
-
-    @property
-    def model(self) -> PreTrainedModel | PeftModel:
-        """The backbone with its head, loaded when something really has to be scored."""
-        adapted = self.shared_base.switch_to(self.directory) if self.shared_base else None
-        return self._merged if adapted is None else adapted
 
     @cached_property
-    def _merged(self) -> PreTrainedModel:
+    def model(self) -> PreTrainedModel:
+        """The backbone with its head, loaded when something really has to be scored."""
         base = self.base_model
         return load_classifier(
             self.directory, base.dtype, attention=base.attention, trust=base.trust_remote_code
         )
 
     def release(self) -> None:
-        """Free the memory of the weights; a base that others share stays until it is released itself."""
-        self.__dict__.pop("_merged", None)
+        """Free the memory of the weights."""
+        self.__dict__.pop("model", None)
         free_memory()
 
     @property
@@ -259,7 +252,7 @@ def load_reward_models(shared: SharedConfig) -> list[Scorer]:
 
 
 def _side_by_side(shared: SharedConfig, found: Sequence[Scorer]) -> list[Scorer]:
-    """Models of one ensemble size, those that can on a shared base; what is brought is repeated to that size.
+    """Models of one ensemble size; what is brought is repeated to that size.
 
     Raises:
         DataError: ensembles of different size.
@@ -273,20 +266,8 @@ def _side_by_side(shared: SharedConfig, found: Sequence[Scorer]) -> list[Scorer]
         raise DataError(
             f"reward models have ensembles of different size {sizes}; train them with one ensemble.members"
         )
-    trained = [model.directory for model in found if isinstance(model, RewardModel)]
-    base = shared_base(shared.model, shared.paths, trained) if trained else None
     members = max(sizes.values(), default=1)
-    return [
-        replace(model, shared_base=base) if isinstance(model, RewardModel) else model.repeated(members)
-        for model in found
-    ]
-
-
-def release_shared_base(models: Sequence[Scorer]) -> None:
-    """Free the base that reward models take turns on, where they share one."""
-    bases = (model.shared_base for model in models if not isinstance(model, BroughtReward))
-    if (base := next((base for base in bases if base), None)) is not None:
-        base.release()
+    return [model if isinstance(model, RewardModel) else model.repeated(members) for model in found]
 
 
 def load_brought(directory: Path, objective: str, *, shared: SharedConfig) -> BroughtReward:

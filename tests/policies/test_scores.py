@@ -48,7 +48,6 @@ class StandIn:
     shift: Tensor = field(default_factory=lambda: torch.zeros(M, dtype=torch.float64))
     by_prompt: float = 0.0
     calibration: Calibration | None = None
-    shared_base: None = None
     paths: ArtifactPaths = NOWHERE
     fingerprint: str = "stand-in"
     members: int = M
