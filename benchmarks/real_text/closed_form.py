@@ -134,10 +134,9 @@ class Responses:
 
 @dataclass(frozen=True)
 class Objective:
-    """One objective: its pairs' prompts and responses, those of the training split and those of the judge split."""
+    """One objective: the responses of its pairs, those of the training split and those of the judge split."""
 
     training: Responses
-    training_pairs: list[PreferencePair]
     judging: Responses
 
 
@@ -164,13 +163,13 @@ def make_material(config: RewardModelConfig, sizes: ClosedFormSizes) -> Material
     download_dataset(config)
     split_objectives(config)
     tokenizer = load_tokenizer(config.model, config.paths)
-    splits: dict[tuple[str, str], tuple[list[PreferencePair], list[Features], np.ndarray]] = {}
+    splits: dict[tuple[str, str], tuple[list[Features], np.ndarray]] = {}
     for objective in OBJECTIVES:
         for split, share in (("train", 0.6), ("judge", 0.4)):
             pairs = _some(read_pairs(config.paths, objective, split), round(share * sizes.pairs))
             splits[objective, split] = _pair_features(config, tokenizer, pairs)
     samples, lengths = _sample_features(config, tokenizer, sizes)
-    project = _projections([f for _, found, _ in splits.values() for f in found], sizes.components)
+    project = _projections([f for found, _ in splits.values() for f in found], sizes.components)
 
     def responses(found: Sequence[Features], length: np.ndarray) -> Responses:
         return Responses(
@@ -181,10 +180,8 @@ def make_material(config: RewardModelConfig, sizes: ClosedFormSizes) -> Material
 
     objectives = []
     for objective in OBJECTIVES:
-        (pairs, found, length), (_, judged, judged_length) = (
-            splits[objective, s] for s in ("train", "judge")
-        )
-        objectives.append(Objective(responses(found, length), pairs, responses(judged, judged_length)))
+        training, judging = (responses(*splits[objective, split]) for split in ("train", "judge"))
+        objectives.append(Objective(training, judging))
     return Material(sizes, objectives, responses(samples, lengths))
 
 
@@ -195,8 +192,8 @@ def _some(pairs: Sequence[PreferencePair], count: int) -> list[PreferencePair]:
 
 def _pair_features(
     config: RewardModelConfig, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PreferencePair]
-) -> tuple[list[PreferencePair], list[Features], np.ndarray]:
-    """Pairs that fit, features of their responses, and tokens of these without the end of turn, [n, 2]."""
+) -> tuple[list[Features], np.ndarray]:
+    """Features of the responses of the pairs that fit, and tokens of these without the end of turn, [n, 2]."""
     fitted = tokenize_pairs(
         pairs,
         tokenizer,
@@ -205,7 +202,7 @@ def _pair_features(
         keep_suffix=False,
     )
     lengths = np.array([[len(r) - 1 for r in row.responses] for row in fitted.rows], dtype=np.float64)
-    return list(fitted.pairs), features_of(config, tokenizer, fitted.rows), lengths
+    return features_of(config, tokenizer, fitted.rows), lengths
 
 
 def _sample_features(

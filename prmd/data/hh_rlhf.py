@@ -66,16 +66,6 @@ class Transcript:
     turns: tuple[Turn, ...]
 
     @property
-    def prompt_text(self) -> str:
-        """Source text before the response's marker."""
-        return render_transcript(self.turns[:-1])
-
-    @property
-    def response_text(self) -> str:
-        """Source text of the response, marker included."""
-        return self.turns[-1].raw
-
-    @property
     def prompt(self) -> tuple[Message, ...]:
         return tuple({"role": turn.role, "content": turn.content} for turn in self.turns[:-1])
 

@@ -199,7 +199,7 @@ def within_prompt_variance(robust: Tensor, prompt_index: Tensor) -> float:
     several = counts > 1
     if not bool(several.any()):
         raise ValueError(
-            "auto_reward_scale: no prompt has two responses; set reward_scale to a number instead"
+            "within_prompt_variance: no prompt has two responses; set reward_scale to a number instead"
         )
     return float((deviations[several, 0] / (counts[several] - 1)).mean())
 
@@ -234,26 +234,6 @@ def cross_fitted_variance(reward: Callable[[Tensor], Tensor], rewards: Tensor) -
     return float(torch.stack([half.var(dim=-1).mean() for half in halves]).mean())
 
 
-def auto_reward_scale(robust: Tensor, prompt_index: Tensor, *, beta: float, kl_target: float) -> float:
-    """Reward scale at which the optimal policy is about `kl_target` nats from the reference.
-
-    Args:
-        robust: robust rewards of R responses, [R].
-        prompt_index: prompt of each response, LongTensor [R]; prompts with one response are left out.
-        beta: > 0.
-        kl_target: nats per response, > 0.
-
-    Returns:
-        `scale_of_variance` of their `within_prompt_variance`, > 0.
-
-    Raises:
-        ValueError: beta or kl_target not positive, no prompt with two responses, or no variance.
-    """
-    if not beta > 0 or not kl_target > 0:
-        raise ValueError(f"auto_reward_scale: beta and kl_target must be > 0, got {beta} and {kl_target}")
-    return scale_of_variance(within_prompt_variance(robust, prompt_index), beta=beta, kl_target=kl_target)
-
-
 def scale_of_variance(variance: float, *, beta: float, kl_target: float) -> float:
     """Reward scale that aims at `kl_target` nats where R varies so much within a prompt.
 
@@ -269,10 +249,12 @@ def scale_of_variance(variance: float, *, beta: float, kl_target: float) -> floa
         The scale, > 0.
 
     Raises:
-        ValueError: no variance.
+        ValueError: beta or kl_target not positive, or no variance.
 
     Source: the exponential tilt of a Gaussian; the optimum is Eq. 4 of arXiv:2305.18290.
     """
+    if not beta > 0 or not kl_target > 0:
+        raise ValueError(f"scale_of_variance: beta and kl_target must be > 0, got {beta} and {kl_target}")
     if not variance > 0:
-        raise ValueError("auto_reward_scale: robust rewards are the same for all responses of every prompt")
+        raise ValueError("scale_of_variance: robust rewards are the same for all responses of every prompt")
     return beta * math.sqrt(2.0 * kl_target / variance)

@@ -79,7 +79,7 @@ def target_margins(
     Args:
         chosen_rewards: robust rewards in calibrated units, [B].
         rejected_rewards: the same for the rejected responses, [B].
-        reward_scale: > 0; `calibration.auto_reward_scale` chooses it from a KL budget.
+        reward_scale: > 0; `calibration.scale_of_variance` chooses it from a KL budget.
         margin_clip: > 0, in units of the implicit margin; ``math.inf`` never clips.
 
     Returns:

@@ -23,7 +23,7 @@ class MaxminSolution:
     Attributes:
         weights: w* on the simplex, float64 [K].
         reward_scale: beta / tau at which the KL is met on these samples; for another KL use
-            `calibration.auto_reward_scale` on the weighted reward.
+            `calibration.scale_of_variance` on the weighted reward's.
         kl: KL of the solution from the reference, nats.
         gains: centred gain of each objective, float64 [K]; equal over objectives with positive weight.
         dual: ``E_x tau log E_ref exp(sum_k w_k (r_k - E_ref r_k) / tau)``.

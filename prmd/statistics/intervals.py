@@ -73,12 +73,11 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Estim
     return Estimate(share, low, high, n, f"Wilson {confidence:.4g}")
 
 
-def accuracy_with_ties(margins: np.ndarray, confidence: float = 0.95) -> dict[str, float | int | str]:
+def accuracy_with_ties(margins: np.ndarray) -> dict[str, float | int | str]:
     """Share of pairs whose margin is positive, ties counted one half and reported.
 
     Args:
         margins: score(chosen) - score(rejected), [N].
-        confidence: coverage of the Wilson interval.
 
     Returns:
         Dictionary with accuracy, low, high, ties, n, method.
@@ -90,7 +89,7 @@ def accuracy_with_ties(margins: np.ndarray, confidence: float = 0.95) -> dict[st
     if d.size == 0 or not np.isfinite(d).all():
         raise ValueError(f"accuracy_with_ties: needs finite margins, got {d.size} of which some are not")
     ties = int((d == 0).sum())
-    share = wilson_interval((d > 0).sum() + 0.5 * ties, d.size, confidence)
+    share = wilson_interval((d > 0).sum() + 0.5 * ties, d.size)
     return {
         "accuracy": share.value,
         "low": share.low,
@@ -323,14 +322,7 @@ def _lower_tails(rows: np.ndarray, alpha: float) -> tuple[np.ndarray, np.ndarray
     return cvar_over_prompts(ordered, alpha), influence.std(axis=1) / math.sqrt(max(1, n - 1))
 
 
-def paired_bootstrap(
-    a: np.ndarray,
-    b: np.ndarray,
-    *,
-    n_resamples: int = 10_000,
-    seed: int = 0,
-    confidence: float = 0.95,
-) -> Estimate:
+def paired_bootstrap(a: np.ndarray, b: np.ndarray, *, n_resamples: int = 10_000, seed: int = 0) -> Estimate:
     """Mean of ``a - b`` with a studentized bootstrap interval, both measured on the same prompts.
 
     Args:
@@ -338,7 +330,6 @@ def paired_bootstrap(
         b: [N], aligned with `a`.
         n_resamples: number of resamples.
         seed: of the resampling.
-        confidence: coverage aimed at.
 
     Returns:
         The mean difference with its interval.
@@ -351,8 +342,7 @@ def paired_bootstrap(
         raise ValueError(
             f"paired_bootstrap: shapes {first.shape} and {second.shape} differ; align by prompt id"
         )
-    options = {"n_resamples": n_resamples, "seed": seed, "confidence": confidence}
-    return studentized_ratio(first - second, np.ones_like(first), **options)
+    return studentized_ratio(first - second, np.ones_like(first), n_resamples=n_resamples, seed=seed)
 
 
 def minimum_band(estimates: Sequence[Estimate]) -> Estimate:

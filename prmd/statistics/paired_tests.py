@@ -26,13 +26,12 @@ _LEAST_DRAWS = 2000  # of one tail; fewer would keep a clear difference from sur
 _RIDGE = 1e-6  # per row; only decides resamples in which length separates wins from losses perfectly
 
 
-def mcnemar_exact(only_a: int, only_b: int, *, mid_p: bool = False) -> float:
+def mcnemar_exact(only_a: int, only_b: int) -> float:
     """Exact McNemar test of two methods judged right or wrong on the same items.
 
     Args:
         only_a: items that only the first method has right.
         only_b: items that only the second has right.
-        mid_p: count half the probability of the observed split (less conservative).
 
     Returns:
         Two-sided p-value; 1 without discordant items.
@@ -47,11 +46,7 @@ def mcnemar_exact(only_a: int, only_b: int, *, mid_p: bool = False) -> float:
     discordant = only_a + only_b
     if discordant == 0:
         return 1.0
-    if not mid_p:
-        return float(stats.binomtest(only_a, discordant, 0.5).pvalue)
-    smaller = min(only_a, only_b)
-    tail = stats.binom.cdf(smaller, discordant, 0.5) - 0.5 * stats.binom.pmf(smaller, discordant, 0.5)
-    return float(min(1.0, 2 * tail))
+    return float(stats.binomtest(only_a, discordant, 0.5).pvalue)
 
 
 def sign_flip_test(differences: np.ndarray, *, n_resamples: int = 10_000, seed: int = 0) -> float:

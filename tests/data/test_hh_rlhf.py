@@ -26,7 +26,7 @@ def test_alternating_turns_are_found_and_reproduced(exchanges):
     turns = [turn for human, reply in exchanges for turn in (("user", human), ("assistant", reply))]
     text = "".join(f"\n\n{NAMES[role]}: {content}" for role, content in turns)
     transcript = parse_transcript(text)
-    assert transcript.prompt_text + transcript.response_text == text
+    assert render_transcript(transcript.turns) == text
     assert [(t.role, t.content) for t in transcript.turns] == [(r, c.strip()) for r, c in turns]
     assert transcript.response == exchanges[-1][1].strip()
 
@@ -50,7 +50,7 @@ def test_consecutive_turns_are_merged_without_loss():
     text = "\n\nHuman: a\n\nAssistant: b \n\nAssistant:  c\n\nHuman: d\n\nHuman: e\n\nAssistant: f"
     transcript = parse_transcript(text)
     assert [t.content for t in transcript.turns] == ["a", "b\n\nc", "d\n\ne", "f"]
-    assert transcript.prompt_text + transcript.response_text == text
+    assert render_transcript(transcript.turns) == text
 
 
 def test_inline_speaker_names_are_text():
@@ -106,7 +106,7 @@ def test_every_accepted_real_row_is_reproduced():
             outcomes["accepted"] += 1
             assert sides.chosen.prompt == sides.rejected.prompt
             for side, text in ((sides.chosen, row["chosen"]), (sides.rejected, row["rejected"])):
-                assert side.prompt_text + side.response_text == text
+                assert render_transcript(side.turns) == text
                 assert text.rstrip().endswith(side.response)
                 # independent of the parser: markers and white space aside, the messages are the text
                 plain = "".join(re.sub(r"\n\n[ \t]*(Human|Assistant):", "", text).split())

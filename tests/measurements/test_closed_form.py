@@ -169,7 +169,7 @@ def objective(n: int = 100, longer: int = 60) -> Objective:
     features = rng.standard_normal((n, 2, 3))
     features[:, 0, 0], features[:, 1, 0] = np.arange(n), 0.0  # the difference names its pair
     responses = Responses(features, features, length)
-    return Objective(responses, [], responses)
+    return Objective(responses, responses)
 
 
 @pytest.mark.parametrize(("share", "n"), [(0.8, 40), (0.65, 40), (0.5, 40), (0.95, 40)])

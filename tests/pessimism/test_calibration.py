@@ -126,12 +126,17 @@ def test_calibrate_broadcasts_per_prompt_offsets_and_works_in_float64():
     assert calibrated[1, 2].tolist() == [(10 - 3) / 2, (11 - 4) / 4]
 
 
+def auto_scale(robust: torch.Tensor, index: torch.Tensor, *, beta: float, kl_target: float) -> float:
+    variance = calibration.within_prompt_variance(robust, index)
+    return calibration.scale_of_variance(variance, beta=beta, kl_target=kl_target)
+
+
 def test_auto_reward_scale_meets_the_kl_for_gaussian_rewards():
     """The tilt of many Gaussian rewards at the automatic scale has the KL asked for, measured on the tilt itself."""
     rng = np.random.default_rng(3)
     robust = 1.7 * rng.normal(size=(20, 4000)) + 5 * rng.normal(size=(20, 1))
     index = torch.arange(20).repeat_interleave(4000)
-    scale = calibration.auto_reward_scale(torch.from_numpy(robust.ravel()), index, beta=0.1, kl_target=0.5)
+    scale = auto_scale(torch.from_numpy(robust.ravel()), index, beta=0.1, kl_target=0.5)
     assert scale == pytest.approx(0.1 * math.sqrt(2 * 0.5) / 1.7, rel=0.02)
     weights = np.exp(scale * (robust - robust.max(axis=1, keepdims=True)) / 0.1)
     weights /= weights.sum(axis=1, keepdims=True)
@@ -142,7 +147,7 @@ def test_auto_reward_scale_averages_variances_over_prompts():
     robust = torch.tensor([0.0, 2.0, 5.0, 5.0, 8.0, 1.0], dtype=torch.float64)
     index = torch.tensor([0, 0, 1, 1, 1, 2])
     variance = (np.var([0, 2], ddof=1) + np.var([5, 5, 8], ddof=1)) / 2
-    scale = calibration.auto_reward_scale(robust, index, beta=0.2, kl_target=4.0)
+    scale = auto_scale(robust, index, beta=0.2, kl_target=4.0)
     assert scale == pytest.approx(0.2 * math.sqrt(8.0 / variance))
 
 
@@ -173,11 +178,11 @@ def test_other_bad_input_is_refused():
         calibration.calibrate(torch.randn(5, 1), scale=torch.zeros(1), offset=torch.zeros(1))
     index = torch.tensor([0, 0, 1, 1])
     with pytest.raises(ValueError, match="same for all responses"):
-        calibration.auto_reward_scale(torch.tensor([1.0, 1, 2, 2]), index, beta=0.1, kl_target=1.0)
+        auto_scale(torch.tensor([1.0, 1, 2, 2]), index, beta=0.1, kl_target=1.0)
     with pytest.raises(ValueError, match="no prompt has two responses"):
-        calibration.auto_reward_scale(torch.randn(4), torch.arange(4), beta=0.1, kl_target=1.0)
+        auto_scale(torch.randn(4), torch.arange(4), beta=0.1, kl_target=1.0)
     with pytest.raises(ValueError, match="kl_target must be > 0"):
-        calibration.auto_reward_scale(torch.randn(4), index, beta=0.1, kl_target=0.0)
+        auto_scale(torch.randn(4), index, beta=0.1, kl_target=0.0)
     for n in (2, 5):
         with pytest.raises(ValueError, match=f"at least 4 samples, got {n}"):
             calibration.cross_fitted_variance(lambda r: r[0, 0], torch.randn(1, 1, 3, n))
