@@ -101,9 +101,9 @@ def install_command() -> str:
 
 
 def nvidia_gpus() -> list[str]:
-    """Names of the NVIDIA GPUs that the driver sees, whatever torch was built for."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
+    """Names of the NVIDIA GPUs that the driver sees, whatever torch was built for; none where all are hidden from programs."""
+    program = shutil.which("nvidia-smi")  # which itself lists hidden ones too
+    if program is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
         return []
     try:
         done = subprocess.run(

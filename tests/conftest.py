@@ -16,6 +16,34 @@ settings.load_profile("repeatable")
 # Tiny models run many times slower on several threads that wait for one another; subprocesses inherit this.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide every GPU, before anything imports torch, unless this run is `python -m pytest -m gpu`.
+
+    Whichever machine it is, all other tests run on the CPU, and so do the programs they start and the workers of pytest-xdist,
+    which inherit the variable. A worker is given the expression behind `-m` too, wherever that stands (command line,
+    PYTEST_ADDOPTS, pyproject).
+    """
+    if not _asks_for_gpus(config.option.markexpr):
+        os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # an empty value would unset the variable on Windows
+
+
+def _asks_for_gpus(expression: str) -> bool:
+    """Whether only tests marked `gpu` are selected: `gpu`, `gpu and not slow`; anything with `or` is a run on the CPU."""
+    words = expression.split()
+    return words[:1] == ["gpu"] and "or" not in words
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test of the card, before its fixtures are made, where there is none or it is hidden."""
+    if item.get_closest_marker("gpu"):
+        import torch  # most test modules have done so
+
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device (where there is one: python -m pytest -m gpu)")
+
+
 if TYPE_CHECKING:
     from tiny_pipeline import Pipeline
     from tiny_tables import Table

@@ -137,9 +137,14 @@ def test_a_root_that_cannot_be_made_is_a_failure(tmp_path: Path) -> None:
 def test_gpu_names_come_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert setup_check.nvidia_gpus() == []
     program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 5090'\n", encoding="utf-8")
     program.chmod(0o755)
     assert setup_check.nvidia_gpus() == ["NVIDIA GeForce RTX 5090"]
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert setup_check.nvidia_gpus() == [], "a run on the CPU by choice is no failure of torch"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     program.write_text("#!/bin/sh\nexit 9\n", encoding="utf-8")
     assert setup_check.nvidia_gpus() == []

@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        "-1"  # as in every test: what comes of a fault is compared with runs on a CPU
+    )
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from faults.rows import Row, Rows
