@@ -6,7 +6,8 @@ Measures DPO against TRL's DPOTrainer (references precomputed in both, only opti
 its RewardTrainer, distillation (TRL has none), scoring, peak memory at vocabulary 151,936, and each against the same
 model on dense batches. On a GPU also the shape of Qwen2.5-3B within 32 GB.
 `--quick` takes 16 pairs instead of 64, and fewer repeats.
-Prints a Markdown table, and writes one list of rows as JSON.
+Prints a Markdown table and writes JSON Lines, both row by row: a run that is cut keeps what it measured. Rows are added to
+those that an earlier run left in the file.
 """
 
 import os
@@ -18,7 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -29,21 +30,22 @@ import transformers
 import trl
 
 from benchmarks.side_by_side.memory import MEMORY_VOCABULARY, memory_row
+from benchmarks.side_by_side.row_file import RowFile
 from benchmarks.side_by_side.rows import Row, policy_rows, reward_row
 from benchmarks.side_by_side.setup import (
     MAX_LENGTH,
+    Models,
     Workload,
     command_line,
     load_workload,
     model_config,
-    publish,
     saved_models,
 )
 from benchmarks.side_by_side.shape import cap_memory, qwen_3b_shape, shape_rows
 from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config.loading import load_config
 from prmd.config.shared import RewardModelConfig
-from prmd.runtime import configure_logging, get_device, hardware, set_seed
+from prmd.runtime import configure_logging, free_memory, get_device, hardware, set_seed
 from utils import user_errors_exit
 
 logger = logging.getLogger("prmd.speed")
@@ -82,8 +84,8 @@ def measure(
     *,
     names: Sequence[str] = ROWS,
     vocabulary: int = MEMORY_VOCABULARY,
-) -> list[Row]:
-    """The named rows, with the hardware and versions they were measured on and the targets they miss.
+) -> Iterator[Row]:
+    """The named rows as they are measured, with the hardware and versions they were and the targets they miss.
 
     Args:
         names: of `ROWS`; distillation and scoring are measured with dpo alone, `shape` (that of Qwen2.5-3B) on a GPU alone.
@@ -94,23 +96,27 @@ def measure(
     workload = load_workload(base, data, preset.pairs, max_length=MAX_LENGTH)
     models = saved_models(base, paths, workload.tokenizer.pad_token_id)
     logger.info("%s, %s on %s", model, workload.source, get_device())
-    rows: list[Row] = []
-    if "memory" in names:
-        rows = [memory_row(workload, vocabulary=vocabulary)]
-        logger.info("memory measured")
-    if "reward_model" in names:
-        rows.insert(0, reward_row(models, workload, preset.limits["reward_model"]))
-        logger.info("reward models measured")
+    device = describe_device()
+    for row in _rows(models, workload, preset, names, vocabulary):
+        yield row | {"model": row["model"] or model, "missed": misses(row)} | device
+
+
+def _rows(
+    models: Models, workload: Workload, preset: Preset, names: Sequence[str], vocabulary: int
+) -> Iterator[Row]:
     if "dpo" in names:
         limits = {name: limit for name, limit in preset.limits.items() if name in names}
-        rows = policy_rows(models, workload, limits) + rows
+        yield from policy_rows(models, workload, limits)
+    if "reward_model" in names:
+        yield reward_row(models, workload, preset.limits["reward_model"])
+    if "memory" in names:
+        free_memory()  # on a card the peak counts whatever is still there
+        yield memory_row(workload, vocabulary=vocabulary)
     if "shape" in names and get_device().type == "cuda":
-        rows += _large_shape(workload, preset)
-    device = describe_device()
-    return [row | {"model": row["model"] or model, "missed": misses(row)} | device for row in rows]
+        yield from _large_shape(workload, preset)
 
 
-def _large_shape(workload: Workload, preset: Preset) -> list[Row]:
+def _large_shape(workload: Workload, preset: Preset) -> Iterator[Row]:
     cap_memory()
     repeats = preset.limits["dpo"][0]
     return shape_rows(
@@ -146,34 +152,27 @@ def misses(row: Row) -> list[str]:
     return missed
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, with the missed targets and notes below it."""
-    head = (
-        "row",
-        "unit",
-        "ours",
-        "TRL",
-        "speed",
-        "spread",
-        "memory",
-        "padding",
-        "of limit",
-        "tokens/pair",
-        "repeats",
-    )
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for row in rows:
-        spread = "–".join(f"{value:.2f}" for value in row["spread"]) if row["spread"] else "-"
-        tokens = f"{_number(row['tokens_per_pair'])} / {_number(row['trl_tokens_per_pair'])}"
-        cells = [row["name"], row["unit"], _number(row["ours"]), _number(row["trl"])]
-        cells += [_number(row["speed_ratio"], "×"), spread, _number(row["memory_ratio"], "×")]
-        cells += [_share(row["padding_share"]), _share(row["fraction_of_limit"]), tokens, str(row["repeats"])]
-        lines.append("| " + " | ".join(cells) + " |")
+COLUMNS = ("row", "unit", "ours", "TRL", "speed", "spread", "memory", "padding", "of limit", "tokens/pair")
+HEAD = ("| " + " | ".join((*COLUMNS, "repeats")) + " |", "|---" * (len(COLUMNS) + 1) + "|")
+"""The first two lines of the table."""
+
+
+def table_line(row: Row) -> str:
+    """A row as one line of the table."""
+    spread = "–".join(f"{value:.2f}" for value in row["spread"]) if row["spread"] else "-"
+    tokens = f"{_number(row['tokens_per_pair'])} / {_number(row['trl_tokens_per_pair'])}"
+    cells = [row["name"], row["unit"], _number(row["ours"]), _number(row["trl"])]
+    cells += [_number(row["speed_ratio"], "×"), spread, _number(row["memory_ratio"], "×")]
+    cells += [_share(row["padding_share"]), _share(row["fraction_of_limit"]), tokens, str(row["repeats"])]
+    return "| " + " | ".join(cells) + " |"
+
+
+def below(rows: Sequence[Row]) -> str:
+    """What stands below the table: model and machine, notes and missed targets."""
     first = rows[0]
-    lines += ["", f"{first['model']} on {first['hardware']}; {first['versions']}."]
+    lines = ["", f"{first['model']} on {first['hardware']}; {first['versions']}."]
     lines += [f"* {row['name']}: {row['note']}." for row in rows if row["note"]]
-    peaks = [(row["name"], row["fraction_of_peak"]) for row in rows if row["fraction_of_peak"]]
-    lines += [f"* {name}: {share:.1%} of the card's peak bfloat16 FLOP/s." for name, share in peaks]
+    lines += [f"* {row['name']}: MFU {row['mfu']:.3f}." for row in rows if row["mfu"]]
     lines += [f"* MISSED, {row['name']}: {text}." for row in rows for text in row["missed"]]
     return "\n".join(lines)
 
@@ -189,7 +188,7 @@ def _share(value: float | None) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, print the table, write the rows."""
+    """Measure; print and write each row as soon as there is one."""
     parser = command_line(__doc__)
     parser.add_argument("--quick", action="store_true", help="16 pairs and fewer repeats")
     parser.add_argument(
@@ -209,8 +208,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.repeats:
         limits = {name: (options.repeats, seconds) for name, (_, seconds) in preset.limits.items()}
         preset = replace(preset, limits=limits)
-    rows = measure(options.model, options.data, preset, names=options.rows)
-    publish(rows, table(rows), options.json)
+    file, measured = RowFile(options.json), []
+    print(*HEAD, sep="\n", flush=True)
+    for row in measure(options.model, options.data, preset, names=options.rows):
+        file.append(row)
+        measured.append(row)
+        print(table_line(row), flush=True)
+    if measured:
+        print(below(measured))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import gc
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,7 @@ ROW_KEYS = (
     "spread",
     "tokens_per_pair",
     "trl_tokens_per_pair",
-    "fraction_of_peak",
+    "mfu",
     "model",
     "note",
 )
@@ -124,8 +124,8 @@ def policy_data(rows: Sequence[PrefixRow], ref_logps: torch.Tensor, *, targets: 
     return PairData(rows, columns)
 
 
-def policy_rows(models: Models, workload: Workload, limits: Mapping[str, tuple[int, float]]) -> list[Row]:
-    """The rows dpo, distillation and scoring, or those of them that have limits; the first is always measured.
+def policy_rows(models: Models, workload: Workload, limits: Mapping[str, tuple[int, float]]) -> Iterator[Row]:
+    """The rows dpo, scoring and distillation, as they are measured, or those that have limits; the first is always measured.
 
     Args:
         limits: by row, the repeats and the seconds after which no further one begins.
@@ -152,25 +152,20 @@ def policy_rows(models: Models, workload: Workload, limits: Mapping[str, tuple[i
         _warm((policy.model, trl.trainer.model), dense)
         dpo_times = _alternate(runs, limits["dpo"])
         trl_tokens = trl.trainer.data_collator.tokens / len(dpo_times["trl"]) / len(rows)
-        scoring = []
+        common = {"unit": "pairs/s", **_token_values(rows, plan, shared=shared)}
+        facts = {"amount": len(rows), "distinct": _distinct(rows), "dense": dense}
+        note = f"{workload.source}; {_batching_note(rows, plan)}"
+        dpo = timed_values(dpo_times, **facts) | {"trl_tokens_per_pair": trl_tokens, "note": note}
+        yield make_row("dpo", **common, **dpo)
         if "scoring" in limits:
-            scoring = [_scoring_row(policy.model, trl, workload, root, limits["scoring"], shared)]
+            yield _scoring_row(policy.model, trl, workload, root, limits["scoring"], shared)
         del trl, runs, ours
         gc.collect()
-        times = None
         if "distillation" in limits:
             distilled = train(data=policy_data(rows, ref_logps, targets=True))
             runs = {"ours": distilled.run, "limit": partial(dense_pass, policy.model, dense)}
-            times = _alternate(runs, limits["distillation"])
-    common = {"unit": "pairs/s", **_token_values(rows, plan, shared=shared)}
-    facts = {"amount": len(rows), "distinct": _distinct(rows), "dense": dense}
-    note = f"{workload.source}; {_batching_note(rows, plan)}"
-    dpo = timed_values(dpo_times, **facts) | {"trl_tokens_per_pair": trl_tokens, "note": note}
-    measured = [make_row("dpo", **common, **dpo)]
-    if times:
-        note = "TRL has no reward-model distillation"
-        measured.append(make_row("distillation", **common, **timed_values(times, **facts), note=note))
-    return [*measured, *scoring]
+            values = timed_values(_alternate(runs, limits["distillation"]), **facts)
+            yield make_row("distillation", **common, **values, note="TRL has no reward-model distillation")
 
 
 def _warm(models: Sequence[PreTrainedModel], dense: Sequence[DenseBatch]) -> None:

@@ -1,4 +1,4 @@
-"""A large shape at random weights on a GPU, within a memory cap: speed and peak memory beside TRL, and share of peak FLOP/s.
+"""A large shape at random weights on a GPU, within a memory cap: speed and peak memory beside TRL, and MFU.
 
 Every training is made, run and dropped in turn, so that each has the whole cap to itself. Weights, gradients and AdamW
 states are bfloat16 on both sides and layers are recomputed: the speed is that of a training, what it would learn is not
@@ -9,7 +9,7 @@ import gc
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen2Config
 
 from benchmarks.side_by_side.limit import DenseBatch, alternate, dense_batches, dense_pass, planned_batches
+from benchmarks.side_by_side.mfu import counted_parameters, mfu, own_card
 from benchmarks.side_by_side.rows import POLICY, Row, make_row, policy_data, timed_values
 from benchmarks.side_by_side.setup import (
     Models,
@@ -33,21 +34,10 @@ from benchmarks.side_by_side.trainings import (
 )
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.policies.targets import policy_loss
-from prmd.runtime import get_device
-from prmd.training.rehearsal import meta_model
+from prmd.training.rehearsal import Task, meta_model
 from prmd.training.trainer import PairData
 
 CAP_BYTES = 32 * 10**9
-PEAK_TFLOPS = {
-    "H100 PCIe": 756,
-    "H100": 989,
-    "H200": 989,
-    "A100": 312,
-    "L40S": 362,
-    "RTX 5090": 209.5,
-    "RTX 4090": 165.2,
-}
-"""Dense bfloat16 TFLOP/s with float32 accumulation, from NVIDIA's data sheets, by part of the card's name."""
 
 
 def qwen_3b_shape() -> Qwen2Config:
@@ -103,16 +93,15 @@ class IsolatedRun:
 
 def shape_rows(
     config: PreTrainedConfig, workload: Workload, *, name: str, dtype: torch.dtype, repeats: int
-) -> list[Row]:
-    """The rows dpo_<name> and reward_model_<name>."""
+) -> Iterator[Row]:
+    """The rows dpo_<name> and reward_model_<name>, as they are measured."""
     pad_id = workload.tokenizer.pad_token_id
     models = random_models(config, dtype=dtype, checkpointing=True, pad_token_id=pad_id)
     with tempfile.TemporaryDirectory() as folder:
-        runs = {
-            f"dpo_{name}": _dpo_runs(models, workload, Path(folder)),
-            f"reward_model_{name}": _reward_runs(models, workload, Path(folder)),
-        }
-        return [_shape_row(row, sides, config, workload, repeats) for row, sides in runs.items()]
+        root = Path(folder)
+        yield _shape_row(f"dpo_{name}", _dpo_runs(models, workload, root), config, workload, repeats)
+        rewards = _reward_runs(models, workload, root)
+        yield _shape_row(f"reward_model_{name}", rewards, config, workload, repeats)
 
 
 def _our_dpo(models: Models, workload: Workload, root: Path) -> Callable[[], float]:
@@ -183,10 +172,16 @@ def _shape_row(
         memory_ratio=runs["ours"].peak / runs["trl"].peak,
         padding_share=padding / tokens,
         tokens_per_pair=tokens / len(rows),
-        fraction_of_peak=training_flops(config, dense, head=not rewards) / seconds / peak_flops(),
+        mfu=_mfu(config, rewards=rewards, tokens=tokens - padding, seconds=seconds),
         note=_note(config, runs),
         model=type(config).__name__.removesuffix("Config"),
     )
+
+
+def _mfu(config: PreTrainedConfig, *, rewards: bool, tokens: int, seconds: float) -> float | None:
+    task: Task = "reward_model" if rewards else "policy"
+    model = meta_model(config, task=task, dtype=torch.bfloat16, lora=None)
+    return mfu(parameters=counted_parameters(model), tokens=tokens, seconds=seconds, card=own_card())
 
 
 def _note(config: PreTrainedConfig, runs: dict[str, IsolatedRun]) -> str:
@@ -210,11 +205,3 @@ def training_flops(config: PreTrainedConfig, dense: Sequence[DenseBatch], *, hea
     weights = sum(p.numel() for p in backbone.parameters()) - backbone.get_input_embeddings().weight.numel()
     projection = model.get_output_embeddings().weight.numel() if head else 0
     return 6.0 * sum(weights * batch.tokens + projection * batch.outputs for batch in dense)
-
-
-def peak_flops() -> float:
-    """Peak bfloat16 FLOP/s of this card; NaN for the CPU and cards that are not listed."""
-    if get_device().type != "cuda":
-        return math.nan
-    name = torch.cuda.get_device_properties(0).name
-    return next((1e12 * peak for part, peak in PEAK_TFLOPS.items() if part in name), math.nan)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from benchmarks.side_by_side.setup import (
 )
 from benchmarks.side_by_side.shape import shape_rows, training_flops
 from benchmarks.side_by_side.trainings import our_scoring, our_training, trl_dpo
+from prmd.artifacts.io import read_jsonl
 from prmd.config.shared import DataConfig
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
@@ -48,8 +50,8 @@ def row_of(length: int) -> PrefixRow:
 
 
 def test_every_row_is_measured_and_printed(model: str) -> None:
-    rows = speed.measure(model, None, ONCE, vocabulary=500)
-    assert [row["name"] for row in rows] == ["dpo", "distillation", "scoring", "reward_model", "memory"]
+    rows = list(speed.measure(model, None, ONCE, vocabulary=500))
+    assert [row["name"] for row in rows] == ["dpo", "scoring", "distillation", "reward_model", "memory"]
     assert all(set(ROW_KEYS) | {"missed", "hardware", "versions"} == set(row) for row in rows)
     by_name = {row["name"]: row for row in json.loads(json.dumps(rows))}
     for name in ("dpo", "reward_model"):
@@ -58,25 +60,23 @@ def test_every_row_is_measured_and_printed(model: str) -> None:
         assert row["trl_tokens_per_pair"] > row["tokens_per_pair"] > 0
         assert row["repeats"] == 1 and row["fraction_of_limit"] > 0
     assert by_name["distillation"]["trl"] is None and by_name["distillation"]["ours"] > 0
-    printed = speed.table(rows)
-    assert all(f"| {name} |" in printed for name in by_name)
-    assert printed.count("MISSED") == sum(len(row["missed"]) for row in rows)
+    assert all(speed.table_line(row).startswith(f"| {name} |") for name, row in by_name.items())
+    assert all(speed.table_line(row).count("|") == speed.HEAD[0].count("|") for row in rows)
+    assert speed.below(rows).count("MISSED") == sum(len(row["missed"]) for row in rows)
 
 
 def test_named_rows_alone_are_measured(model: str) -> None:
-    rows = speed.measure(model, None, ONCE, names=("dpo", "scoring"), vocabulary=500)
+    rows = list(speed.measure(model, None, ONCE, names=("dpo", "scoring"), vocabulary=500))
     assert [row["name"] for row in rows] == ["dpo", "scoring"]
-    rows = speed.measure(model, None, ONCE, names=("dpo", "distillation"), vocabulary=500)
+    rows = list(speed.measure(model, None, ONCE, names=("dpo", "distillation"), vocabulary=500))
     assert [row["name"] for row in rows] == ["dpo", "distillation"]
-    rows = speed.measure(model, None, ONCE, names=("memory",), vocabulary=500)
+    rows = list(speed.measure(model, None, ONCE, names=("memory",), vocabulary=500))
     assert [row["name"] for row in rows] == ["memory"]
 
 
 def test_rows_and_repeats_come_from_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     asked = []
-    monkeypatch.setattr(speed, "measure", lambda *args, **named: asked.append((args, named)))
-    monkeypatch.setattr(speed, "publish", lambda *_: None)
-    monkeypatch.setattr(speed, "table", lambda _: "")
+    monkeypatch.setattr(speed, "measure", lambda *args, **named: asked.append((args, named)) or ())
     speed.main(["--rows", "dpo", "memory", "--repeats", "2"])
     ((_, _, preset), named) = asked[0]
     assert named == {"names": ["dpo", "memory"]} and preset.pairs == speed.FULL.pairs
@@ -86,6 +86,23 @@ def test_rows_and_repeats_come_from_the_command_line(monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit):
         speed.main(["--rows", "scoring"])
     assert "measured with dpo" in capsys.readouterr().err
+
+
+def test_a_run_that_is_cut_keeps_the_rows_it_had(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    def cut(*_: object, **__: object) -> Iterator[dict[str, object]]:
+        for name in ("dpo", "scoring"):
+            yield make_row(name, unit="pairs/s", ours=2.0)
+            assert f"| {name} | pairs/s | 2 |" in capsys.readouterr().out, "printed before the next one"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(speed, "measure", cut)
+    file = tmp_path / "rows.jsonl"
+    for names in (["dpo", "scoring"], ["dpo", "scoring"] * 2):
+        with pytest.raises(KeyboardInterrupt):
+            speed.main(["--json", str(file)])
+        assert [row["name"] for row in read_jsonl(file)] == names, "behind those of earlier runs"
 
 
 def test_both_sides_take_the_same_steps_from_the_same_loss(
@@ -118,7 +135,7 @@ def test_peak_memory_holds_weights_gradients_and_states(workload: Workload) -> N
 
 
 def test_a_shape_is_compared_within_its_cap(workload: Workload) -> None:
-    rows = shape_rows(tiny_config(), workload.first(4), name="tiny", dtype=torch.float32, repeats=1)
+    rows = list(shape_rows(tiny_config(), workload.first(4), name="tiny", dtype=torch.float32, repeats=1))
     assert [row["name"] for row in rows] == ["dpo_tiny", "reward_model_tiny"]
     assert all(row["speed_ratio"] > 0 and "did not fit" not in row["note"] for row in rows)
 
