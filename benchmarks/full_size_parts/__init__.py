@@ -1,0 +1,1 @@
+"""What `benchmarks/full_size.py` runs on, watches and writes."""
