@@ -46,7 +46,14 @@ from benchmarks.full_size_parts.project import (
     texts_of,
     write_pairs,
 )
-from benchmarks.full_size_parts.watch import OutOfTimeError, StepWatch, Watch, every_trainer_has, replaced
+from benchmarks.full_size_parts.watch import (
+    LargestBatch,
+    OutOfTimeError,
+    StepWatch,
+    Watch,
+    every_trainer_has,
+    replaced,
+)
 from benchmarks.side_by_side.mfu import counted_parameters, mfu, own_card
 from benchmarks.side_by_side.row_file import RowFile
 from benchmarks.side_by_side.shape import cap_memory
@@ -62,12 +69,20 @@ from prmd.models.loading import load_model_config
 from prmd.pairs import PreferencePair
 from prmd.policies.train import train_baseline_dpo, train_pessimistic
 from prmd.rewards.train import train_reward_model
-from prmd.runtime import GIB, free_memory, get_runtime, hardware, is_main_process, wait_for_everyone
+from prmd.runtime import (
+    GIB,
+    configure_logging,
+    free_memory,
+    get_runtime,
+    hardware,
+    is_main_process,
+    start_processes,
+    wait_for_everyone,
+)
 from prmd.training import memory
-from prmd.training.dry_run import longest_row
 from prmd.training.rehearsal import Task, meta_model
 from prmd.training.run import choose_precision
-from utils import USER_ERROR_STATUS, start_run_log, user_errors_exit
+from utils import USER_ERROR_STATUS, user_errors_exit
 
 WORK = PROJECT_ROOT / "outputs" / "full_size"
 RESULTS = PROJECT_ROOT / "benchmarks" / "results"
@@ -131,25 +146,30 @@ class Run:
 
 
 # ------------------------------------------------------------------ stages
-def run_stages(run: Run, size: Size, work: Path, pairs: Sequence[PreferencePair], cap: int | None) -> None:
-    """Every stage in its turn, from making the base model to the baseline.
+def prepare(run: Run, size: Size, work: Path, pairs: Sequence[PreferencePair]) -> None:
+    """The base model and stage 1, by the main process before the others join it: stage 1 is one process's work."""
+    if not is_main_process():
+        return
+    shutil.rmtree(work, ignore_errors=True)
+    begin = time.perf_counter()
+    weights = make_base(base_folder(work), size, texts_of(pairs))
+    free_memory()
+    run.say("base", "make", time.perf_counter() - begin, bytes=weights)
+    begin, config = time.perf_counter(), settings_of(work, size).rewards
+    write_pairs(work, pairs)
+    download_dataset(config)
+    split_objectives(config)
+    run.say("data", "prepare", time.perf_counter() - begin, note=f"{len(pairs)} pairs")
+
+
+def run_stages(run: Run, size: Size, work: Path, cap: int | None) -> None:
+    """Stages 2 and 3 in their turn.
 
     Args:
         work: the artifact root.
         cap: bytes of the card that may be used; None on a CPU.
     """
     first = settings_of(work, size).rewards
-    if is_main_process():
-        begin = time.perf_counter()
-        weights = make_base(base_folder(work), size, texts_of(pairs))
-        free_memory()
-        run.say("base", "make", time.perf_counter() - begin, bytes=weights)
-        begin = time.perf_counter()
-        write_pairs(work, pairs)
-        download_dataset(first)
-        split_objectives(first)
-        run.say("data", "prepare", time.perf_counter() - begin, note=f"{len(pairs)} pairs")
-    wait_for_everyone()
     split = io.read_jsonl(first.paths.split(TRAINED, "train"))
     project = settings_of(work, size, trained_on=round((1 - first.ensemble.fit_fraction) * len(split)))
     with replaced(memory.device_memory, lambda: cap):  # the library asks for the size of the card itself
@@ -189,31 +209,31 @@ def _steps(
     task: Task = "reward_model" if stage == REWARD_MODEL else "policy"
     shape = load_model_config(shared.model, shared.paths)
     counted = counted_parameters(meta_model(shape, task=task, dtype=torch.bfloat16, lora=None))
-    planned = None if stage == BASELINE else _planned(shared, how, task)  # TRL's memory is not planned
 
-    def facts(seconds: float, tokens: float, steps: int) -> dict[str, Any]:
+    def facts(seconds: float, tokens: float, steps: int, largest: LargestBatch | None) -> dict[str, Any]:
         each = {"tokens_per_second": tokens / seconds, "tokens_per_step": tokens / steps}
         work: dict[str, Any] = {"parameters": counted, "tokens": tokens, "seconds": seconds}
         share = mfu(**work, card=own_card(), processes=get_runtime().world_size)
+        planned = _planned(shared, how, task, largest) if largest else None  # TRL's memory is not planned
         return each | {"counted_parameters": counted, "mfu": share, "planned_bytes": planned}
 
     return StepWatch(partial(run.say, stage), facts, lambda: run.left <= 0)
 
 
-def _planned(shared: RewardModelConfig, how: RewardModelConfig | PolicyConfig, task: Task) -> int:
-    """Bytes of the memory plan of a training, by its longest pair."""
+def _planned(
+    shared: RewardModelConfig, how: RewardModelConfig | PolicyConfig, task: Task, largest: LargestBatch
+) -> int:
+    """Bytes of the memory plan of a training, for its largest micro-batch."""
     model, paths, training = shared.model, shared.paths, how.training
-    objectives = (TRAINED,) if task == "reward_model" else paths.objectives
-    files = [paths.split(objective, "train") for objective in objectives]
     plan = memory.plan_memory(
         model_config=load_model_config(model, paths),
         tuning=how.tuning,
         training=training,
         precision=choose_precision(model, paths, how.tuning, training, task),
         task=task,
-        pairs_per_device=training.pairs_per_device,
+        pairs_per_device=largest.pairs,
         device_bytes=memory.device_memory(),
-        longest=longest_row(model, paths, files, training, task),
+        longest=largest.row(),
     )
     return plan.total
 
@@ -275,23 +295,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the rows go, and a page beside it")
     parser.add_argument("--work", type=Path, default=WORK, metavar="FOLDER", help="of what the stages write")
     options = parser.parse_args(arguments)
-    start_run_log()
+    configure_logging()
     on_card = own_card() is not None
     shape = options.shape or (FULL_SHAPE if on_card else TINY_SHAPE)
     cap = round(options.cap_gib * GIB) if on_card else None
     if cap:
         cap_memory(cap)
-    pairs, source = read_pairs(options.data, shapes[shape].pairs)
+    size, work = shapes[shape], options.work.absolute()
+    pairs, source = read_pairs(options.data, size.pairs)
     common = common_facts(shape, options.cap_gib if on_card else None, source)
     file = options.json or RESULTS / f"{safe_name(common['card']).lower()}.jsonl"
     run = Run(file, minutes=options.minutes, common=common)
-    _delete(options.work)
     if is_main_process():
         print(page.setting(common), "", *page.HEAD, sep="\n", flush=True)
     try:
-        run_stages(run, shapes[shape], options.work.absolute(), pairs, cap)
+        prepare(run, size, work, pairs)
+        start_processes()
+        run_stages(run, size, work, cap)
     finally:
-        _delete(options.work)
+        if is_main_process():
+            shutil.rmtree(work, ignore_errors=True)
     if run.failed:
         raise SystemExit(USER_ERROR_STATUS)
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -23,6 +24,7 @@ from prmd.inference import generation, scoring
 from prmd.inference.scoring import gather
 from prmd.models import agreement, loading, tokenization
 from prmd.models.prefix_rows import PADDING
+from prmd.models.tokenization import PrefixRow
 from prmd.training import checkpoints, memory, precision
 from prmd.training.sharding import own_part
 
@@ -130,22 +132,65 @@ class OutOfTimeError(Exception):
     """The minutes of a run are over in the middle of a training."""
 
 
+@dataclass(frozen=True)
+class LargestBatch:
+    """The shape of the micro-batch of most tokens, padding included, that one of our trainings was given.
+
+    Attributes:
+        sequences, width: of its tokens.
+        responses: how many it holds; more than sequences where prompts are shared.
+        predicted: tokens of the responses.
+    """
+
+    sequences: int
+    width: int
+    responses: int
+    predicted: int
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any]) -> "LargestBatch":
+        """Of tensors as `collate_rows` gives them."""
+        return cls(*batch["input_ids"].shape, len(batch["last_index"]), len(batch["target_ids"]))
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.width
+
+    @property
+    def pairs(self) -> int:
+        return self.responses // 2
+
+    def row(self) -> PrefixRow:
+        """A row of which `pairs` make a batch of this shape: what memory is planned by."""
+        rows = self.sequences if self.responses > self.sequences else self.responses
+        said = self.predicted // rows  # by each row
+        prompt = (0,) * (self.width - said)
+        if self.responses > self.sequences:
+            return PrefixRow(prompt, ((0,) * (said - said // 2), (0,) * (said // 2)))
+        return PrefixRow(prompt, ((0,) * said,) * 2)
+
+
 class StepWatch(TrainerCallback):
     """Seconds, tokens and memory of the optimizer steps of one training.
 
     Args:
         say: is told of the first step and, at the end or when time is over, of all.
-        facts: of the steps behind the first, from (their seconds, their tokens over all processes, how many they are).
+        facts: of the steps behind the first, from (their seconds, their tokens over all processes, how many they are, the
+            largest micro-batch; None in TRL's trainings).
         over: whether time is over; asked after every step, of all processes alike.
     """
 
     def __init__(
-        self, say: Say, facts: Callable[[float, float, int], Mapping[str, Any]], over: Callable[[], bool]
+        self,
+        say: Say,
+        facts: Callable[[float, float, int, LargestBatch | None], Mapping[str, Any]],
+        over: Callable[[], bool],
     ) -> None:
         self.say, self.facts, self.over = say, facts, over
         self.seconds: list[float] = []
         self.tokens: list[float] = []
         self.parts: dict[str, float] = {}
+        self.largest: LargestBatch | None = None
         self._count: torch.Tensor | float = 0.0
         self._mark = 0.0
 
@@ -157,6 +202,7 @@ class StepWatch(TrainerCallback):
         held = gather([sum(own_part(p).numel() for p in parameters) / whole])
         self.say("held", 0.0, parameters=whole, share_of_each=[round(share, 4) for share in held])
         model.register_forward_pre_hook(self._count_tokens, with_kwargs=True)
+        self.seconds, self.tokens = [], []  # a training whose first step did not fit may begin again
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         self._restart()
@@ -166,6 +212,9 @@ class StepWatch(TrainerCallback):
             own = keywords.get("segment_ids")
             mask = keywords["attention_mask"] if own is None else own != PADDING
             self._count = self._count + mask.sum()
+            if own is not None:
+                seen = LargestBatch.of(keywords)
+                self.largest = max(self.largest or seen, seen, key=lambda batch: batch.tokens)
 
     def _restart(self, *_: Any, **__: Any) -> None:
         synchronize()
@@ -194,7 +243,10 @@ class StepWatch(TrainerCallback):
         compiling = max(0.0, sum(self.seconds[:WARM_STEPS]) - WARM_STEPS * one)
         peaks = gather([torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0])
         facts = {"steps": len(steady), "fastest": min(steady), "slowest": max(steady)}
-        facts |= {"peak_bytes": max(peaks) or None, **self.facts(sum(steady), sum(tokens), len(steady))}
+        facts |= {
+            "peak_bytes": max(peaks) or None,
+            **self.facts(sum(steady), sum(tokens), len(steady), self.largest),
+        }
         self.parts = {"compile": compiling, "steps": sum(self.seconds) - compiling}
         self.say("compile", compiling, steps=WARM_STEPS)
         self.say("step", one, **facts)

@@ -34,6 +34,7 @@ from benchmarks.side_by_side.trainings import (
 )
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.policies.targets import policy_loss
+from prmd.runtime import get_device
 from prmd.training.rehearsal import Task, meta_model
 from prmd.training.trainer import PairData
 
@@ -58,8 +59,9 @@ def qwen_3b_shape() -> Qwen2Config:
 
 def cap_memory(limit: int = CAP_BYTES) -> None:
     """Let this process allocate no more than a card of `limit` bytes would (the context takes about 0.5 GB of them)."""
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - 5e8) / total))
+    device = get_device()
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (limit - 5e8) / total), device)
 
 
 class IsolatedRun:

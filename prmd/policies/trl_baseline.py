@@ -7,6 +7,7 @@ It gets the pairs that every method gets, in the same order and the same batches
 
 import logging
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from prmd.errors import ConfigError
 from prmd.models.loading import load_causal_lm, lora_config
 from prmd.pairs import PreferencePair
 from prmd.policies.pairs import PolicyPairs
-from prmd.runtime import get_device, get_runtime, is_main_process, set_seed
+from prmd.runtime import get_device, get_runtime, is_main_process, set_seed, wait_for_everyone
 from prmd.training.arguments import on_one_gpu, reporting_callbacks
 from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_training
 from prmd.training.checkpoints import ShareCheckpoints, checkpoint_steps, newest_complete
@@ -51,6 +52,32 @@ def baseline_rows(
         for pair in pairs
     ]
     return [rows[i] for micro in batches if micro.weight for i in micro.rows]
+
+
+DATASET = "trl_pairs"
+"""The folder, in that of a training in several processes, of the rows and of what TRL computes of them."""
+
+
+def dataset_of(rows: list[dict[str, Any]], folder: Path) -> Dataset:
+    """The rows as TRL takes them.
+
+    In several processes they are a file: TRL has the main process compute reference log-probabilities of it and all read them
+    from beside it, which of rows in memory is a temporary folder that each process has of its own.
+    """
+    if get_runtime().world_size == 1:
+        return Dataset.from_list(rows)
+    forget_dataset(folder)
+    if is_main_process():
+        Dataset.from_list(rows).save_to_disk(folder)
+    wait_for_everyone()
+    return Dataset.load_from_disk(folder)
+
+
+def forget_dataset(folder: Path) -> None:
+    """Delete what `dataset_of` wrote, once no process reads it any more."""
+    wait_for_everyone()
+    if is_main_process():
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def unweighted_notes(pairs: Sequence[PreferencePair]) -> list[str]:
@@ -127,7 +154,7 @@ def train_trl_dpo(
     trainer = DPOTrainer(
         model=load_causal_lm(shared.model, shared.paths, master_weights=precision.master_weights),
         args=_dpo_arguments(precision, directory, plan, beta=beta, training=training, seed=shared.seed),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=dataset_of(rows, directory / DATASET),
         processing_class=tokenizer,
         peft_config=lora_config(tuning.lora, task="CAUSAL_LM") if lora else None,
         callbacks=[
@@ -150,12 +177,13 @@ def train_trl_dpo(
 
 
 def _save(trainer: DPOTrainer, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Save the policy; every process takes part where its weights are spread over them."""
+    """Save the policy, for which every process is needed where its weights are spread over them, and delete what TRL read."""
     whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if requested_sharding() else None
     if is_main_process():
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.save_pretrained(directory, state_dict=whole)
         tokenizer.save_pretrained(directory)
+    forget_dataset(directory / DATASET)
 
 
 def _plan(pairs: PolicyPairs, training: TrainingConfig, seed: int) -> TrainingPlan:

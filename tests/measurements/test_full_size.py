@@ -85,7 +85,7 @@ def test_tokens_of_a_step_are_those_processed_without_padding(
     def watched(make: Any) -> StepWatch:
         steps = StepWatch(
             lambda phase, seconds, **facts: said.append((phase, seconds, facts)),
-            lambda seconds, tokens, count: {"all": (seconds, tokens, count)},
+            lambda seconds, tokens, count, largest: {"all": (seconds, tokens, count), "largest": largest},
             lambda: False,
         )
         with every_trainer_has(steps):
@@ -102,9 +102,18 @@ def test_tokens_of_a_step_are_those_processed_without_padding(
     assert said[0][2] == {"parameters": sum(p.numel() for p in policy.parameters()), "share_of_each": [1.0]}
     assert said[3][1] == ours.seconds[1] and said[3][2]["all"] == (ours.seconds[1], ours.tokens[1], 1)
     assert said[2][1] == max(0.0, ours.seconds[0] - ours.seconds[1])
+    padded = {len(m.rows) * max(rows[i].shared_length for i in m.rows): m.rows for m in workload.plan}
+    widest = [rows[i] for i in padded[max(padded)]]
+    said_by_all = sum(len(response) for row in widest for response in row.responses)
+    largest = said[3][2]["largest"]
+    assert largest == watch.LargestBatch(4, max(row.shared_length for row in widest), 8, said_by_all)
+    assert (largest.pairs, largest.row().shared_length) == (4, largest.width)
+    assert len(largest.row().prompt_ids) == largest.width - said_by_all // 4
     trl = watched(lambda: trl_dpo(models.policy(), workload, tmp_path / "trl", checkpointing=True))
     twice = [2 * len(row.prompt_ids) + sum(map(len, row.responses)) for row in workload.reward_rows]
-    assert sum(trl.tokens) == sum(twice)
+    assert sum(trl.tokens) == sum(twice) and trl.largest is None
+    apart = watch.LargestBatch(sequences=6, width=50, responses=6, predicted=120)
+    assert (apart.pairs, apart.row().longest, len(apart.row().prompt_ids)) == (3, 50, 30)
 
 
 def test_a_call_within_another_counts_for_the_inner_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,6 +185,27 @@ def test_sharded_weights_are_gathered_by_every_process_before_one_saves(
     assert saved == [None, whole]
 
 
+def test_several_processes_read_one_file_and_find_beside_it_what_trl_computes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL caches reference log-probabilities in the main process: of rows in memory, where no other process looks."""
+    rows = [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"} for i in range(3)]
+    folder = tmp_path / trl_baseline.DATASET
+    alone = trl_baseline.dataset_of(rows, folder)
+    assert alone.to_list() == rows and not folder.exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    main = trl_baseline.dataset_of(rows, folder)
+    monkeypatch.setenv("RANK", "1")
+    other = trl_baseline.dataset_of(rows, folder)
+    assert main.to_list() == other.to_list() == rows
+    assert main._get_cache_file_path("f") == other._get_cache_file_path("f") == str(folder / "cache-f.arrow")
+    trl_baseline.forget_dataset(folder)
+    assert folder.exists(), "the main process deletes it"
+    monkeypatch.setenv("RANK", "0")
+    trl_baseline.forget_dataset(folder)
+    assert not folder.exists()
+
+
 def test_a_training_keeps_every_response_token_and_logs_what_ours_logs(
     config: PolicyConfig, pairs: PolicyPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
