@@ -46,11 +46,12 @@ def progress_by_hand(precision: Precision, directory: Path, device: torch.device
         steps=STEPS,
         accumulation=1,
     )
-    model = _Weights(precision.trained_dtype)
+    model = _Weights(precision.trained_dtype).to(device)
     trainer = Trainer(model=model, args=arguments)
     optimizer = trainer.create_optimizer()
     weights = list(model.blocks)
-    assert {weight.device.type for weight in weights} == {device.type}
+    assert {weight.device for weight in weights} == {device}
+    assert precision.optimizer != "adamw_float32" or optimizer.defaults["fused"]
     start, generator = flat(weights), torch.Generator().manual_seed(3)
     for weight in weights:
         weight.grad = torch.randn(64, 64, generator=generator).to(weight)

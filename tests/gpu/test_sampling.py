@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import QUESTIONS, tiny_causal_lm
+from tiny_models import QUESTIONS
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
