@@ -37,6 +37,8 @@ def test_card():
     assert torch.AT_IMPORT
 """
 
+pytestmark = pytest.mark.slow
+
 
 def outcome(folder: Path, *arguments: str, **variables: str) -> str:
     """The last line of pytest on that machine, with the project's own `tests/conftest.py` and settings."""

@@ -35,6 +35,8 @@ FULL = TuningConfig(optimizer="adamw_float32")
 EIGHT_BIT = TuningConfig(optimizer="adamw_8bit_stochastic")
 LORA = TuningConfig(method="lora", lora=LoraConfig(r=8))
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Size:

@@ -13,6 +13,8 @@ from prmd.training.trainer import Columns, PairLoss
 RESUMED = TRAINING.model_copy(update={"checkpoints": (0.5, 1.0)})
 TWICE = [*range(12), *range(12)]  # six steps of 2 x 2 pairs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def shared(tiny_base: Path, tmp_path: Path) -> RewardModelConfig:
