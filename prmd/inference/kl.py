@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from prmd.models.prefix_rows import is_shared
 from prmd.models.sequence_models import LOGITS_AT_ONCE, SequenceLogps
 
 _CHUNK_ELEMENTS = 2**23  # one float32 block of 32 MiB; three such blocks live at a time
@@ -104,11 +105,12 @@ def response_kls(
     """
     inputs = [batch[name] for name in ("input_ids", "position_ids", "segment_ids")]
     predict, targets = batch["predict_index"], batch["target_ids"]
+    shared = is_shared(input_ids=batch["input_ids"], last_index=batch["last_index"])
     ours = SequenceLogps(policy)
-    hidden = ours.hidden_states(*inputs)[predict]
+    hidden = ours.hidden_states(*inputs, shared=shared)[predict]
     with as_reference() as reference:
         theirs = SequenceLogps(reference)
-        ref_hidden = theirs.hidden_states(*inputs)[predict]
+        ref_hidden = theirs.hidden_states(*inputs, shared=shared)[predict]
     step = max(1, LOGITS_AT_ONCE // ours.unwrapped.get_output_embeddings().weight.shape[0])
     sums = torch.zeros(3, len(batch["last_index"]), dtype=torch.float64, device=hidden.device)
     for start in range(0, len(predict), step):

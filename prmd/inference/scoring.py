@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from prmd.inference.cache import ScoreTable, tokens_key
 from prmd.models.agreement import check_agreement
-from prmd.models.prefix_rows import attention_mask, collate_rows, plan_scoring
+from prmd.models.prefix_rows import attention_mask, collate_rows, on_device, plan_scoring
 from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, Tokens
 from prmd.runtime import is_main_process, progress, wait_for_everyone
@@ -63,7 +63,7 @@ def score_rows(
             group = [missing[i] for i in groups[turn + rank]]
             batch = collate_rows(group, pad_id=pad_id, share_prompt=share_prompt)
             with torch.inference_mode():
-                values = compute({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu()
+                values = compute(on_device(batch, device)).float().cpu()
             done = [(_keys(group), values.clone())]
         for keys, rows_values in gather(
             done
@@ -235,7 +235,9 @@ class PrimedLogps(SequenceLogps):
         self.primer = primer
         self._cache: KeysAndValues | None = None
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, *, shared: bool | None = None
+    ) -> Tensor:
         """Last hidden states, flat [B*L, d]; those of the primer's tokens are zero, nothing is read there.
 
         The token that predicts the first one behind the primer's end always lies behind it too, because
@@ -244,7 +246,7 @@ class PrimedLogps(SequenceLogps):
         length, device = len(self.primer), input_ids.device
         if self._cache is None:
             self._cache = self._encode_primer(device)
-        mask = attention_mask(segment_ids)
+        mask = attention_mask(segment_ids, shared=shared)
         output = self._backbone()(
             input_ids=input_ids[:, length:],
             attention_mask=mask if mask.ndim == 2 else mask[:, :, length:],

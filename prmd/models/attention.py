@@ -91,15 +91,18 @@ def _head_dim(text_config: Any) -> int:
 
 
 # ------------------------------------------------------------------ masks
-def rows_mask(model: nn.Module, segment_ids: Tensor) -> Tensor | BlockMask:
+def rows_mask(model: nn.Module, segment_ids: Tensor, *, shared: bool | None = None) -> Tensor | BlockMask:
     """What the attention of `model` reads a batch by: `prefix_rows.attention_mask`, or the same for `flex_attention`.
 
     Args:
         model: a transformers model on the device of the batch.
         segment_ids: [B, L] as `prefix_rows.collate_rows` gives them.
+        shared: as for `prefix_rows.attention_mask`.
     """
-    if model.config._attn_implementation != SDPA_OR_FLEX or segment_ids.max() <= 1:
-        return attention_mask(segment_ids)
+    if shared is None:
+        shared = bool(segment_ids.max() > 1)
+    if model.config._attn_implementation != SDPA_OR_FLEX or not shared:
+        return attention_mask(segment_ids, shared=shared)
     return block_mask(segment_ids)
 
 

@@ -5,7 +5,8 @@ attends to the prompt and to itself only, so the results are those of separate c
 such a mask exactly, `share_prompt=False` gives each response a row of its own; everything else stays the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,27 @@ def collate_rows(rows: Sequence[PrefixRow], *, pad_id: int, share_prompt: bool =
     return {"input_ids": input_ids, "position_ids": position_ids, "segment_ids": segment_ids, **tensors}
 
 
-def attention_mask(segment_ids: Tensor) -> Tensor:
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch whose tensors are on `device`, without waiting for what that is busy with; other values stay as they are."""
+
+    def moved(tensor: Tensor) -> Tensor:
+        if device.type != "cuda" or tensor.device.type != "cpu":
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)  # from other memory the copy would wait
+
+    return {name: moved(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def is_shared(*, input_ids: Tensor, last_index: Tensor) -> bool:
+    """Whether some row of a batch holds more than one response, by shapes alone: every row holds at least one.
+
+    Args:
+        input_ids, last_index: as `collate_rows` gives them.
+    """
+    return len(last_index) > len(input_ids)
+
+
+def attention_mask(segment_ids: Tensor, *, shared: bool | None = None) -> Tensor:
     """Boolean mask for `sdpa`, True where a query may look (`attention.block_mask` is the same for `flex_attention`).
 
     A token looks at itself, at earlier prompt tokens and at earlier tokens of its own response. Padding looks at
@@ -94,11 +115,12 @@ def attention_mask(segment_ids: Tensor) -> Tensor:
 
     Args:
         segment_ids: [B, L] as `collate_rows` gives them.
+        shared: what `is_shared` says; None: looked up in `segment_ids`, which waits for their device.
 
     Returns:
         [B, 1, L, L] if some row holds more than one response, else the usual [B, L].
     """
-    if segment_ids.max() <= 1:
+    if not (segment_ids.max() > 1 if shared is None else shared):
         return (segment_ids != PADDING).long()
     position = torch.arange(segment_ids.shape[1], device=segment_ids.device)
     allowed = may_look(

@@ -15,6 +15,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from prmd.models.attention import SDPA_OR_FLEX, rows_mask
+from prmd.models.prefix_rows import is_shared
 
 LOGITS_AT_ONCE = 2**25
 """Elements of one float32 block of logits (128 MiB): 220 tokens at a vocabulary of 151,936."""
@@ -32,12 +33,18 @@ class _SequenceModel(nn.Module):
         """The transformers model itself, below a PEFT wrapper if there is one (its layers hold the adapters)."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
-        """Last hidden states, flat [B*L, d]."""
+    def hidden_states(
+        self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, *, shared: bool | None = None
+    ) -> Tensor:
+        """Last hidden states, flat [B*L, d].
+
+        Args:
+            shared: as for `prefix_rows.attention_mask`; without it the device is waited for.
+        """
         backbone = getattr(self.unwrapped, self.unwrapped.base_model_prefix)
         output = backbone(
             input_ids=input_ids,
-            attention_mask=rows_mask(self.unwrapped, segment_ids),
+            attention_mask=rows_mask(self.unwrapped, segment_ids, shared=shared),
             position_ids=position_ids,
             use_cache=False,
         )
@@ -65,7 +72,8 @@ class SequenceLogps(_SequenceModel):
         Returns:
             [S] nats, float32, the end-of-turn token included where the row holds it.
         """
-        hidden = self.hidden_states(input_ids, position_ids, segment_ids)
+        shared = is_shared(input_ids=input_ids, last_index=last_index)
+        hidden = self.hidden_states(input_ids, position_ids, segment_ids, shared=shared)
         token_logps = self.token_logps(hidden[predict_index], target_ids)
         sums = torch.zeros(last_index.shape[0], dtype=torch.float32, device=hidden.device)
         return sums.index_add(0, sequence_index, token_logps)
@@ -133,12 +141,14 @@ class SequenceRewards(_SequenceModel):
         last_index: Tensor,
     ) -> Tensor:
         """[S] float32 rewards, read at the last token of each response."""
-        return self.score(self.hidden_states(input_ids, position_ids, segment_ids)[last_index])
+        shared = is_shared(input_ids=input_ids, last_index=last_index)
+        return self.score(self.hidden_states(input_ids, position_ids, segment_ids, shared=shared)[last_index])
 
     def features_and_rewards(self, **batch: Tensor) -> tuple[Tensor, Tensor]:
         """Features h(x, y) [S, d] float32 at the rewarded token, and rewards [S] float32."""
-        hidden = self.hidden_states(batch["input_ids"], batch["position_ids"], batch["segment_ids"])
-        features = hidden[batch["last_index"]]
+        inputs = [batch[name] for name in ("input_ids", "position_ids", "segment_ids")]
+        shared = is_shared(input_ids=inputs[0], last_index=batch["last_index"])
+        features = self.hidden_states(*inputs, shared=shared)[batch["last_index"]]
         return features.float(), self.score(features)
 
     def score(self, features: Tensor) -> Tensor:

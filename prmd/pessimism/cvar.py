@@ -83,13 +83,14 @@ def check_alpha(alpha: float) -> None:
 
 def check_weights(weights: Tensor, n: int, device: torch.device) -> Tensor:
     """Weights as float64 [n] on `device`, summing to one exactly; a ValueError where they are no weights."""
-    shares = torch.as_tensor(weights, dtype=torch.float64, device=device)
+    # looked at where they are, not on `device`: a GPU would have to be waited for
+    shares = torch.as_tensor(weights, dtype=torch.float64)
     if shares.shape != (n,):
         raise ValueError(f"weights must be [{n}], one for each objective or atom, got {list(shares.shape)}")
     total = float(shares.sum())
     if not bool((shares >= 0).all()) or not math.isclose(total, 1.0, abs_tol=1e-6):
         raise ValueError(f"weights must be >= 0 and sum to one, got {shares.tolist()} (sum {total:.6g})")
-    return shares / total
+    return (shares / total).to(device, non_blocking=True)
 
 
 def weighted_standard_deviation(values: Tensor, mean: Tensor, columns: Tensor) -> Tensor:

@@ -207,11 +207,12 @@ def modpo_loss(*, implicit_margins: Tensor, other_margins: Tensor, weight: Tenso
         Loss of each pair in nats, [B].
 
     Raises:
-        ValueError: a weight that is not positive.
+        ValueError: a weight that is not positive; it is looked at on the host alone.
 
     Source: the margin loss of arXiv:2310.03708 (MODPO).
     """
-    if not bool((torch.as_tensor(weight) > 0).all()):
+    weights = torch.as_tensor(weight)
+    if weights.device.type == "cpu" and not bool((weights > 0).all()):  # a GPU would have to be waited for
         raise ValueError(
             f"modpo_loss: objective weights must be > 0, got {weight}; drop pairs of unused objectives"
         )
@@ -282,7 +283,7 @@ def edpo_loss(
     rows = torch.arange(len(selected), device=selected.device)
     targets = member_targets[rows, selected].to(implicit_margins.dtype)
     errors = (targets - implicit_margins).square()
-    return (weights.to(errors)[:, None] * errors).sum(dim=0)
+    return (weights.to(errors, non_blocking=True)[:, None] * errors).sum(dim=0)
 
 
 # ------------------------------------------------------------------ how far targets are reached

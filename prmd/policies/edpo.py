@@ -16,7 +16,7 @@ from torch import Tensor
 from prmd.config.policy import PolicySection
 from prmd.config.shared import TrainingConfig
 from prmd.errors import ConfigError
-from prmd.models.prefix_rows import collate_rows
+from prmd.models.prefix_rows import collate_rows, on_device
 from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import edpo_member_losses, edpo_select, implicit_margins
@@ -73,9 +73,9 @@ def _by_position(inputs: MethodInputs) -> MethodInputs:
     """The same training with columns that say where in the stream a row stands, and so to which step it belongs."""
     index = torch.tensor(list(inputs.stream))
     columns = {name: values[index] for name, values in inputs.train.columns.items()}
-    columns["position"] = torch.arange(len(index))
+    columns["position"] = range(len(index))
     names = [inputs.train.name(i) for i in inputs.stream]
-    held = {**inputs.held_out.columns, "position": torch.full((len(inputs.held_out.rows),), HELD_OUT)}
+    held = {**inputs.held_out.columns, "position": [HELD_OUT] * len(inputs.held_out.rows)}
     return replace(
         inputs,
         train=PairData([inputs.train.rows[i] for i in inputs.stream], columns, names),
@@ -161,8 +161,10 @@ class MemberSelection:
         rows, index = [self.rows[i] for i in positions], torch.tensor(list(positions))
         shared = supports_shared_prompts(model.unwrapped.config, self.longest)
         batch = collate_rows(rows, pad_id=self.pad_id, share_prompt=shared)
-        logps = model(**{name: tensor.to(device) for name, tensor in batch.items()}).reshape(-1, 2)
-        ref = self.columns["ref_logps"][index].to(device)
+        read = ("ref_logps", "member_targets", PAIR_WEIGHT)
+        columns = on_device({k: self.columns[k][index] for k in read if k in self.columns}, device)
+        logps = model(**on_device(batch, device)).reshape(-1, 2)
+        ref = columns["ref_logps"]
         implicit = implicit_margins(
             policy_chosen_logps=logps[:, 0],
             policy_rejected_logps=logps[:, 1],
@@ -170,7 +172,8 @@ class MemberSelection:
             ref_rejected_logps=ref[:, 1],
             beta=self.policy.beta,
         )
-        members = self.columns["member_targets"][index].to(device).permute(1, 2, 0)
-        own = self.columns.get(PAIR_WEIGHT)
-        weights = None if own is None else own[index].to(device)
-        return edpo_member_losses(implicit_margins=implicit, member_targets=members, pair_weights=weights)
+        return edpo_member_losses(
+            implicit_margins=implicit,
+            member_targets=columns["member_targets"].permute(1, 2, 0),
+            pair_weights=columns.get(PAIR_WEIGHT),
+        )

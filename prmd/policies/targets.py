@@ -247,7 +247,7 @@ def _paper(implicit: Tensor, columns: Columns, policy: PolicySection) -> Tensor:
     return paper_loss(
         implicit_margins=implicit,
         objective_targets=columns["objective_targets"].T,
-        weights=_positive_weights(policy).to(implicit.device),
+        weights=_positive_weights(policy),
     )
 
 

@@ -98,6 +98,7 @@ def training_arguments(
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_pin_memory=True,
+        accelerator_config={"non_blocking": True},  # else every batch waits for the one before it
         ddp_find_unused_parameters=False,
         use_cpu=get_device().type == "cpu",
         seed=seed,

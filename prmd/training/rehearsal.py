@@ -292,7 +292,7 @@ class _Rehearsed:
     phases: _Phases
     shared: bool
 
-    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor) -> Tensor:
+    def hidden_states(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, **_: Any) -> Tensor:
         phases, (sequences, length) = self.phases, input_ids.shape
         mask = torch.zeros(sequences, 1, length, length, dtype=torch.bool, device=input_ids.device)
         phases.mask = phases.alive

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prmd.errors import DataError, NotFiniteError
-from prmd.models.prefix_rows import collate_rows, padding_share, plan_scoring
+from prmd.models.prefix_rows import collate_rows, on_device, padding_share, plan_scoring
 from prmd.models.tokenization import PrefixRow
 from prmd.pairs import PreferencePair
 from prmd.pessimism.losses import learning_measures
@@ -29,7 +29,8 @@ from prmd.training.batches import MicroBatch
 from prmd.training.sharding import RefuseUnsharded, in_step, prepare_fsdp
 from prmd.training.stopping import named_rows
 
-Columns = Mapping[str, Tensor]
+Columns = Mapping[str, Any]
+"""Tensors [B, ...] by name, and what the loss reads on the host, as a tuple of B numbers."""
 
 PAIR_WEIGHT = "pair_weight"
 """Column of training pairs by which the trainer multiplies the whole loss of each; held-out pairs have none."""
@@ -64,6 +65,7 @@ class PairData:
     """Tokenised pairs with one tensor [n_pairs, ...] per column the loss needs, and `PAIR_WEIGHT` where pairs have weights.
 
     Attributes:
+        columns: what Python decides by is a sequence of numbers in place of a tensor: it never goes to the device.
         ids: of the pairs, for people; without any, a pair is called by its index.
     """
 
@@ -75,15 +77,23 @@ class PairData:
         """What a message calls a pair."""
         return self.ids[index] if self.ids else str(index)
 
-    def batch(self, indices: Sequence[int], *, pad_id: int, share_prompt: bool) -> dict[str, Tensor]:
+    def batch(self, indices: Sequence[int], *, pad_id: int, share_prompt: bool) -> dict[str, Any]:
         """Collated tensors of these pairs; columns are named `column/<name>`."""
         tensors = collate_rows([self.rows[i] for i in indices], pad_id=pad_id, share_prompt=share_prompt)
         index = torch.tensor(list(indices))
-        return tensors | {f"column/{name}": values[index] for name, values in self.columns.items()}
+        columns = {
+            name: values[index] if isinstance(values, Tensor) else tuple(values[i] for i in indices)
+            for name, values in self.columns.items()
+        }
+        return tensors | {f"column/{name}": values for name, values in columns.items()}
+
+
+HOST_FACTS = ("weight", "pair_index", "padding")
+"""What of a micro-batch are plain numbers: read from a device, each would wait for all that it was given to do."""
 
 
 class _PlannedBatches(Dataset):
-    """Item i is the i-th micro-batch of the plan, collated."""
+    """Item i is the i-th micro-batch of the plan, collated, with its `HOST_FACTS`."""
 
     def __init__(
         self, data: PairData, plan: Sequence[MicroBatch], *, pad_id: int, share_prompt: bool
@@ -93,10 +103,33 @@ class _PlannedBatches(Dataset):
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         micro = self.plan[index]
         batch = self.data.batch(micro.rows, pad_id=self.pad_id, share_prompt=self.share_prompt)
-        return batch | {"weight": torch.tensor(micro.weight), "pair_index": torch.tensor(micro.rows)}
+        _, padding = padding_share(batch)
+        return batch | {"weight": micro.weight, "pair_index": micro.rows, "padding": int(padding)}
+
+
+class _Unread:
+    """Losses that were computed and not yet looked at: one look at all of them waits for the device once."""
+
+    def __init__(self) -> None:
+        self.losses: list[tuple[Tensor, Sequence[int]]] = []
+
+    def add(self, loss: Tensor, pairs: Sequence[int]) -> None:
+        """Add losses [B] of these pairs."""
+        self.losses.append((loss.detach(), pairs))
+
+    def first_bad(self) -> tuple[list[int], Sequence[int]] | None:
+        """Pairs of the first batch whose losses are NaN or infinite, and all pairs of that batch; forgets what was added."""
+        added, self.losses = self.losses, []
+        if not added or bool(torch.cat([loss for loss, _ in added]).isfinite().all()):
+            return None
+        for loss, pairs in added:
+            fine = loss.isfinite().tolist()
+            if not all(fine):
+                return [pair for pair, good in zip(pairs, fine, strict=True) if not good], pairs
+        return None
 
 
 class _Means:
@@ -164,7 +197,7 @@ class PairTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self.plan, self.tokenizer, self.loss_function = plan, tokenizer, loss_function
         self.eval_data, self.eval_tokens = eval_data, eval_tokens
-        self._means = _Means()
+        self._means, self._unread = _Means(), _Unread()
         self._tokens, self._padding, self._clock = 0, 0, time.monotonic()
 
     # -------------------------------------------------------------- batches and loss
@@ -179,11 +212,14 @@ class PairTrainer(Trainer):
         )
         return self.accelerator.prepare(loader)
 
-    def pair_loss(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> PairLoss:
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """On the device; transformers' own waits for it, and under DeepSpeed rounds reference log-probabilities to bfloat16."""
+        return on_device(inputs, self.args.device)
+
+    def pair_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> PairLoss:
         """Forward one batch and apply the loss function."""
         columns = {k.removeprefix("column/"): v for k, v in inputs.items() if k.startswith("column/")}
-        skipped = ("weight", "pair_index")
-        tensors = {k: v for k, v in inputs.items() if not k.startswith("column/") and k not in skipped}
+        tensors = {k: v for k, v in inputs.items() if not k.startswith("column/") and k not in HOST_FACTS}
         with self.accelerator.autocast():  # FSDP2 brings none of its own
             outputs = model(**tensors)
         return self.loss_function(outputs.reshape(-1, 2), columns)
@@ -198,26 +234,29 @@ class PairTrainer(Trainer):
         """Mean loss of the micro-batch, weighted so that the step's gradient is the mean over its pairs.
 
         A pair's own weight w_i multiplies its loss: the step minimizes (1/B) sum_i w_i loss_i, which is not divided by
-        sum_i w_i, so that a step of light pairs moves the model less.
+        sum_i w_i, so that a step of light pairs moves the model less. Nothing but the last micro-batch of a step reads from
+        the device, so that the next one is prepared while it computes.
 
         Raises:
-            NotFiniteError: the loss is not finite; the message names the pairs.
+            NotFiniteError: a loss of this step is not finite, said at its last micro-batch, before ZeRO or an optimizer
+                moves a weight; the message names the pairs.
         """
         result = self.pair_loss(model, inputs)
-        self._refuse_not_finite(result.loss, inputs["pair_index"].tolist(), self.train_dataset.data)
+        self._unread.add(result.loss, inputs["pair_index"])
+        if self.accelerator.sync_gradients:
+            self._refuse_not_finite(self._unread, self.train_dataset.data)
         if inputs["weight"] > 0:  # else its pairs count elsewhere
             self._means.add(result.metrics)
-        processed, padding = padding_share(inputs)
-        self._tokens, self._padding = self._tokens + processed, self._padding + padding
+        self._tokens += inputs["segment_ids"].numel()
+        self._padding += inputs["padding"]
         loss, own = result.loss, inputs.get(f"column/{PAIR_WEIGHT}")
         return (loss if own is None else loss * own.to(loss.dtype)).mean() * inputs["weight"]
 
-    def _refuse_not_finite(self, loss: Tensor, pairs: Sequence[int], data: PairData) -> None:
-        """Stop where a loss [B] of these pairs is NaN or infinite, naming them."""
-        good = torch.isfinite(loss.detach())
-        if bool(good.all()):
+    def _refuse_not_finite(self, unread: _Unread, data: PairData) -> None:
+        """Stop where a loss is NaN or infinite, naming the pairs of the first batch that holds one."""
+        if (found := unread.first_bad()) is None:
             return
-        bad = [pair for pair, fine in zip(pairs, good.tolist(), strict=True) if not fine]
+        bad, pairs = found
         row, first = data.rows[bad[0]], data.name(bad[0])
         text = self.tokenizer.decode(row.prompt_ids[-24:] + row.responses[0][:24])
         training = data is not self.eval_data
@@ -234,9 +273,8 @@ class PairTrainer(Trainer):
         if "loss" in logs:
             seconds = max(time.monotonic() - self._clock, 1e-9)
             logs = logs | learning_measures(self._means.drain())
-            padding = float(self._padding)
-            logs["tokens_per_second"] = (self._tokens - padding) / seconds
-            logs["padding_share"] = padding / max(self._tokens, 1)
+            logs["tokens_per_second"] = (self._tokens - self._padding) / seconds
+            logs["padding_share"] = self._padding / max(self._tokens, 1)
             self._tokens, self._padding, self._clock = 0, 0, time.monotonic()
         super().log(logs, start_time)
 
@@ -249,15 +287,16 @@ class PairTrainer(Trainer):
         started = time.monotonic()
         rows = self.eval_data.rows
         groups = plan_scoring(rows, tokens_per_batch=self.eval_tokens, share_prompt=self.share_prompt)
-        means = _Means()
+        means, unread = _Means(), _Unread()
         self.model.eval()
         for group, counts in in_step(groups, rank=self.args.process_index, processes=self.args.world_size):
             batch = self.eval_data.batch(group, pad_id=self.pad_id, share_prompt=self.share_prompt)
             with torch.no_grad():
                 result = self.pair_loss(self.model, self._prepare_inputs(batch))
-            self._refuse_not_finite(result.loss, group, self.eval_data)
+            unread.add(result.loss, group)
             if counts:
                 means.add({"loss": result.loss, **result.metrics})
+        self._refuse_not_finite(unread, self.eval_data)
         metrics = {
             f"{metric_key_prefix}_{name}": value for name, value in learning_measures(means.drain()).items()
         }

@@ -237,7 +237,7 @@ WEIGHTED = {"bradley_terry": bradley_terry, "dpo": dpo, "squared": squared}
 def gradient_of(trainer, rows, weight=1.0):
     """Gradient of the loss of one micro-batch, flat."""
     batch = trainer.train_dataset.data.batch(rows, pad_id=0, share_prompt=False)
-    batch |= {"weight": torch.tensor(weight), "pair_index": torch.tensor(rows)}
+    batch |= {"weight": weight, "pair_index": rows, "padding": 0}
     trainer.model.zero_grad()
     trainer.compute_loss(trainer.model, batch).backward()
     found = [p.grad for p in trainer.model.parameters() if p.grad is not None]
