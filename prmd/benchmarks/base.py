@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, find_user_path
 from prmd.config.evaluation import EvaluationConfig
+from prmd.config.shared import BatchSize
 from prmd.errors import ConfigError, DataError, UserError
 from prmd.inference.cache import JsonTable
 from prmd.inference.candidates import CandidateModels
@@ -69,12 +70,12 @@ class Sampling:
     Attributes:
         paths: samples are cached below this artifact root.
         seed: of the noise.
-        batch_size: prompts answered at a time.
+        batch_size: responses sampled at a time, or `auto`.
     """
 
     paths: ArtifactPaths
     seed: int
-    batch_size: int
+    batch_size: BatchSize
 
     @classmethod
     def of(cls, config: EvaluationConfig) -> "Sampling":

@@ -13,11 +13,13 @@ from prmd.config.masking import MASK, address_fault, masked_address
 from prmd.config.policy import OF_ONE_OBJECTIVE, PolicyMethod
 from prmd.config.shared import (
     Approach,
+    BatchSize,
     DebiasConfig,
     ModelConfig,
     PositiveFloat,
     PositiveInt,
     RefersToRewardModelConfig,
+    SamplingEngine,
     Section,
     TrainingConfig,
     TuningConfig,
@@ -49,8 +51,8 @@ class GenerationConfig(Section):
     checkpoint_prompts: PositiveInt = 64
     samples_per_prompt: Annotated[int, Field(ge=2)] = 4
     max_new_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 32
-    engine: Literal["transformers", "vllm"] = "transformers"
+    batch_size: BatchSize = "auto"
+    engine: SamplingEngine = "auto"
 
     @field_validator("policies")
     @classmethod

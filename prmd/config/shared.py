@@ -23,6 +23,8 @@ from prmd.objectives import OBJECTIVES, names_problem
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 PositiveInt = Annotated[int, Field(gt=0)]
+BatchSize = Literal["auto"] | PositiveInt
+SamplingEngine = Literal["auto", "transformers", "vllm"]
 Approach = Literal["hh_truthfulqa", "pku_safe", "embedded", "own_pairs"]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 
@@ -348,8 +350,8 @@ class CalibrationConfig(Section):
     samples_per_prompt: Annotated[int, Field(ge=2)] = 4
     prompts: PositiveInt = 256
     max_new_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 32
-    engine: Literal["transformers", "vllm"] = "transformers"
+    batch_size: BatchSize = "auto"
+    engine: SamplingEngine = "auto"
 
 
 # ------------------------------------------------------------------ what all stages share

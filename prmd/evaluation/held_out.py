@@ -25,7 +25,13 @@ from prmd.evaluation.metrics import (
 )
 from prmd.evaluation.over_optimisation import best_of_n_curves
 from prmd.evaluation.scores import MemberScores, ReferenceScores, proxy_metrics
-from prmd.inference.candidates import REFERENCE, Candidate, CandidateModels, EvaluationPrompt
+from prmd.inference.candidates import (
+    REFERENCE,
+    Candidate,
+    CandidateModels,
+    EvaluationPrompt,
+    evaluation_engine,
+)
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER
 from prmd.judges.reward_model import Conversation, Judge, check_scores
@@ -89,11 +95,16 @@ class Evaluation:
         return cls(*numbers, load, prompts, judges, reference, reward_models)
 
     @cached_property
+    def engine(self) -> str:
+        """What samples every candidate."""
+        return evaluation_engine(self.generation, self.paths, self.reference, self.seed).name
+
+    @cached_property
     def compared_on(self) -> dict[str, str]:
         """Keys of prompts, decoding, reference and judges: only results that agree in all of them are compared."""
         generation = self.generation
         decoding = [generation.samples_per_prompt, generation.max_new_tokens, TEMPERATURE, self.seed]
-        decoding += [generation.engine] if generation.engine != "transformers" else []
+        decoding += [self.engine] if self.engine != "transformers" else []
         return {
             "prompts": io.fingerprint([list(prompt.token_ids) for prompt in self.prompts]),
             "decoding": io.fingerprint(decoding),
@@ -130,7 +141,7 @@ class Evaluation:
             "samples_per_prompt": generation.samples_per_prompt,
             "max_new_tokens": generation.max_new_tokens,
             "temperature": TEMPERATURE,
-            "engine": generation.engine,
+            "engine": self.engine,
             "judges": {judge.objective: judge.card() for judge in self.judges},
             **({"elsewhere": candidate.foreign.said()} if candidate.foreign else {}),
         }

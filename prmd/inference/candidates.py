@@ -28,7 +28,7 @@ from prmd.inference.generation import Engine, GeneratedResponse, generate, sampl
 from prmd.inference.kl import response_kls
 from prmd.inference.reference import reference_key, reference_logps
 from prmd.inference.scoring import lookup, score_logps, score_rows
-from prmd.inference.vllm_engine import require_vllm, vllm_engine
+from prmd.inference.vllm_engine import ChosenEngine, choose_engine, require_vllm, vllm_engine
 from prmd.models.agreement import check_agreement
 from prmd.models.bases import check_base
 from prmd.models.chat_templates import render
@@ -184,6 +184,23 @@ def _fitted(pair: PreferencePair, tokenizer: PreTrainedTokenizerBase, max_length
     return EvaluationPrompt(pair.id, pair.objective, messages, tokens)
 
 
+def evaluation_engine(
+    generation: GenerationConfig, paths: ArtifactPaths, reference: Candidate, seed: int
+) -> ChosenEngine:
+    """What samples every candidate of an evaluation: of `auto`, what the reference was sampled with if it was."""
+    begun = _samples_place(generation, paths, reference, seed, "transformers")
+    return choose_engine(generation.engine, begun)
+
+
+def _samples_place(
+    generation: GenerationConfig, paths: ArtifactPaths, candidate: Candidate, seed: int, engine: str
+) -> Path:
+    """The folder of a candidate's samples."""
+    key = [candidate.fingerprint, generation.max_new_tokens, generation.samples_per_prompt, seed]
+    key += [engine] if engine != "transformers" else []  # equal seeds, other samples
+    return paths.cache("samples", io.fingerprint(key))
+
+
 # ------------------------------------------------------------------ what a candidate computes
 class CandidateModels(AbstractContextManager["CandidateModels"]):
     """A candidate's policy and the reference, loaded when first needed and let go by `close`.
@@ -228,6 +245,10 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
     def _full_reference(self) -> nn.Module:
         return load_causal_lm(self.shared.model, self.shared.paths).eval()
 
+    @cached_property
+    def _engine(self) -> ChosenEngine:
+        return evaluation_engine(self.generation, self.shared.paths, self.reference, self.shared.seed)
+
     @contextmanager
     def as_reference(self) -> Iterator[nn.Module]:
         """The reference: the policy's own weights without adapters where it has some, else a second model."""
@@ -247,10 +268,8 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
 
     def samples(self, prompts: Sequence[EvaluationPrompt]) -> list[list[GeneratedResponse]]:
         """`generation.samples_per_prompt` responses to every prompt, at temperature 1 and top-p 1."""
-        settings, seed = self.generation, self.shared.seed
-        key = [self.candidate.fingerprint, settings.max_new_tokens, settings.samples_per_prompt, seed]
-        key += [settings.engine] if settings.engine != "transformers" else []  # equal seeds, other samples
-        table = JsonTable(self.shared.paths.cache("samples", io.fingerprint(key)))
+        settings, seed, paths = self.generation, self.shared.seed, self.shared.paths
+        table = JsonTable(_samples_place(settings, paths, self.candidate, seed, self._engine.name))
         tokens = [prompt.token_ids for prompt in prompts]
         with self._sampler(needed=not table.holds(tokens)) as sampler:
             return generate(
@@ -269,9 +288,12 @@ class CandidateModels(AbstractContextManager["CandidateModels"]):
 
     def _sampler(self, *, needed: bool) -> AbstractContextManager[nn.Module | Engine | None]:
         """The policy, or vLLM with its own copy of it, which is gone before anything is scored."""
+        if not needed:
+            return nullcontext(None)
         shared, settings = self.shared, self.generation
-        if not needed or settings.engine == "transformers":
-            return nullcontext(self.policy if needed else None)
+        self._engine.tell("generation.engine")
+        if self._engine.name == "transformers":
+            return nullcontext(self.policy)
         length = self.max_length + settings.max_new_tokens
         return vllm_engine(self.candidate.directory, shared.model, shared.paths, max_length=length)
 

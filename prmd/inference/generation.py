@@ -1,29 +1,39 @@
 """Sampling responses from a policy: batched, sorted by length, from a recorded seed.
 
 Every sample brings its own noise (`noise`), so batches are a matter of speed: which prompts a table lacks, their order, the
-batch size and the number of processes change no sample but by the rounding of the model's logits. The model's own generation settings are never used: temperature, top-p and length are arguments, so that samples at
-temperature 1 and top-p 1 really come from the policy. The optional engine is in `vllm_engine`; judging and scoring of
-samples are elsewhere.
+batch size and the number of processes change no sample but by the rounding of the model's logits. A prompt is read once for
+all its samples, and samples that have ended leave their batch. The model's own generation settings are never used:
+temperature, top-p and length are arguments, so that samples at temperature 1 and top-p 1 really come from the policy. Which
+prompts share a batch is in `batching`, the optional engine in `vllm_engine`; judging and scoring of samples are elsewhere.
 """
 
 import hashlib
+import inspect
+import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from prmd.errors import NotFiniteError
+from prmd.config.shared import BatchSize
+from prmd.errors import NotFiniteError, UserError
+from prmd.inference.batching import Batch, BatchPlan, Halving, Sampled
 from prmd.inference.cache import JsonTable, tokens_key
 from prmd.inference.noise import KeyedGumbel, sample_key
 from prmd.inference.scoring import gather, place_among_processes, time_to_save
@@ -31,11 +41,16 @@ from prmd.models.chat_templates import read_template, stop_token
 from prmd.models.tokenization import PrefixRow, Tokens
 from prmd.runtime import is_main_process, progress, wait_for_everyone
 
+logger = logging.getLogger(__name__)
+
 TURNS_PER_SHARD = 8
 """In several processes a table is saved after this many turns (`scoring.time_to_save`)."""
 
-Batch = Sequence[tuple[str, Tokens]]
-Sampled = tuple[str, list[list[int]]]
+ENDED_SHARE = 0.25
+"""Samples leave their batch once so many of it have ended: each time what the others have cached is copied."""
+
+_REPEATABLE = (DynamicLayer, DynamicSlidingWindowLayer)
+"""Layers of a cache that holds nothing but keys and values, which samples of a prompt can begin with."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +98,26 @@ class Decoding:
         return [sample_key(self.seed, key, number) for key in keys for number in numbers]
 
 
+@dataclass(frozen=True)
+class SamplingSpeed:
+    """What a sampling took.
+
+    Attributes:
+        responses, tokens: newly sampled by all processes, ends of turns counted.
+        seconds: of the sampling alone, without loading.
+        at_once: responses of the largest batch that was planned.
+    """
+
+    responses: int
+    tokens: int
+    seconds: float
+    at_once: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds
+
+
 class Engine(Protocol):
     """What samples in place of a transformers model (`vllm_engine`)."""
 
@@ -100,7 +135,7 @@ def generate(
     samples_per_prompt: int,
     max_new_tokens: int,
     seed: int,
-    batch_size: int,
+    batch_size: BatchSize,
     description: str,
     temperature: float = 1.0,
     top_p: float = 1.0,
@@ -117,54 +152,62 @@ def generate(
     Args:
         model: the policy, or an engine that serves it; None where `table` already holds every prompt.
         prompts: rendered prompts with the generation prompt (`models.tokenization.tokenize_prompt`).
-        batch_size: responses generated together.
+        batch_size: responses generated together; `auto` as of `batching.BatchPlan`. A batch that does not fit the memory is
+            halved, and so are all that follow.
         temperature: 0 decodes greedily.
         table: finished prompts are read from it and new ones are added, so that an interruption costs little; its
             folder must be keyed by the model, by the engine and by the arguments above.
 
     Returns:
-        For each prompt, in order, its responses.
+        For each prompt, in order, its responses. The log line of what was new carries a `SamplingSpeed` as `sampling`.
 
     Raises:
         NotFiniteError: the model's next-token probabilities are NaN.
+        ConfigError: the samples of a single prompt do not fit the memory.
     """
     stop, pad = stop_token(tokenizer), tokenizer.pad_token_id
     decoding = Decoding(samples_per_prompt, max_new_tokens, seed, temperature, top_p, stop, pad)
     keys = [tokens_key(prompt).hex() for prompt in prompts]
     found = {key: table[key] for key in keys if table is not None and key in table}
     missing = {k: p for k, p in zip(keys, prompts, strict=True) if k not in found}
-    batches = _batches(missing, max(1, batch_size // samples_per_prompt))
-    fresh, saved = list[Sampled](), time.monotonic()
-    for turn, done in enumerate(_sample_in_turns(model, batches, decoding, description)):
-        fresh += done
-        if time_to_save(turn, saved, every=TURNS_PER_SHARD):
-            fresh, saved = _keep(fresh, found, table), time.monotonic()
-    _keep(fresh, found, table)
+    plan = BatchPlan(samples_per_prompt, max_new_tokens, batch_size)
+    batches, began = plan.batches(model, missing), time.monotonic()
+    sample = Halving(lambda batch: _sample(model, batch, decoding), plan, description)
+    _sample_all(sample, batches, found, table, description)
+    _tell_speed([found[key] for key in missing], began, batches, description)
     wait_for_everyone()  # no process may open this table again before the main one has written it
     return [[_response(tokenizer, ids, stop) for ids in found[key]] for key in keys]
 
 
-def _batches(missing: dict[str, Tokens], prompts_per_batch: int) -> list[Batch]:
-    """(key, prompt) in batches of like length, the longest first: what does not fit the memory fails at once."""
-    todo = sorted(missing.items(), key=lambda item: -len(item[1]))
-    return [todo[i : i + prompts_per_batch] for i in range(0, len(todo), prompts_per_batch)]
+def _sample_all(
+    sample: Halving,
+    batches: Sequence[Batch],
+    found: dict[str, list[list[int]]],
+    table: JsonTable | None,
+    description: str,
+) -> None:
+    """Fill `found` and the table, which is saved now and then."""
+    fresh, saved = list[Sampled](), time.monotonic()
+    for turn, done in enumerate(_sample_in_turns(sample, batches, description)):
+        fresh += done
+        if time_to_save(turn, saved, every=TURNS_PER_SHARD):
+            fresh, saved = _keep(fresh, found, table), time.monotonic()
+    _keep(fresh, found, table)
 
 
-def _sample_in_turns(
-    model: nn.Module | Engine | None, batches: Sequence[Batch], decoding: Decoding, description: str
-) -> Iterator[list[Sampled]]:
+def _sample_in_turns(sample: Halving, batches: Sequence[Batch], description: str) -> Iterator[list[Sampled]]:
     """In every turn each process samples one batch; yields what all of them have, in the order of the batches."""
     rank, world = place_among_processes()
     for turn in progress(range(0, len(batches), world), -(-len(batches) // world), description):
         batch = batches[turn + rank] if turn + rank < len(batches) else []
         own: list[Sampled] = []
-        wrong: list[str] = []
+        wrong: list[UserError] = []
         try:
-            own = _sample(model, batch, decoding) if batch else own
-        except NotFiniteError as error:
-            wrong.append(f"{description}: {error}")
+            own = sample(batch)
+        except UserError as error:
+            wrong.append(type(error)(f"{description}: {error}"))
         if said := gather(wrong):  # every process hears of it, and none waits for the others
-            raise NotFiniteError(said[0])
+            raise said[0]
         yield gather(own)
 
 
@@ -184,6 +227,22 @@ def _keep(fresh: list[Sampled], found: dict[str, list[list[int]]], table: JsonTa
     return []
 
 
+def _tell_speed(
+    samples: Sequence[Sequence[Sequence[int]]], began: float, batches: Sequence[Batch], description: str
+) -> None:
+    if not samples:
+        return
+    each, tokens = len(samples[0]), sum(len(ids) for group in samples for ids in group)
+    at_once = each * max(map(len, batches))
+    speed = SamplingSpeed(each * len(samples), tokens, max(time.monotonic() - began, 1e-9), at_once)
+    logger.info(
+        "%s: %s responses to %s prompts, %s tokens in %.1f s, %s tokens per second, up to %d responses at once",
+        *(description, f"{speed.responses:,}", f"{len(samples):,}", f"{tokens:,}", speed.seconds),
+        *(f"{speed.tokens_per_second:,.0f}", at_once),
+        extra={"sampling": speed},
+    )
+
+
 class _RefuseNotFinite(LogitsProcessor):
     """Looks at the logits of every token: NaN would end a sampling with a library's error, and a greedy one silently."""
 
@@ -197,6 +256,19 @@ class _RefuseNotFinite(LogitsProcessor):
         return scores
 
 
+class _ManyEnded(StoppingCriteria):
+    """Pauses the decoding of a batch once `ENDED_SHARE` of it has ended."""
+
+    def __init__(self, stop: int) -> None:
+        self._stop, self._ended = stop, None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **keywords: object) -> Tensor:
+        """[R] equal booleans: whether to pause."""
+        now = input_ids[:, -1] == self._stop
+        self._ended = now if self._ended is None else self._ended | now
+        return (self._ended.float().mean() >= ENDED_SHARE).expand(len(now))
+
+
 @torch.inference_mode()
 def _generate_batch(model: nn.Module, prompts: Sequence[Tokens], decoding: Decoding) -> list[list[list[int]]]:
     device, n = next(model.parameters()).device, decoding.samples_per_prompt
@@ -204,26 +276,92 @@ def _generate_batch(model: nn.Module, prompts: Sequence[Tokens], decoding: Decod
     input_ids = torch.tensor([[decoding.pad] * (width - len(p)) + list(p) for p in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     noise_keys = torch.tensor(decoding.noise_keys(prompts), device=device)
-    settings = _transformers_settings(decoding)
-    own = model.generation_config
-    model.generation_config = settings  # its defaults would fill every unset field
-    try:
-        output = model.generate(
-            input_ids=input_ids.repeat_interleave(n, dim=0),
-            attention_mask=mask.repeat_interleave(n, dim=0),
-            generation_config=settings,
-            logits_processor=_processors(decoding, noise_keys, width),
-        )
-    finally:
-        model.generation_config = own
-    rows = [_cut(row, decoding.stop) for row in output[:, width:].tolist()]
+    with _settings_of(model, decoding):
+        cache = _read_prompts(model, input_ids, mask, decoding)
+        if cache is not None:
+            cache.batch_repeat_interleave(n)
+        input_ids, mask = input_ids.repeat_interleave(n, dim=0), mask.repeat_interleave(n, dim=0)
+        rows = _decode(model, input_ids, mask, cache, noise_keys, decoding)
     return [rows[i : i + n] for i in range(0, len(rows), n)]
 
 
-def _transformers_settings(decoding: Decoding) -> GenerationConfig:
+@contextmanager
+def _settings_of(model: nn.Module, decoding: Decoding) -> Iterator[None]:
+    """For the time of a `with` block in place of the model's own settings, which would fill every unset field."""
+    own = model.generation_config
+    model.generation_config = _transformers_settings(decoding, decoding.max_new_tokens)
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _read_prompts(
+    model: nn.Module, input_ids: Tensor, mask: Tensor, decoding: Decoding
+) -> DynamicCache | None:
+    """Keys and values of each prompt but for its last token, or None of a family that keeps something else.
+
+    The last token of a prompt is read by each of its samples, which gives their first logits.
+
+    Args:
+        input_ids, mask: [B, P], padded on the left.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    cache = DynamicCache(config=base.config.get_text_config(decoder=True))
+    if any(type(layer) not in _REPEATABLE for layer in cache.layers):
+        return None
+    if "past_key_values" not in inspect.signature(base.forward).parameters:
+        return None
+    if input_ids.shape[1] > 1:
+        model.generate(
+            input_ids=input_ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            past_key_values=cache,
+            generation_config=_transformers_settings(decoding, 1),
+        )
+    return cache if cache.get_seq_length() == input_ids.shape[1] - 1 else None
+
+
+def _decode(
+    model: nn.Module,
+    input_ids: Tensor,
+    mask: Tensor,
+    cache: DynamicCache | None,
+    noise_keys: Tensor,
+    decoding: Decoding,
+) -> list[list[int]]:
+    """The tokens of each row's response; rows that have ended leave the batch, where there is a cache to go on from.
+
+    Args:
+        input_ids, mask: prompts [R, P], padded on the left.
+        noise_keys: int64 [R].
+    """
+    width, found = input_ids.shape[1], [list[int]() for _ in input_ids]
+    end, rows = width + decoding.max_new_tokens, torch.arange(len(found), device=input_ids.device)
+    while len(rows):
+        before = input_ids.shape[1]
+        input_ids = model.generate(
+            input_ids=input_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            generation_config=_transformers_settings(decoding, end - before),
+            logits_processor=_processors(decoding, noise_keys[rows], width),
+            stopping_criteria=StoppingCriteriaList([_ManyEnded(decoding.stop)] if cache is not None else []),
+        )
+        ended = (input_ids[:, before:] == decoding.stop).any(dim=1) | (input_ids.shape[1] == end)
+        for row, tokens in zip(rows[ended].tolist(), input_ids[ended, width:].tolist(), strict=True):
+            found[row] = _cut(tokens, decoding.stop)
+        rows, input_ids, mask = rows[~ended], input_ids[~ended], mask[~ended]
+        mask = torch.cat([mask, mask.new_ones(len(rows), input_ids.shape[1] - before)], dim=1)
+        if cache is not None:
+            cache.batch_select_indices((~ended).nonzero()[:, 0])
+    return found
+
+
+def _transformers_settings(decoding: Decoding, max_new_tokens: int) -> GenerationConfig:
     """The argmax of what `_processors` return: with their noise a sample, without any the greedy choice."""
     return GenerationConfig(
-        max_new_tokens=decoding.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         do_sample=False,
         temperature=None,
         top_p=None,

@@ -6,6 +6,7 @@ are cached in `data/cache` under the key of the base model, never of a training 
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from prmd.config.shared import CalibrationConfig, ModelConfig, SharedConfig
 from prmd.inference.cache import JsonTable, ScoreTable
 from prmd.inference.generation import Engine, GeneratedResponse, generate
 from prmd.inference.scoring import score_logps
-from prmd.inference.vllm_engine import require_vllm, vllm_engine
+from prmd.inference.vllm_engine import ChosenEngine, choose_engine, require_vllm, vllm_engine
 from prmd.models.chat_templates import template_fingerprint
 from prmd.models.loading import base_model_key, load_causal_lm
 from prmd.models.tokenization import PrefixRow, Tokens
@@ -44,12 +45,21 @@ def calibration_sampling(shared: SharedConfig) -> SharedConfig:
 
 
 def samples_table(shared: SharedConfig, tokenizer: PreTrainedTokenizerBase) -> JsonTable:
-    """Where `reference_samples` keeps what it draws: a table of the base model and the settings of sampling."""
-    settings: dict[str, Any] = _sampling(shared.calibration, shared.seed)
-    if shared.calibration.engine != "transformers":  # equal seeds, other samples
-        settings["engine"] = shared.calibration.engine
-    key = io.fingerprint([reference_key(shared.model, shared.paths, tokenizer), settings])
-    return JsonTable(shared.paths.cache("samples", key))
+    """Where `reference_samples` keeps what it draws: a table of the base model, the settings of sampling and the engine."""
+    return _table(shared, tokenizer)[0]
+
+
+def _table(shared: SharedConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[JsonTable, ChosenEngine]:
+    key = reference_key(shared.model, shared.paths, tokenizer)
+
+    def place(engine: str) -> Path:
+        settings: dict[str, Any] = _sampling(shared.calibration, shared.seed)
+        if engine != "transformers":  # equal seeds, other samples
+            settings["engine"] = engine
+        return shared.paths.cache("samples", io.fingerprint([key, settings]))
+
+    engine = choose_engine(shared.calibration.engine, begun=place("transformers"))
+    return JsonTable(place(engine.name)), engine
 
 
 def _sampling(calibration: CalibrationConfig, seed: int) -> dict[str, int]:
@@ -78,8 +88,8 @@ def reference_samples(
     Args:
         prompts: rendered prompts with the generation prompt.
     """
-    table = samples_table(shared, tokenizer)
-    with _sampler(shared, [] if table.holds(prompts) else prompts) as model:
+    table, engine = _table(shared, tokenizer)
+    with _sampler(shared, engine, [] if table.holds(prompts) else prompts) as model:
         return generate(
             model,
             tokenizer,
@@ -92,12 +102,13 @@ def reference_samples(
 
 
 def _sampler(
-    shared: SharedConfig, prompts: Sequence[Tokens]
+    shared: SharedConfig, engine: ChosenEngine, prompts: Sequence[Tokens]
 ) -> AbstractContextManager[nn.Module | Engine | None]:
     """What samples these prompts: pi_ref, or vLLM with its own copy of it; nothing is loaded where there are none."""
     if not prompts:
         return nullcontext(None)
-    if shared.calibration.engine == "transformers":
+    engine.tell("calibration.engine")
+    if engine.name == "transformers":
         return nullcontext(load_causal_lm(shared.model, shared.paths).eval())
     length = max(map(len, prompts)) + shared.calibration.max_new_tokens
     return vllm_engine(None, shared.model, shared.paths, max_length=length)

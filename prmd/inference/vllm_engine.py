@@ -4,24 +4,28 @@ vLLM reads a folder or hub id itself: the base, the base with a policy's LoRA ad
 is its own and its kernels round unlike transformers', so the same seed gives other samples of the same distribution, and what
 is cached is keyed by the engine. Every sample has a generator of its own, seeded by seed, prompt and number: what else is
 asked, in which order, and what the cache lacks change no noise. Logits do depend on how vLLM batches, so a sample may differ
-where two tokens were nearly even. Who is sampled is in `candidates` and `reference`.
+where two tokens were nearly even. Which engine `auto` takes is decided here; who is sampled is in `candidates` and `reference`.
 """
 
 import importlib.util
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.config.shared import ModelConfig
+from prmd.config.shared import ModelConfig, SamplingEngine
 from prmd.errors import ConfigError
 from prmd.inference.generation import Decoding
 from prmd.models.loading import model_source
 from prmd.models.tokenization import Tokens
-from prmd.runtime import free_memory, get_runtime
+from prmd.runtime import free_memory, get_device, get_runtime
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -37,16 +41,58 @@ def require_vllm(key: str) -> None:
     Raises:
         ConfigError: another system than Linux, several processes, or the package is missing.
     """
-    remedy = f"set {key}: transformers"
+    if found := _obstacle():
+        problem, remedy = found
+        raise ConfigError(f"{key}: {problem}; {remedy}set {key}: transformers")
+
+
+def _obstacle() -> tuple[str, str] | None:
+    """Why vLLM cannot run here, and what beside the other engine would mend it; None where nothing is known."""
     if sys.platform != "linux":
-        raise ConfigError(f"{key}: vllm runs on Linux alone, this is {sys.platform}; {remedy}")
-    if get_runtime().world_size > 1:
-        raise ConfigError(
-            f"{key}: vllm starts processes of its own, got {get_runtime().world_size} of a launcher; start "
-            f"the script with plain python, or {remedy}"
+        return f"vllm runs on Linux alone, this is {sys.platform}", ""
+    if (processes := get_runtime().world_size) > 1:
+        return (
+            f"vllm starts processes of its own, got {processes} of a launcher",
+            "start the script with plain python, or ",
         )
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError(f"{key}: the package vllm is not installed; pip install vllm, or {remedy}")
+        return "the package vllm is not installed", "pip install vllm, or "
+    return None
+
+
+@dataclass(frozen=True)
+class ChosenEngine:
+    """What samples.
+
+    Attributes:
+        name: `transformers` or `vllm`.
+        reason: why `auto` took it; empty where it was set.
+    """
+
+    name: str
+    reason: str = ""
+
+    def tell(self, key: str) -> None:
+        """Log the choice that `auto` left, when something is going to be sampled."""
+        if self.reason:
+            logger.info("%s: auto takes %s: %s", key, self.name, self.reason)
+
+
+def choose_engine(setting: SamplingEngine, begun: Path) -> ChosenEngine:
+    """The engine that is set; of `auto`, vLLM where it can run on a card, unless transformers has begun these samples.
+
+    Args:
+        begun: the table that transformers fills: what is finished, or half so, is not drawn again by another engine.
+    """
+    if setting != "auto":
+        return ChosenEngine(setting)
+    if any(begun.glob("shard-*")):
+        return ChosenEngine("transformers", "it drew the samples that are kept")
+    if found := _obstacle():
+        return ChosenEngine("transformers", found[0])
+    if get_device().type != "cuda":
+        return ChosenEngine("transformers", "there is no GPU")
+    return ChosenEngine("vllm", "it is installed and there is a GPU")
 
 
 class VllmEngine:
@@ -62,7 +108,13 @@ class VllmEngine:
     def __init__(
         self, policy: Path | None, model: ModelConfig, paths: ArtifactPaths, *, max_length: int
     ) -> None:
-        import vllm  # absent on most machines, and slow to import
+        try:
+            import vllm  # absent on most machines, and slow to import
+        except ImportError as error:
+            raise ConfigError(
+                f"the installed package vllm cannot be imported ({str(error).splitlines()[0]:.100}); install it again, or set "
+                "calibration.engine and generation.engine: transformers"
+            ) from error
 
         free_memory()  # vLLM asks for most of the card at once
         self._vllm, self._request = vllm, None

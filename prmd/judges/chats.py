@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.evaluation import TextJudgeConfig
-from prmd.config.shared import ModelConfig
+from prmd.config.shared import BatchSize, ModelConfig
 from prmd.data.readers import json_rows
 from prmd.errors import ConfigError, DataError
 from prmd.inference.cache import JsonTable
@@ -152,12 +152,12 @@ class LocalChat:
 
     Attributes:
         paths: replies are cached below this artifact root.
-        batch_size: conversations answered at a time.
+        batch_size: conversations answered at a time, or `auto`.
     """
 
     model: ModelConfig
     paths: ArtifactPaths
-    batch_size: int
+    batch_size: BatchSize
     _counts: Counter[str] = field(default_factory=Counter)
 
     @property

@@ -21,11 +21,12 @@ from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import CalibrationConfig, ModelConfig, SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import UserError
 from prmd.models.loading import load_model_config, load_tokenizer, model_source
+from prmd.models.sampling_memory import sampling_bytes
 from prmd.models.tokenization import PrefixRow, tokenize_pairs
 from prmd.pairs import PREPARE_COMMAND, PreferencePair
 from prmd.runtime import GIB, free_disk_bytes
 from prmd.training.batches import step_size
-from prmd.training.memory import MemoryPlan, device_memory, plan_generation_memory, plan_memory
+from prmd.training.memory import USABLE, MemoryPlan, device_memory, plan_generation_memory, plan_memory
 from prmd.training.precision import Precision, eight_bit_precision, resolve_precision
 from prmd.training.rehearsal import Task
 
@@ -238,16 +239,22 @@ def _sampling_line(
     training: TrainingConfig,
     device_bytes: int,
 ) -> str:
-    tokens = training.max_length + calibration.max_new_tokens
-    plan = plan_generation_memory(
+    tokens, sequences = training.max_length + calibration.max_new_tokens, calibration.batch_size
+    plan = partial(
+        plan_generation_memory,
         model_config=model_config,
         dtype=dtype,
-        sequences=calibration.batch_size,
         tokens=tokens,
         device_bytes=device_bytes,
     )
+    if sequences == "auto":
+        free = int(USABLE * device_bytes) - plan(sequences=0).total
+        numbers = {"samples": calibration.samples_per_prompt, "new_tokens": calibration.max_new_tokens}
+        prompts = sampling_bytes(model_config, dtype).prompts_in(free, training.max_length, **numbers)
+        sequences = prompts * calibration.samples_per_prompt
+    plan = plan(sequences=sequences)
     return (
-        f"of sampling {calibration.batch_size} responses at once, {tokens} tokens with their prompts: weights "
+        f"of sampling {sequences} responses at once, {tokens} tokens with their prompts: weights "
         f"{plan.weights / GIB:.2f} GiB, cache {plan.cache / GIB:.2f} GiB, logits {plan.logits / GIB:.2f} GiB"
     )
 

@@ -1,7 +1,8 @@
 """What of the settings decides the result of a training, and what may be edited while it is half done or finished.
 
 Micro-batches, recomputed layers, rows of a log and the steps at which checkpoints are kept change no step of a training, and
-the batch size of sampling changes no sample.
+the batch size of sampling changes no sample. The engine that `auto` takes changes samples, but not what they are samples of:
+what was calibrated before vLLM was installed, or is read where it is not, stays finished.
 """
 
 from collections.abc import Mapping
@@ -27,7 +28,10 @@ def training_keys(training: TrainingConfig) -> Keys:
 def calibration_keys(calibration: CalibrationConfig) -> Keys:
     """What decides a calibration."""
     values = calibration.model_dump(mode="json")
-    return _without(values, ("batch_size",)), values
+    if calibration.engine == "auto":
+        values["engine"] = "transformers"
+    earlier = {"batch_size": 32} if calibration.batch_size == "auto" else {}  # there was no auto
+    return _without(values, ("batch_size",)), values | earlier
 
 
 def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from torch import nn
 
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
+from prmd.models.sampling_memory import sampling_bytes
 from prmd.models.sequence_models import supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import GIB, get_device
@@ -370,13 +371,8 @@ def plan_generation_memory(
         tokens: longest prompt and response together.
     """
     plain = _untrained(model_config, "policy", dtype)
-    heads = getattr(model_config, "num_key_value_heads", None) or model_config.num_attention_heads
-    width = (
-        getattr(model_config, "head_dim", None)
-        or model_config.hidden_size // model_config.num_attention_heads
-    )
-    cache = 2 * model_config.num_hidden_layers * sequences * tokens * heads * width * dtype.itemsize
-    logits = sequences * model_config.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize)
+    sizes = sampling_bytes(model_config, dtype)
+    cache, logits = sequences * tokens * sizes.cached, sequences * sizes.logits
     return replace(plain, cache=cache, logits=logits, device_bytes=device_bytes)
 
 

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import logging
 import shutil
 import sys
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from tiny_pipeline import no_model_loads
 from tiny_workspace import candidate, evaluation_config, policy_config, prompts_of, write_workspace
 
@@ -18,7 +20,7 @@ from prmd.config.shared import CalibrationConfig
 from prmd.errors import ConfigError
 from prmd.evaluation.evaluate import compute_metrics
 from prmd.inference.reference import reference_samples
-from prmd.inference.vllm_engine import require_vllm
+from prmd.inference.vllm_engine import ChosenEngine, choose_engine, require_vllm
 from prmd.models.chat_templates import stop_token
 from prmd.models.loading import load_tokenizer
 from prmd.policies.train import train_pessimistic
@@ -195,6 +197,77 @@ def test_the_reference_is_sampled_by_its_own_setting_and_kept_apart(
     own = served.calibration.model_copy(update={"engine": "transformers"})
     other = reference_samples(served.model_copy(update={"calibration": own}), tokenizer, prompts)
     assert other != found and len(fake.models) == 1
+
+
+# ------------------------------------------------------------------ auto
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr("prmd.inference.vllm_engine.get_device", lambda: device)
+
+
+def test_auto_takes_it_where_it_is_installed_and_there_is_a_card(
+    config: EvaluationConfig, fake: FakeVllm, card: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    auto, prompts = config_at(config.paths.root, "auto"), prompts_of(config)
+    with caplog.at_level(logging.INFO, logger="prmd"):
+        served = candidate(auto, "reference").samples(prompts)
+    lines = [r.getMessage() for r in caplog.records if "auto takes" in r.getMessage()]
+    assert lines == ["generation.engine: auto takes vllm: it is installed and there is a GPU"]
+    assert len(fake.models) == 1 and served == candidate(config, "reference").samples(prompts)
+    candidate(auto, "hard_min").samples(prompts)
+    assert len(fake.models) == 2
+
+
+@pytest.mark.parametrize("without", ["card", "package", "linux", "one process"])
+def test_auto_takes_transformers_elsewhere_and_says_why(
+    config: EvaluationConfig, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch, without: str, tmp_path: Path
+) -> None:
+    if without != "card":
+        device = torch.device("cuda", 0)
+        monkeypatch.setattr("prmd.inference.vllm_engine.get_device", lambda: device)
+    if without == "package":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    elif without == "linux":
+        monkeypatch.setattr(sys, "platform", "win32")
+    elif without == "one process":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    reasons = {"card": "no GPU", "package": "not installed", "linux": "this is win32", "one process": "got 2"}
+    engine = choose_engine("auto", tmp_path / "nothing")
+    assert engine.name == "transformers" and reasons[without] in engine.reason
+    assert choose_engine("vllm", tmp_path / "nothing") == ChosenEngine("vllm")
+
+
+def test_auto_goes_on_with_what_transformers_has_begun(
+    config: EvaluationConfig, fake: FakeVllm, card: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts, root = prompts_of(config), config.paths.root
+    begun = candidate(config_at(root, "transformers"), "reference").samples(prompts[:3])
+    auto = config_at(root, "auto")
+    with caplog.at_level(logging.INFO, logger="prmd"):
+        assert candidate(auto, "reference").samples(prompts)[:3] == begun
+    assert "auto takes transformers: it drew the samples that are kept" in caplog.text
+    candidate(auto, "hard_min").samples(prompts)  # and every policy as the reference
+    assert not fake.models
+    # the same of the calibration
+    calibration = CalibrationConfig(samples_per_prompt=3, max_new_tokens=6, engine="transformers")
+    shared = auto.shared.model_copy(update={"calibration": calibration})
+    tokenizer, tokens = load_tokenizer(shared.model, shared.paths), [p.token_ids for p in prompts]
+    own = reference_samples(shared, tokenizer, tokens)
+    calibration = calibration.model_copy(update={"engine": "auto"})
+    later = shared.model_copy(update={"calibration": calibration})
+    assert reference_samples(later, tokenizer, tokens) == own and not fake.models
+    assert reference_samples(later.model_copy(update={"seed": 8}), tokenizer, tokens) != own
+    assert len(fake.models) == 1
+
+
+def test_a_package_that_cannot_be_imported_is_refused_in_one_line(
+    config: EvaluationConfig, fake: FakeVllm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: importlib.machinery.ModuleSpec(name, None))
+    with pytest.raises(ConfigError, match=r"vllm cannot be imported .*generation\.engine: transformers$"):
+        candidate(config, "reference").samples(prompts_of(config))
 
 
 # ------------------------------------------------------------------ where it cannot run

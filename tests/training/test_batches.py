@@ -149,6 +149,9 @@ def test_hardware_logs_and_checkpoints_are_no_part_of_what_is_trained():
     from prmd.config.shared import CalibrationConfig
 
     assert calibration_keys(CalibrationConfig(batch_size=8))[0] == calibration_keys(CalibrationConfig())[0]
+    before_auto = CalibrationConfig(batch_size=32, engine="transformers")
+    assert calibration_keys(CalibrationConfig()) == calibration_keys(before_auto)
+    assert calibration_keys(CalibrationConfig(engine="vllm"))[0] != calibration_keys(before_auto)[0]
 
 
 # ------------------------------------------------------------------ padding
