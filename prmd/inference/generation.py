@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
     DynamicCache,
     GenerationConfig,
@@ -277,11 +278,13 @@ def _generate_batch(model: nn.Module, prompts: Sequence[Tokens], decoding: Decod
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
     noise_keys = torch.tensor(decoding.noise_keys(prompts), device=device)
     with _settings_of(model, decoding):
-        cache = _read_prompts(model, input_ids, mask, decoding)
+        cache, logits = _read_prompts(model, input_ids, mask, decoding)
+        input_ids, mask = input_ids.repeat_interleave(n, dim=0), mask.repeat_interleave(n, dim=0)
         if cache is not None:
             cache.batch_repeat_interleave(n)
-        input_ids, mask = input_ids.repeat_interleave(n, dim=0), mask.repeat_interleave(n, dim=0)
-        rows = _decode(model, input_ids, mask, cache, noise_keys, decoding)
+            scores = _processors(decoding, noise_keys, width)(input_ids, logits.repeat_interleave(n, dim=0))
+            input_ids = torch.cat([input_ids, scores.argmax(dim=-1, keepdim=True)], dim=1)
+        rows = _decode(model, input_ids, mask, cache, noise_keys, width, decoding)
     return [rows[i : i + n] for i in range(0, len(rows), n)]
 
 
@@ -298,10 +301,8 @@ def _settings_of(model: nn.Module, decoding: Decoding) -> Iterator[None]:
 
 def _read_prompts(
     model: nn.Module, input_ids: Tensor, mask: Tensor, decoding: Decoding
-) -> DynamicCache | None:
-    """Keys and values of each prompt but for its last token, or None of a family that keeps something else.
-
-    The last token of a prompt is read by each of its samples, which gives their first logits.
+) -> tuple[DynamicCache | None, Tensor]:
+    """Keys and values of each prompt, or None of a family that keeps something else; logits [B, V] of the first tokens.
 
     Args:
         input_ids, mask: [B, P], padded on the left.
@@ -309,17 +310,15 @@ def _read_prompts(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     cache = DynamicCache(config=base.config.get_text_config(decoder=True))
     if any(type(layer) not in _REPEATABLE for layer in cache.layers):
-        return None
+        return None, torch.empty(0)
     if "past_key_values" not in inspect.signature(base.forward).parameters:
-        return None
-    if input_ids.shape[1] > 1:
-        model.generate(
-            input_ids=input_ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            past_key_values=cache,
-            generation_config=_transformers_settings(decoding, 1),
-        )
-    return cache if cache.get_seq_length() == input_ids.shape[1] - 1 else None
+        return None, torch.empty(0)
+    settings = _transformers_settings(decoding, 1)
+    settings.return_dict_in_generate = settings.output_logits = True
+    output = model.generate(
+        input_ids=input_ids, attention_mask=mask, past_key_values=cache, generation_config=settings
+    )
+    return (cache if cache.get_seq_length() == input_ids.shape[1] else None), output.logits[0]
 
 
 def _decode(
@@ -328,34 +327,38 @@ def _decode(
     mask: Tensor,
     cache: DynamicCache | None,
     noise_keys: Tensor,
+    width: int,
     decoding: Decoding,
 ) -> list[list[int]]:
     """The tokens of each row's response; rows that have ended leave the batch, where there is a cache to go on from.
 
     Args:
-        input_ids, mask: prompts [R, P], padded on the left.
+        input_ids: prompts padded on the left, and the first tokens behind them where there is a cache.
+        mask: of the prompts, [R, P].
         noise_keys: int64 [R].
+        width: P.
     """
-    width, found = input_ids.shape[1], [list[int]() for _ in input_ids]
-    end, rows = width + decoding.max_new_tokens, torch.arange(len(found), device=input_ids.device)
-    while len(rows):
-        before = input_ids.shape[1]
+    found, end = [list[int]() for _ in input_ids], width + decoding.max_new_tokens
+    rows = torch.arange(len(found), device=input_ids.device)
+    while True:
+        sampled = input_ids[:, width:]
+        ended = (sampled == decoding.stop).any(dim=1) | (input_ids.shape[1] == end)
+        for row, tokens in zip(rows[ended].tolist(), sampled[ended].tolist(), strict=True):
+            found[row] = _cut(tokens, decoding.stop)
+        if bool(ended.any()):
+            rows, input_ids, mask = rows[~ended], input_ids[~ended], mask[~ended]
+            if cache is not None:
+                cache.batch_select_indices((~ended).nonzero()[:, 0])
+        if not len(rows):
+            return found
         input_ids = model.generate(
             input_ids=input_ids,
-            attention_mask=mask,
+            attention_mask=functional.pad(mask, (0, input_ids.shape[1] - width), value=1),
             past_key_values=cache,
-            generation_config=_transformers_settings(decoding, end - before),
+            generation_config=_transformers_settings(decoding, end - input_ids.shape[1]),
             logits_processor=_processors(decoding, noise_keys[rows], width),
             stopping_criteria=StoppingCriteriaList([_ManyEnded(decoding.stop)] if cache is not None else []),
         )
-        ended = (input_ids[:, before:] == decoding.stop).any(dim=1) | (input_ids.shape[1] == end)
-        for row, tokens in zip(rows[ended].tolist(), input_ids[ended, width:].tolist(), strict=True):
-            found[row] = _cut(tokens, decoding.stop)
-        rows, input_ids, mask = rows[~ended], input_ids[~ended], mask[~ended]
-        mask = torch.cat([mask, mask.new_ones(len(rows), input_ids.shape[1] - before)], dim=1)
-        if cache is not None:
-            cache.batch_select_indices((~ended).nonzero()[:, 0])
-    return found
 
 
 def _transformers_settings(decoding: Decoding, max_new_tokens: int) -> GenerationConfig:

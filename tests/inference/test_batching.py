@@ -95,14 +95,17 @@ def test_a_prompt_is_read_once_and_ended_samples_leave() -> None:
     forwards = Forwards(model)
     found = generation._generate_batch(model, PROMPTS, decoding)
     forwards.hook.remove()
-    longest, rows = max(map(len, PROMPTS)), len(PROMPTS) * decoding.samples_per_prompt
-    assert forwards.shapes[:2] == [(len(PROMPTS), longest - 1), (rows, 1)]
-    steps = [count for count, tokens in forwards.shapes[1:] if tokens == 1]
-    assert len(steps) == len(forwards.shapes) - 1 == max(len(ids) for group in found for ids in group)
-    unended = [sum(len(ids) > step for group in found for ids in group) for step in range(len(steps))]
-    for count, needed in zip(steps, unended, strict=True):
-        assert needed <= count < needed / (1 - generation.ENDED_SHARE) + 1
-    assert steps == sorted(steps, reverse=True) and steps[-1] < rows
+    lengths = [len(ids) for group in found for ids in group]
+    assert forwards.shapes[0] == (
+        len(PROMPTS),
+        max(map(len, PROMPTS)),
+    )  # gives the first token of every sample
+    assert {tokens for _, tokens in forwards.shapes[1:]} == {1} and len(forwards.shapes) == max(lengths)
+    steps = [count for count, _ in forwards.shapes[1:]]
+    for number, count in enumerate(steps, start=1):
+        unended = sum(length > number for length in lengths)
+        assert unended <= count < unended / (1 - generation.ENDED_SHARE) + 1
+    assert steps == sorted(steps, reverse=True) and steps[-1] < len(lengths)
 
 
 # ------------------------------------------------------------------ how many at once
