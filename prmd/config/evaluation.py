@@ -5,12 +5,12 @@ Every default lives in a field and nowhere else; a field is here only if some co
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
 
 from prmd.config.masking import MASK, address_fault, masked_address
-from prmd.config.policy import OF_ONE_OBJECTIVE, PolicyMethod
+from prmd.config.policy import OF_ONE_OBJECTIVE, policy_methods
 from prmd.config.shared import (
     Approach,
     BatchSize,
@@ -28,10 +28,7 @@ from prmd.config.shared import (
 from prmd.objectives import TAKEN_BY_WINDOWS
 
 _POLICY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
-_TAKEN = {
-    *("reference", "comparison", "frontier", "run", "config", "fingerprint", "samples", "baseline_dpo"),
-    *get_args(PolicyMethod),
-}
+_TAKEN = ("reference", "comparison", "frontier", "run", "config", "fingerprint", "samples", "baseline_dpo")
 """Rows and files of the results that are there without a policy from elsewhere."""
 
 
@@ -63,7 +60,7 @@ class GenerationConfig(Section):
                     f"got the name {name!r:.60}, wanted letters, digits, _ and - that a file may be called, 40 at most"
                 )
             method = name.lower().split("-")[0]
-            if method in _TAKEN or method.startswith(OF_ONE_OBJECTIVE):
+            if method in (*_TAKEN, *policy_methods()) or method.startswith(OF_ONE_OBJECTIVE):
                 raise ValueError(
                     f"got the name {name}, which results of this project's own have; choose another"
                 )

@@ -26,24 +26,35 @@ from prmd.config.shared import (
 from prmd.objectives import METHOD_LIKE, OBJECTIVES
 
 # ------------------------------------------------------------------ policies
-DistilledMethod = Literal["mean", "hard_min", "cvar", "hierarchical", "lcb", "softmin", "maxmin", "edpo"]
 PaperMethod = Literal["paper_eq5", "paper_eq6", "paper_eq7", "paper_eq9"]
 LabelMethod = Literal[
     "dpo", "rdpo", "dpo_debiased", "ipo", "modpo", "dpo_helpful", "dpo_harmless", "dpo_honest", "soup"
 ]
-PolicyMethod = Literal[DistilledMethod, PaperMethod, LabelMethod]
-"""What `policy.methods` may name; `policies.methods` says what each is."""
 OF_ONE_OBJECTIVE = "dpo_"
 """How a method begins that learns from the labels of one objective, whose name follows."""
 
 
-def _known_method(value: Any) -> Any:
-    """Any `dpo_<objective>` passes: which objectives there are is checked by `PolicyConfig`."""
-    names = get_args(PolicyMethod)
-    if value in names or (isinstance(value, str) and value.startswith(OF_ONE_OBJECTIVE)):
+# Names of operators and methods are the keys of the tables in `pessimism.aggregation`. It is imported where a name is checked:
+# it brings torch, which takes seconds, and the other two files are read without.
+def policy_methods() -> tuple[str, ...]:
+    """What `policy.methods` may name; `policies.methods` says what each is."""
+    from prmd.pessimism.aggregation import METHODS
+
+    return (*METHODS, "edpo", *get_args(PaperMethod), *get_args(LabelMethod))
+
+
+def _one_of(names: Sequence[str], value: Any) -> Any:
+    if value in names:
         return value
     expected = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
     raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+
+
+def _known_method(value: Any) -> Any:
+    """Any `dpo_<objective>` passes: which objectives there are is checked by `PolicyConfig`."""
+    if isinstance(value, str) and value.startswith(OF_ONE_OBJECTIVE):
+        return value
+    return _one_of(policy_methods(), value)
 
 
 class PolicySection(Section):
@@ -59,14 +70,21 @@ class PolicySection(Section):
     gamma: float = Field(default=0.0, ge=0.0)
     ipo_beta: PositiveFloat = 0.1
     rdpo_alpha: float = Field(default=0.01, ge=0.0)
-    within: Literal["mean", "min", "cvar", "lcb", "softmin", "none"] | None = None
-    across: Literal["mean", "min", "cvar", "softmin"] | None = None
+    within: str | None = None
+    across: str | None = None
     alpha: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     cvar_estimator: Literal["empirical", "gaussian"] = "empirical"
     kappa: float = Field(default=1.0, ge=0.0)
     eta: PositiveFloat = 2.0
     weights: dict[str, float] = Field(default_factory=lambda: {k: 1.0 / len(OBJECTIVES) for k in OBJECTIVES})
     constraints: dict[str, float] = Field(default_factory=dict)
+
+    @field_validator("within", "across", mode="before")
+    @classmethod
+    def operators_are_known(cls, value: Any, info: ValidationInfo) -> Any:
+        from prmd.pessimism.aggregation import ACROSS, WITHIN
+
+        return None if value is None else _one_of(WITHIN if info.field_name == "within" else ACROSS, value)
 
     @field_validator("weights")
     @classmethod

@@ -1,13 +1,13 @@
 """Pessimism: from the rewards of K objectives x M members to one robust reward.
 
-Here: the operators that combine members of one objective (`within`) and objectives (`across`), the named methods
-as data, and which of them coincide. Not here: calibration of the rewards (`calibration.py`; every function below
+Here: the operators that combine members of one objective (`within`) and objectives (`across`), and the named methods
+as data. Not here: calibration of the rewards (`calibration.py`; every function below
 expects calibrated units), CVaR itself (`cvar.py`), margin-level forms (`draft_equations.py`), objective weights
 that are solved for (`maxmin.py`, to be read next), clipping and the loss (`losses.py`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,11 +18,79 @@ from prmd.pessimism.cvar import (
     check_weights,
     cvar,
     cvar_effective_atoms,
+    weight_columns,
     weighted_standard_deviation,
 )
 
-WITHIN = ("mean", "min", "cvar", "lcb", "softmin", "none")
-ACROSS = ("mean", "min", "cvar", "softmin")
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers that operators read, by the names of `policy`.
+
+    Attributes:
+        alpha: tail share of CVaR, in (0, 1].
+        cvar_estimator: "empirical" or "gaussian".
+        kappa: standard deviations that "lcb" subtracts, >= 0.
+        eta: sharpness of "softmin", > 0; zero would be the mean, infinity the minimum.
+    """
+
+    alpha: float = 0.1
+    cvar_estimator: str = "empirical"
+    kappa: float = 1.0
+    eta: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Refuse, with a ValueError, what no operator could mean."""
+        check_alpha(self.alpha)
+        if self.cvar_estimator not in CVAR_ESTIMATORS:
+            raise ValueError(
+                f"cvar_estimator must be one of {', '.join(CVAR_ESTIMATORS)}, got {self.cvar_estimator!r}"
+            )
+        if not self.kappa >= 0 or not self.eta > 0:
+            raise ValueError(f"needs kappa >= 0 and eta > 0, got {self.kappa} and {self.eta}")
+
+
+# ------------------------------------------------------------------ operators
+# Each combines float64 values over dim 0, [n, ...] -> [...], with atom weights [n] that sum to one.
+def _mean(values: Tensor, weights: Tensor, parameters: Parameters) -> Tensor:
+    return (weight_columns(weights, values) * values).sum(dim=0)
+
+
+def _min(values: Tensor, weights: Tensor, parameters: Parameters) -> Tensor:
+    return values.amin(dim=0)
+
+
+def _cvar(values: Tensor, weights: Tensor, parameters: Parameters) -> Tensor:
+    return cvar(values, alpha=parameters.alpha, weights=weights, estimator=parameters.cvar_estimator)
+
+
+def _lcb(values: Tensor, weights: Tensor, parameters: Parameters) -> Tensor:
+    mean, columns = _mean(values, weights, parameters), weight_columns(weights, values)
+    return mean - parameters.kappa * weighted_standard_deviation(values, mean, columns)
+
+
+def _softmin(values: Tensor, weights: Tensor, parameters: Parameters) -> Tensor:
+    shifted = weight_columns(weights, values).log() - parameters.eta * values
+    return -torch.logsumexp(shifted, dim=0) / parameters.eta
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A way to combine rewards, and the fields of `Parameters` that it reads."""
+
+    combine: Callable[[Tensor, Tensor, Parameters], Tensor]
+    reads: tuple[str, ...] = ()
+
+
+OPERATORS: dict[str, Operator] = {
+    "mean": Operator(_mean),
+    "min": Operator(_min),
+    "cvar": Operator(_cvar, reads=("alpha", "cvar_estimator")),
+    "lcb": Operator(_lcb, reads=("kappa",)),
+    "softmin": Operator(_softmin, reads=("eta",)),
+}
+WITHIN = (*OPERATORS, "none")
+ACROSS = tuple(name for name in OPERATORS if name != "lcb")  # objectives that differ are no uncertainty
 
 
 @dataclass(frozen=True)
@@ -34,35 +102,25 @@ class Aggregation:
             the operator across.
         across: operator over objectives (or atoms), one of `ACROSS`; "mean", "cvar" and "softmin" weigh objective k
             by lambda_k, "min" does not; all of them leave out an objective of weight zero.
-        alpha: tail share of CVaR, in (0, 1].
-        cvar_estimator: "empirical" or "gaussian".
-        kappa: standard deviations that "lcb" subtracts, >= 0.
-        eta: sharpness of "softmin", > 0; zero would be the mean, infinity the minimum.
+        parameters: what these operators read.
     """
 
     within: str
     across: str
-    alpha: float = 0.1
-    cvar_estimator: str = "empirical"
-    kappa: float = 1.0
-    eta: float = 2.0
+    parameters: Parameters = Parameters()
 
     def __post_init__(self) -> None:
-        """Refuse what no operator could mean.
-
-        Raises:
-            ValueError: an unknown operator or a parameter outside its range.
-        """
-        for field, value, allowed in (
-            ("within", self.within, WITHIN),
-            ("across", self.across, ACROSS),
-            ("cvar_estimator", self.cvar_estimator, CVAR_ESTIMATORS),
-        ):
+        """Refuse an unknown operator with a ValueError."""
+        for field, value, allowed in (("within", self.within, WITHIN), ("across", self.across, ACROSS)):
             if value not in allowed:
                 raise ValueError(f"Aggregation: {field} must be one of {', '.join(allowed)}, got {value!r}")
-        check_alpha(self.alpha)
-        if not self.kappa >= 0 or not self.eta > 0:
-            raise ValueError(f"Aggregation: needs kappa >= 0 and eta > 0, got {self.kappa} and {self.eta}")
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The fields of `Parameters` that change this reward."""
+        return tuple(
+            name for key in (self.within, self.across) if key != "none" for name in OPERATORS[key].reads
+        )
 
 
 METHODS: dict[str, Aggregation] = {
@@ -82,40 +140,23 @@ def method_aggregation(
     *,
     within: str | None = None,
     across: str | None = None,
-    alpha: float = 0.1,
-    cvar_estimator: str = "empirical",
-    kappa: float = 1.0,
-    eta: float = 2.0,
+    parameters: Parameters = Parameters(),
 ) -> Aggregation:
-    """Aggregation of a named method, with its operators or parameters changed where given.
+    """Aggregation of a named method, with its operators changed where given.
 
     Args:
         name: a key of `METHODS`.
         within: replaces the method's own operator within objectives; None keeps it.
         across: replaces the operator across objectives; None keeps it.
-        alpha: see `Aggregation`, and so on.
-        cvar_estimator: see `Aggregation`.
-        kappa: see `Aggregation`.
-        eta: see `Aggregation`.
-
-    Returns:
-        The aggregation.
+        parameters: what the operators read.
 
     Raises:
-        ValueError: unknown method, operator or parameter.
+        ValueError: unknown method or operator.
     """
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     named = METHODS[name]
-    return replace(
-        named,
-        within=within or named.within,
-        across=across or named.across,
-        alpha=alpha,
-        cvar_estimator=cvar_estimator,
-        kappa=kappa,
-        eta=eta,
-    )
+    return Aggregation(within or named.within, across or named.across, parameters)
 
 
 def stack_objectives(rewards: Sequence[Tensor]) -> Tensor:
@@ -171,23 +212,10 @@ def robust_rewards(calibrated_rewards: Tensor, *, aggregation: Aggregation, weig
     else:
         members_first = values.transpose(0, 1)
         uniform = torch.full((n_members,), 1.0 / n_members, dtype=torch.float64, device=values.device)
-        atoms, atom_weights = _combine(members_first, aggregation.within, uniform, aggregation), shares
-    return _combine(atoms, aggregation.across, atom_weights, aggregation).to(calibrated_rewards.dtype)
-
-
-def _combine(values: Tensor, operator: str, weights: Tensor, parameters: Aggregation) -> Tensor:
-    """Apply one operator over dim 0 of float64 values with atom weights that sum to one."""
-    if operator == "min":
-        return values.amin(dim=0)
-    if operator == "cvar":
-        return cvar(values, alpha=parameters.alpha, weights=weights, estimator=parameters.cvar_estimator)
-    columns = weights.reshape(-1, *[1] * (values.ndim - 1))
-    if operator == "softmin":
-        return -torch.logsumexp(columns.log() - parameters.eta * values, dim=0) / parameters.eta
-    mean = (columns * values).sum(dim=0)
-    if operator == "lcb":
-        return mean - parameters.kappa * weighted_standard_deviation(values, mean, columns)
-    return mean
+        within = OPERATORS[aggregation.within].combine
+        atoms, atom_weights = within(members_first, uniform, aggregation.parameters), shares
+    across = OPERATORS[aggregation.across].combine
+    return across(atoms, atom_weights, aggregation.parameters).to(calibrated_rewards.dtype)
 
 
 def _check_shape(rewards: Tensor) -> None:
@@ -221,4 +249,4 @@ def effective_atoms(aggregation: Aggregation, *, n_members: int, weights: Tensor
         atoms = weights.double().repeat_interleave(repeats) / repeats
     else:
         return None
-    return cvar_effective_atoms(alpha=aggregation.alpha, weights=atoms)
+    return cvar_effective_atoms(alpha=aggregation.parameters.alpha, weights=atoms)

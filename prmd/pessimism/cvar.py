@@ -42,7 +42,7 @@ def cvar(
     n = values.shape[0]
     equal = torch.full((n,), 1.0 / n, dtype=torch.float64, device=values.device)
     shares = equal if weights is None else check_weights(weights, n, values.device)
-    columns = shares.reshape(-1, *[1] * (values.ndim - 1))
+    columns = weight_columns(shares, values)
     atoms = values.double()
     if estimator == "gaussian":
         mean = (columns * atoms).sum(dim=0)
@@ -91,6 +91,11 @@ def check_weights(weights: Tensor, n: int, device: torch.device) -> Tensor:
     if not bool((shares >= 0).all()) or not math.isclose(total, 1.0, abs_tol=1e-6):
         raise ValueError(f"weights must be >= 0 and sum to one, got {shares.tolist()} (sum {total:.6g})")
     return (shares / total).to(device, non_blocking=True)
+
+
+def weight_columns(weights: Tensor, values: Tensor) -> Tensor:
+    """Weights [n] in a shape that broadcasts against values [n, ...]."""
+    return weights.reshape(-1, *[1] * (values.ndim - 1))
 
 
 def weighted_standard_deviation(values: Tensor, mean: Tensor, columns: Tensor) -> Tensor:

@@ -6,14 +6,14 @@ same labelled pairs in the same order and the same trainer.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from prmd.config.policy import OF_ONE_OBJECTIVE, PairsConfig, PolicySection
 from prmd.config.shared import CalibrationConfig
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
-from prmd.pessimism.aggregation import METHODS, Aggregation, method_aggregation
+from prmd.pessimism.aggregation import METHODS, Aggregation, Parameters, method_aggregation
 
 BASELINE = "baseline_dpo"
 SOUP = "soup"
@@ -84,7 +84,6 @@ _READ = {
     "paper": _REGRESSION,
     "edpo": _REGRESSION,
 }
-_PARAMETERS = {"cvar": ("alpha", "cvar_estimator"), "lcb": ("kappa",), "softmin": ("eta",)}
 
 
 def aggregation(policy: PolicySection, method: str) -> Aggregation:
@@ -93,17 +92,12 @@ def aggregation(policy: PolicySection, method: str) -> Aggregation:
     `within` and `across` replace the method's own where set; not those of the draft's equations, which are fixed, and
     not the sum across objectives of maxmin, whose weights are solved for.
     """
-    parameters = {
-        "alpha": policy.alpha,
-        "cvar_estimator": policy.cvar_estimator,
-        "kappa": policy.kappa,
-        "eta": policy.eta,
-    }
+    parameters = Parameters(**{field.name: getattr(policy, field.name) for field in fields(Parameters)})
     known = POLICY_METHODS.get(method)
     if known is not None and known.loss != "distil" and known.reward is not None:
-        return replace(known.reward, **parameters)
+        return replace(known.reward, parameters=parameters)
     across = None if method == "maxmin" else policy.across
-    return method_aggregation(method, within=policy.within, across=across, **parameters)
+    return method_aggregation(method, within=policy.within, across=across, parameters=parameters)
 
 
 def settings_read(policy: PolicySection, pairs: PairsConfig, method: str) -> dict[str, Any]:
@@ -114,7 +108,7 @@ def settings_read(policy: PolicySection, pairs: PairsConfig, method: str) -> dic
     if method_of(method).reward is not None:
         chosen = aggregation(policy, method)
         values["reward"] = [chosen.within, chosen.across]
-        names += [n for op in (chosen.within, chosen.across) for n in _PARAMETERS.get(op, ())]
+        names += chosen.reads
         if policy.reward_scale == "auto" or _needs_samples(policy, method):
             names.append("kl_target")
         if kind == "distil" and policy.loss == "huber":

@@ -14,6 +14,7 @@ from prmd.pessimism import losses
 from prmd.pessimism.aggregation import (
     METHODS,
     Aggregation,
+    Parameters,
     method_aggregation,
     robust_rewards,
     stack_objectives,
@@ -67,7 +68,7 @@ def test_response_level_margins_are_antisymmetric(method):
 def test_one_member_makes_all_within_operators_equal(across):
     values = rewards_of(2, n_members=1)
     results = [
-        robust(values, Aggregation(within=within, across=across, cvar_estimator=estimator))
+        robust(values, Aggregation(within, across, Parameters(cvar_estimator=estimator)))
         for within in pessimism_aggregation.WITHIN
         for estimator in ("empirical", "gaussian")
         if across != "cvar" or estimator == "empirical"
@@ -120,9 +121,9 @@ def test_robust_rewards_are_equivariant_to_a_common_shift(seed, method, shift):
 
 def test_softmin_goes_from_mean_to_minimum():
     values, equal = rewards_of(7), torch.full((3,), 1 / 3)
-    soft = robust(values, method_aggregation("softmin", eta=1e-6), equal)
+    soft = robust(values, method_aggregation("softmin", parameters=Parameters(eta=1e-6)), equal)
     torch.testing.assert_close(soft, robust(values, "mean", equal), rtol=0, atol=1e-5)
-    sharp = robust(values, method_aggregation("softmin", eta=2000.0), equal)
+    sharp = robust(values, method_aggregation("softmin", parameters=Parameters(eta=2000.0)), equal)
     torch.testing.assert_close(sharp, robust(values, "hard_min"), rtol=0, atol=5e-3)
 
 
@@ -178,7 +179,7 @@ def test_one_members_score_changes_the_policy_gradient(method):
 @pytest.mark.parametrize("alpha", [0.0, -0.1, 1.0001, math.nan])
 def test_alpha_outside_its_range_is_refused(alpha):
     with pytest.raises(ValueError, match=r"alpha must lie in \(0, 1\]"):
-        method_aggregation("cvar", alpha=alpha)
+        Parameters(alpha=alpha)
 
 
 @pytest.mark.parametrize("weights", [[0.5, 0.3, 0.3], [1.2, -0.1, -0.1], [0.5, 0.5], [math.nan, 0.5, 0.5]])
@@ -209,6 +210,6 @@ def test_unknown_names_are_refused_with_the_choices():
     with pytest.raises(ValueError, match="across must be one of"):
         Aggregation(within="mean", across="none")
     with pytest.raises(ValueError, match="cvar_estimator"):
-        Aggregation(within="mean", across="mean", cvar_estimator="kernel")
+        Parameters(cvar_estimator="kernel")
     with pytest.raises(ValueError, match="eta > 0"):
-        Aggregation(within="mean", across="mean", eta=0.0)
+        Parameters(eta=0.0)

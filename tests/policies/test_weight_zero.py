@@ -14,7 +14,7 @@ from tiny_workspace import policy_config
 from prmd.config.policy import PolicySection
 from prmd.models.loading import load_tokenizer
 from prmd.objectives import OBJECTIVES
-from prmd.pessimism.aggregation import METHODS, method_aggregation, robust_rewards
+from prmd.pessimism.aggregation import METHODS, Parameters, method_aggregation, robust_rewards
 from prmd.policies.inputs import policy_fingerprints
 from prmd.policies.methods import POLICY_METHODS
 from prmd.policies.notes import method_notes
@@ -52,7 +52,7 @@ def targets_of(
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("across", [None, "min", "cvar", "softmin", "mean"])
 def test_r_is_that_of_the_other_objectives_alone(name: str, across: str | None) -> None:
-    chosen = method_aggregation(name, across=across, alpha=0.3)
+    chosen = method_aggregation(name, across=across, parameters=Parameters(alpha=0.3))
     rewards = random_scores(1).rewards
     weights = torch.tensor([0.7, 0.0, 0.3])
     alone = robust_rewards(rewards[[0, 2]], aggregation=chosen, weights=weights[[0, 2]])
