@@ -1,6 +1,7 @@
 """A whole artifact root for tests of stage 4: prepared pairs, a tiny reference, policies of both kinds, three judges."""
 
 import csv
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
+from prmd.benchmarks.base import BenchmarkResult, NotRunError
 from prmd.benchmarks.truthfulqa import Question, read_questions
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, GenerationConfig, JudgeConfig
 from prmd.config.policy import PolicyConfig
@@ -204,3 +206,15 @@ def candidate(config: EvaluationConfig, method: str) -> CandidateModels:
         tokenizer=tokenizer,
         max_length=config.reward_model_config.training.max_length,
     )
+
+
+def result_of(
+    benchmark: Callable[[EvaluationConfig, CandidateModels], BenchmarkResult],
+    config: EvaluationConfig,
+    models: CandidateModels,
+) -> BenchmarkResult:
+    """What a benchmark finds, or the result that says why it did not run."""
+    try:
+        return benchmark(config, models)
+    except NotRunError as error:
+        return BenchmarkResult(reason=str(error))

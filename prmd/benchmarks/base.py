@@ -1,11 +1,12 @@
-"""What every benchmark is made of: its result, responses by its own decoding, rows of files checked field by field.
+"""What every benchmark is made of: its task, its result, why it did not run, responses by its own decoding, rows of files checked field by field.
 
 Responses are cached by the candidate's weights and the decoding, so that judging again, or with another judge, samples
 nothing; after an interruption only what is missing is sampled. Every mistake in a file is one line that names row and field.
 """
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, find_user_path
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import BatchSize
-from prmd.errors import ConfigError, DataError, UserError
+from prmd.errors import ConfigError, DataError
 from prmd.inference.cache import JsonTable
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse, generate
@@ -55,6 +56,54 @@ class BenchmarkResult:
     @property
     def status(self) -> str:
         return "done" if self.reason is None else "not run"
+
+
+@dataclass(frozen=True)
+class Task:
+    """One benchmark, as the last lines of its module say it; its name is its row in `TASKS`.
+
+    Attributes:
+        run: measures one candidate; raises `NotRunError` where it cannot.
+        section: key under `benchmarks` with its settings. A task that reads the section of another always runs with it.
+        text_judged: whether `text_judge` judges it, so that a result depends on those settings.
+        honest_judged: whether the judge of honesty may, so that a result depends on that model.
+    """
+
+    run: Callable[[EvaluationConfig, CandidateModels], BenchmarkResult]
+    section: str
+    text_judged: bool = False
+    honest_judged: bool = False
+
+
+class NotRunError(Exception):
+    """A benchmark lacks its data or its judge; the message is the reason, in one line."""
+
+
+@contextmanager
+def needed(said: str = "") -> Iterator[None]:
+    """A `NotRunError` in the place of an error in configuration or data, its reason begun with `said`."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise NotRunError(f"{said}{error}") from error
+
+
+@contextmanager
+def needed_data(path: str | None, key: str) -> Iterator[None]:
+    """The same for the data at `path`, which the configuration gives under `key`."""
+    if path is None:
+        raise NotRunError(no_path(key))
+    try:
+        yield
+    except ConfigError as error:
+        raise NotRunError(f"data missing at {path}: {error}") from error
+    except DataError as error:
+        raise NotRunError(str(error)) from error
+
+
+def no_path(key: str) -> str:
+    """The reason of a benchmark whose data are not given."""
+    return f"data missing at {key}: null; name a hub id, a folder or a file there"
 
 
 def accuracy(margins: np.ndarray) -> dict[str, Any]:
@@ -199,16 +248,6 @@ def refuse_twice(seen: dict[Any, str], key: Any, name: str, where: str) -> None:
 def _shown(value: Any) -> str:
     text = repr(value)
     return "nothing" if value is None else text if len(text) <= 60 else f"{text[:57]}..."
-
-
-# ------------------------------------------------------------------ what did not run
-def why_not_run(path: str | None, key: str, error: UserError | None = None) -> str:
-    """The reason of a benchmark without its data, or with data that cannot be read."""
-    if path is None:
-        return f"data missing at {key}: null; name a hub id, a folder or a file there"
-    if isinstance(error, ConfigError):
-        return f"data missing at {path}: {error}"
-    return str(error)
 
 
 def content_key(settings: BaseModel) -> list[list[Any]]:

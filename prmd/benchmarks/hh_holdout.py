@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.benchmarks.base import BenchmarkResult, accuracy
+from prmd.benchmarks.base import BenchmarkResult, NotRunError, Task, accuracy
 from prmd.config.evaluation import EvaluationConfig
 from prmd.inference.candidates import CandidateModels
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs
@@ -27,8 +27,8 @@ HH_SOURCE = "hh_rlhf/"
 def run_hh_holdout(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Implicit-reward accuracy on HH-RLHF's test pairs, helpful and harmless."""
     if config.shared.data.approach != "hh_truthfulqa":
-        return BenchmarkResult(
-            reason=f"the approach {config.shared.data.approach} holds no HH-RLHF rows; see heldout_pairs for its own"
+        raise NotRunError(
+            f"the approach {config.shared.data.approach} holds no HH-RLHF rows; see heldout_pairs for its own"
         )
     objectives, limit = ("helpful", "harmless"), config.benchmarks.hh_holdout.max_pairs
     pairs = held_out_pairs(config.paths, objectives, HH_SOURCE, limit)
@@ -51,9 +51,7 @@ def _compare(
 ) -> BenchmarkResult:
     """The chosen response of each pair against the rejected one."""
     if not pairs:
-        return BenchmarkResult(
-            reason=f"no test pair of {' or '.join(objectives)} comes from {source.strip('/')}"
-        )
+        raise NotRunError(f"no test pair of {' or '.join(objectives)} comes from {source.strip('/')}")
     tokenized = tokenize_pairs(
         pairs,
         models.tokenizer,
@@ -123,3 +121,7 @@ def _metrics(items: list[dict[str, Any]], objectives: Sequence[str]) -> dict[str
         "reference_free_accuracy, per token": of("average_logp_margin"),
         "longer_is_chosen": of("length_margin"),
     }
+
+
+TASK = Task(run_hh_holdout, section="hh_holdout")
+OWN_PAIRS = Task(run_heldout_pairs, section="hh_holdout")

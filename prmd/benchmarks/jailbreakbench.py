@@ -14,11 +14,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts.paths import resolve_user_path
-from prmd.benchmarks.base import BenchmarkResult, Sampling, sample, why_not_run
+from prmd.benchmarks.base import BenchmarkResult, NotRunError, Sampling, Task, needed, needed_data, sample
 from prmd.benchmarks.jailbreakbench_data import KEY, Attack, Behavior, read_attacks, read_behaviors
 from prmd.benchmarks.truthfulqa import strided
 from prmd.config.evaluation import EvaluationConfig, JailbreakBenchConfig
-from prmd.errors import ConfigError, DataError, UserError
+from prmd.errors import DataError
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER, agreement, judge_card
@@ -154,32 +154,24 @@ _SUFFIXES = {DIRECT: "", ATTACK: ", attack"}
 def run_jailbreakbench(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Non-refusals of harmful requests and refusals of benign ones; attack success where a judge is given."""
     settings = config.benchmarks.jailbreakbench
-    if settings.path is None:
-        return BenchmarkResult(reason=why_not_run(None, KEY))
-    try:
+    with needed_data(settings.path, KEY):
         behaviors, sha256 = read_behaviors(settings)
-    except UserError as error:
-        return BenchmarkResult(reason=why_not_run(settings.path, KEY, error))
-    try:
+    with needed():
         attacks = read_attacks(settings, behaviors)
         judge = make_text_judge(config)
         rubric = jailbreak_rubric(settings.judge_prompt)
-    except UserError as error:
-        return BenchmarkResult(reason=str(error))
     if judge is None:
-        return BenchmarkResult(reason="judge missing at text_judge.kind: none; strings needs no model")
+        raise NotRunError("judge missing at text_judge.kind: none; strings needs no model")
     answered = _answers(models, behaviors, attacks, settings, Sampling.of(config))
     if judge.kind in ("local_model", "classifier"):
         models.close()  # the judge needs the memory
-    try:
+    with needed("judge missing: "):
         judged = judge_answers(judge, rubric, answered)
         metrics = _phrase_metrics(answered) | _judged_metrics(judged)
         constant = constant_answer(judge, rubric, [a for a in answered if a.group == DIRECT])
         agrees = agreement_with_labels(judge, rubric, behaviors, attacks) | agreement_with_phrases(
             judge, judged
         )
-    except (ConfigError, DataError) as error:
-        return BenchmarkResult(reason=f"judge missing: {error}")
     said = [verdict for group in judged if group.judge == judge.name for verdict in group.verdicts]
     rubrics = [r for r in (rubric, REFUSAL) if judge.writes and judge.answers(r)]
     card = judge_card(judge, said, rubrics=rubrics, agrees=agrees or None, constant_answer=constant)
@@ -338,3 +330,6 @@ def _judgement_row(answer: Answered, verdict: Verdict, group: Judged) -> dict[st
         "score": verdict.score,
         "raw": verdict.raw,
     }
+
+
+TASK = Task(run_jailbreakbench, section="jailbreakbench", text_judged=True)

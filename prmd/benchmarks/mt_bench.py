@@ -18,7 +18,7 @@ from torch import nn
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import resolve_user_path
-from prmd.benchmarks.base import BenchmarkResult, Sampling, why_not_run
+from prmd.benchmarks.base import BenchmarkResult, NotRunError, Sampling, Task, needed, needed_data
 from prmd.benchmarks.mt_bench_data import (
     FILES,
     MtBenchData,
@@ -30,7 +30,6 @@ from prmd.benchmarks.mt_bench_data import (
     single_prompt,
 )
 from prmd.config.evaluation import EvaluationConfig
-from prmd.errors import ConfigError, DataError, UserError
 from prmd.inference.cache import JsonTable
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse, generate
@@ -158,34 +157,28 @@ def run_mt_bench(config: EvaluationConfig, models: CandidateModels) -> Benchmark
     """Ratings per turn and category, and the win rate against the reference."""
     settings, wanted = config.benchmarks.mt_bench, f"a folder with FastChat's {', '.join(FILES)}"
     if settings.path is None:
-        return BenchmarkResult(reason=f"data missing at {KEY}: null; name {wanted}")
-    try:
+        raise NotRunError(f"data missing at {KEY}: null; name {wanted}")
+    with needed_data(settings.path, KEY):
         folder = resolve_user_path(settings.path, KEY, wanted, "folder")
-    except ConfigError as error:
-        return BenchmarkResult(reason=why_not_run(settings.path, KEY, error))
     if missing := [name for name in FILES if not (folder / name).is_file()]:
-        return BenchmarkResult(reason=f"data missing at {folder / missing[0]}")
-    try:
+        raise NotRunError(f"data missing at {folder / missing[0]}")
+    with needed():
         judge = make_text_judge(config)
         data = read_mt_bench(folder, settings.max_questions)
-    except UserError as error:
-        return BenchmarkResult(reason=str(error))
     if judge is None or not judge.writes:
-        return BenchmarkResult(
-            reason=f"no text judge that writes: text_judge.kind is {config.text_judge.kind}, wanted local_model, endpoint "
+        raise NotRunError(
+            f"no text judge that writes: text_judge.kind is {config.text_judge.kind}, wanted local_model, endpoint "
             "or replay"
         )
     sampling, limit = Sampling.of(config), settings.max_new_tokens
     answers_of = partial(generate_answers, models, data.questions, sampling, max_new_tokens=limit)
     responses = answers_of()
-    try:
+    with needed("judge missing: "):  # one that cannot be loaded, a file that lacks verdicts
         others = answers_of(of_reference=True) if settings.pairwise and not models.is_reference else []
         if judge.kind == "local_model":
             models.close()  # two models do not fit where one just does
         resampling = Resampling(config.bootstrap_resamples, config.shared.seed)
         return _judged(judge, data, responses, others, config.text_judge.max_reply_tokens, resampling)
-    except (ConfigError, DataError) as error:  # a judge that cannot be loaded, a file that lacks verdicts
-        return BenchmarkResult(reason=f"judge missing: {error}")
 
 
 # ------------------------------------------------------------------ judging
@@ -395,3 +388,6 @@ def _sample_rows(
         for question, both in zip(questions, responses, strict=True)
         for turn, answer in zip(TURNS, both, strict=True)
     ]
+
+
+TASK = Task(run_mt_bench, section="mt_bench", text_judged=True)

@@ -21,17 +21,19 @@ from prmd.benchmarks.base import (
     BenchmarkResult,
     Row,
     Sampling,
+    Task,
+    needed,
+    needed_data,
     numbered,
     refuse_twice,
     sample,
     share_of,
     text_of,
     value_of,
-    why_not_run,
 )
 from prmd.config.evaluation import EvaluationConfig, RealToxicityPromptsConfig
 from prmd.data.readers import benchmark_files, hub_rows, json_rows
-from prmd.errors import DataError, UserError
+from prmd.errors import DataError
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER
@@ -82,13 +84,9 @@ class ToxicityData:
 def run_realtoxicityprompts(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Expected maximum toxicity and toxicity probability of the candidate's continuations."""
     settings = config.benchmarks.realtoxicityprompts
-    if settings.path is None:
-        return BenchmarkResult(reason=why_not_run(None, KEY))
-    try:
+    with needed_data(settings.path, KEY):
         data = read_data(settings)
         scorer = make_scorer(settings, data.texts, config.paths, trust=config.shared.model.trust_remote_code)
-    except UserError as error:
-        return BenchmarkResult(reason=why_not_run(settings.path, KEY, error))
     prompts = chosen_prompts(data.prompts, settings.prompts)
     responses = sample(
         models,
@@ -102,13 +100,11 @@ def run_realtoxicityprompts(config: EvaluationConfig, models: CandidateModels) -
     )
     texts = [[_continuation(models.tokenizer, response) for response in row] for row in responses]
     resampling = Resampling(config.bootstrap_resamples, config.shared.seed)
-    try:
+    with needed("judge missing: "):
         if scorer.name != SUBSTITUTE:
             models.close()  # a classifier needs the memory
         scores = score_texts(scorer, texts)
         card = _card(scorer, data, config.paths, resampling)
-    except UserError as error:
-        return BenchmarkResult(reason=f"judge missing: {error}")
     empty = sum(not text for row in texts for text in row)
     if empty:
         logger.warning(
@@ -310,3 +306,6 @@ def _judgements(
         for prompt, row in zip(prompts, scores, strict=True)
         for j, score in enumerate(row)
     ]
+
+
+TASK = Task(run_realtoxicityprompts, section="realtoxicityprompts")

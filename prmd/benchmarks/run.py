@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.runs import is_as_recorded, read_run, vouch_again
-from prmd.benchmarks import BENCHMARKS, COMPANIONS, benchmark_names
-from prmd.benchmarks.base import BenchmarkResult, content_key
+from prmd.benchmarks import TASKS, benchmark_names
+from prmd.benchmarks.base import BenchmarkResult, NotRunError, content_key
 from prmd.config.evaluation import EvaluationConfig
 from prmd.errors import DataError, NotFiniteError
 from prmd.inference.candidates import REFERENCE, Candidate, CandidateModels
@@ -23,9 +23,6 @@ from prmd.judges.endpoint import EndpointError
 
 logger = logging.getLogger(__name__)
 
-_SECTIONS = {companion: name for name, companion in COMPANIONS.items()}
-"""Benchmarks that read the settings of another."""
-_TEXT_JUDGED = ("truthfulqa_generation", "jailbreakbench", "mt_bench")
 _ITEMS_VERSION = 2
 """Of what items hold; older results would have no outcomes to compare."""
 
@@ -58,17 +55,17 @@ def run_benchmarks(
                     "%s on %s: finished before with the same inputs, reused: %s", name, candidate.method, path
                 )
             else:
-                _run_one(name, partial(BENCHMARKS[name], config, models), path, config.paths.approach, key)
+                _run_one(name, partial(TASKS[name].run, config, models), path, config.paths.approach, key)
             results.append({"not_finite": False, **io.read_json(path)})
     return results
 
 
 def _fingerprint(name: str, config: EvaluationConfig, models: CandidateModels) -> str:
     """Key of everything a result depends on: weights, data, judges, and settings of this benchmark alone."""
-    shared = config.shared
-    section = getattr(config.benchmarks, _SECTIONS.get(name, name))
-    sections = [section, shared.data.truthfulqa, *([config.text_judge] if name in _TEXT_JUDGED else [])]
-    judge = read_run(config.paths.judge("honest")) or {} if name == "truthfulqa_generation" else {}
+    shared, task = config.shared, TASKS[name]
+    sections = [getattr(config.benchmarks, task.section), shared.data.truthfulqa]
+    sections += [config.text_judge] if task.text_judged else []
+    judge = read_run(config.paths.judge("honest")) or {} if task.honest_judged else {}
     return io.fingerprint(
         [
             [name, _ITEMS_VERSION, models.candidate.fingerprint, models.reference.fingerprint],
@@ -96,11 +93,13 @@ def _is_finished(path: Path, key: str) -> bool:
 
 
 def _stoppable(benchmark: Callable[[], BenchmarkResult], method: str) -> BenchmarkResult:
-    """A benchmark did not run whose judge stops answering (samples and verdicts are kept for the next run), or whose policy
-    is not finite; a reference that is not finite stops everything.
+    """A benchmark did not run that lacks something, whose judge stops answering (samples and verdicts are kept for the next
+    run), or whose policy is not finite; a reference that is not finite stops everything.
     """
     try:
         return benchmark()
+    except NotRunError as error:
+        return BenchmarkResult(reason=str(error))
     except EndpointError as error:
         return BenchmarkResult(reason=f"judging stopped: {error}")
     except NotFiniteError as error:

@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.benchmarks.base import BenchmarkResult
+from prmd.benchmarks.base import BenchmarkResult, NotRunError, Task, needed
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import DataConfig
 from prmd.data.raw import read_source
 from prmd.data.sources import plan_source, required_sources
-from prmd.errors import ConfigError, DataError, UserError
+from prmd.errors import ConfigError, DataError
 from prmd.inference.cache import ScoreTable
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.scoring import score_logps_behind_primer
@@ -86,10 +86,7 @@ class QuestionScores:
 def run_truthfulqa(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """MC1, MC2 and MC3 with the chance levels of the very questions asked."""
     limit = config.benchmarks.truthfulqa.max_questions
-    found = asked_questions(config.shared.data, config.paths, limit)
-    if isinstance(found, str):
-        return BenchmarkResult(reason=found)
-    asked, sha256 = found
+    asked, sha256 = asked_questions(config.shared.data, config.paths, limit)
     rows = [question_row(models.tokenizer, question) for question in asked]
     tokens = config.shared.scoring_tokens
     logps = [v.double().numpy() for v in answer_logps(models, rows, config.paths, tokens_per_batch=tokens)]
@@ -102,19 +99,21 @@ def run_truthfulqa(config: EvaluationConfig, models: CandidateModels) -> Benchma
     )
 
 
-def asked_questions(
-    data: DataConfig, paths: ArtifactPaths, limit: int | None
-) -> tuple[list[Question], str] | str:
-    """At most `limit` questions to ask, of which no training pair was made, and the sha256 of their file; or why there are none."""
-    try:
+def asked_questions(data: DataConfig, paths: ArtifactPaths, limit: int | None) -> tuple[list[Question], str]:
+    """At most `limit` questions to ask, of which no training pair was made, and the sha256 of their file.
+
+    Raises:
+        NotRunError: there are none.
+    """
+    with needed("no data: "):
         questions, sha256 = read_questions(data, paths)
-    except UserError as error:
-        return f"no data: {error}"
     allowed = read_benchmark_questions(paths)
     kept = [q for q in questions if allowed is None or q.text in allowed]
     asked = strided(kept, limit)
     if not asked:
-        return "every question took part in training; raise data.truthfulqa.benchmark_fraction and prepare the data again"
+        raise NotRunError(
+            "every question took part in training; raise data.truthfulqa.benchmark_fraction and prepare the data again"
+        )
     return asked, sha256
 
 
@@ -245,3 +244,6 @@ def _item(question: Question, scores: QuestionScores, logps: np.ndarray) -> dict
         "true": answers[1:split],
         "false": answers[split:],
     }
+
+
+TASK = Task(run_truthfulqa, section="truthfulqa")

@@ -20,12 +20,11 @@ from transformers import PreTrainedTokenizerBase
 from prmd.artifacts import io
 from prmd.artifacts.paths import find_user_path, stage_command
 from prmd.artifacts.runs import read_run
-from prmd.benchmarks.base import BenchmarkResult, Sampling, sample
+from prmd.benchmarks.base import BenchmarkResult, NotRunError, Sampling, Task, needed, sample
 from prmd.benchmarks.truthfulqa import Question, asked_questions, question_context
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import SharedConfig
 from prmd.data.readers import json_rows
-from prmd.errors import ConfigError, DataError, UserError
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import agreement, judge_card
@@ -71,26 +70,28 @@ class TruthJudge(Protocol):
         """What is reported of it, with its agreement with labels of these questions' answers."""
 
 
-def make_truth_judge(config: EvaluationConfig) -> TruthJudge | str:
-    """The judge of `benchmarks.truthfulqa.truth_judge`, or why there is none."""
+def make_truth_judge(config: EvaluationConfig) -> TruthJudge:
+    """The judge of `benchmarks.truthfulqa.truth_judge`.
+
+    Raises:
+        NotRunError: there is none.
+    """
     kind, truthfulqa = config.benchmarks.truthfulqa.truth_judge, config.shared.data.truthfulqa.path
     if kind == "none":
-        return "no judge of truth: benchmarks.truthfulqa.truth_judge is none"
+        raise NotRunError("no judge of truth: benchmarks.truthfulqa.truth_judge is none")
     if kind == "trained":
-        reward_model = _honest_judge(config.shared)
-        if isinstance(reward_model, str):
-            return reward_model
-        return RewardTruthJudge(trained_judge("honest", reward_model), truthfulqa)
+        return RewardTruthJudge(trained_judge("honest", _honest_judge(config.shared)), truthfulqa)
     judge = make_text_judge(config)
     if judge is None or not judge.answers(TRUTH):
-        return f"no judge of truth: text_judge.kind is {config.text_judge.kind}, which cannot tell true from false"
+        raise NotRunError(
+            f"no judge of truth: text_judge.kind is {config.text_judge.kind}, which cannot tell true from false"
+        )
     return TextTruthJudge(judge, truthfulqa)
 
 
-def _honest_judge(shared: SharedConfig) -> RewardModel | str:
-    """The reward model of the honest judge, or why there is none to be used."""
+def _honest_judge(shared: SharedConfig) -> RewardModel:
     if "honest" not in shared.paths.objectives:
-        return (
+        raise NotRunError(
             f"no objective named honest ({', '.join(shared.paths.objectives)}): truthfulqa's reward judge is not run; a text "
             "judge can: benchmarks.truthfulqa.truth_judge"
         )
@@ -98,9 +99,11 @@ def _honest_judge(shared: SharedConfig) -> RewardModel | str:
     run, prepared = read_run(folder), read_run(shared.paths.processed)
     command = stage_command("compute_metrics")
     if run is None:
-        return f"no judge of truth at {folder}: train it with `{command}`, or set benchmarks.truthfulqa.truth_judge"
+        raise NotRunError(
+            f"no judge of truth at {folder}: train it with `{command}`, or set benchmarks.truthfulqa.truth_judge"
+        )
     if run.get("started", "") < (prepared or {}).get("started", ""):
-        return (
+        raise NotRunError(
             f"the judge at {folder} is older than the prepared data and may have seen their questions: train it "
             f"again with `{command} --force`"
         )
@@ -268,25 +271,16 @@ _NEXT_QUESTION = re.compile(r"\n\n|\nQ:")
 
 def run_truthfulqa_generation(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Share of generated answers that the judge finds true."""
-    try:
+    with needed("judge missing: "):  # the file or folder of a text judge
         judge = make_truth_judge(config)
-    except UserError as error:  # of the text judge: its file or folder
-        return BenchmarkResult(reason=f"judge missing: {error}")
-    if isinstance(judge, str):
-        return BenchmarkResult(reason=judge)
     limit = config.benchmarks.truthfulqa.max_questions
-    found = asked_questions(config.shared.data, config.paths, limit)
-    if isinstance(found, str):
-        return BenchmarkResult(reason=found)
-    questions, sha256 = found
+    questions, sha256 = asked_questions(config.shared.data, config.paths, limit)
     responses = generate_answers(models, questions, Sampling.of(config))
     answers = [answer_text(models.tokenizer, response) for response in responses]
     if judge.is_local_model:
         models.close()  # two models do not fit where one just does
-    try:
+    with needed("judge missing: "):  # one that cannot be loaded, a file that lacks verdicts
         return _judged(judge, questions, answers, sha256)
-    except (ConfigError, DataError) as error:  # a judge that cannot be loaded, a file that lacks verdicts
-        return BenchmarkResult(reason=f"judge missing: {error}")
 
 
 def generate_answers(
@@ -352,3 +346,6 @@ def _judgement_rows(ids: Sequence[str], verdicts: Sequence[Verdict], kind: str) 
         {"id": v.id, "question": key, "kind": kind, "true": v.positive, "score": v.score, "text": v.raw}
         for key, v in zip(ids, verdicts, strict=True)
     ]
+
+
+TASK = Task(run_truthfulqa_generation, section="truthfulqa", text_judged=True, honest_judged=True)

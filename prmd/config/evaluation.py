@@ -5,12 +5,19 @@ Every default lives in a field and nowhere else; a field is here only if some co
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_serializer, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from prmd.config.masking import MASK, address_fault, masked_address
-from prmd.config.policy import OF_ONE_OBJECTIVE, policy_methods
+from prmd.config.policy import OF_ONE_OBJECTIVE, one_of, policy_methods
 from prmd.config.shared import (
     Approach,
     BatchSize,
@@ -158,10 +165,12 @@ class JailbreakBenchConfig(Section):
     judge_prompt: str | None = None
 
 
+def _known_benchmark(value: Any) -> Any:
+    return one_of([name for name in BenchmarksConfig.model_fields if name != "run"], value)
+
+
 class BenchmarksConfig(Section):
-    run: tuple[
-        Literal["hh_holdout", "truthfulqa", "realtoxicityprompts", "jailbreakbench", "mt_bench"], ...
-    ] = (
+    run: tuple[Annotated[str, BeforeValidator(_known_benchmark)], ...] = (
         "hh_holdout",
         "truthfulqa",
         "realtoxicityprompts",

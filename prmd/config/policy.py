@@ -43,7 +43,8 @@ def policy_methods() -> tuple[str, ...]:
     return (*METHODS, "edpo", *get_args(PaperMethod), *get_args(LabelMethod))
 
 
-def _one_of(names: Sequence[str], value: Any) -> Any:
+def one_of(names: Sequence[str], value: Any) -> Any:
+    """The value, or the complaint of a `Literal` of these names."""
     if value in names:
         return value
     expected = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
@@ -54,7 +55,7 @@ def _known_method(value: Any) -> Any:
     """Any `dpo_<objective>` passes: which objectives there are is checked by `PolicyConfig`."""
     if isinstance(value, str) and value.startswith(OF_ONE_OBJECTIVE):
         return value
-    return _one_of(policy_methods(), value)
+    return one_of(policy_methods(), value)
 
 
 class PolicySection(Section):
@@ -84,7 +85,7 @@ class PolicySection(Section):
     def operators_are_known(cls, value: Any, info: ValidationInfo) -> Any:
         from prmd.pessimism.aggregation import ACROSS, WITHIN
 
-        return None if value is None else _one_of(WITHIN if info.field_name == "within" else ACROSS, value)
+        return None if value is None else one_of(WITHIN if info.field_name == "within" else ACROSS, value)
 
     @field_validator("weights")
     @classmethod

@@ -28,7 +28,7 @@ from prmd.artifacts.runs import (
     write_step_result,
 )
 from prmd.benchmarks import benchmark_names
-from prmd.benchmarks.base import why_not_run
+from prmd.benchmarks.base import no_path
 from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
 from prmd.config.brought import no_samples
@@ -314,7 +314,7 @@ def _say_what_would_be_benchmarked(config: EvaluationConfig, target: Path) -> No
         logger.warning("TruthfulQA: %s", error)
     for name in benchmark_names(config.benchmarks.run):
         if getattr(getattr(config.benchmarks, name, None), "path", "") is None:
-            logger.warning("%s: would not run: %s", name, why_not_run(None, f"benchmarks.{name}.path"))
+            logger.warning("%s: would not run: %s", name, no_path(f"benchmarks.{name}.path"))
         else:
             folder = config.paths.benchmark(name)
             logger.info("%s: would write %s for the reference and every policy", name, folder)

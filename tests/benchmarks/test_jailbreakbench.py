@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from chat_server import ChatServer, completion
 from tiny_models import tiny_causal_lm
-from tiny_workspace import candidate, evaluation_config
+from tiny_workspace import candidate, evaluation_config, result_of
 
 from prmd.artifacts import io
 from prmd.benchmarks import jailbreakbench
@@ -72,7 +72,7 @@ def configured(root: Path, judge: dict[str, Any] | None = None, **settings: Any)
 
 
 def run(config: EvaluationConfig) -> BenchmarkResult:
-    return run_jailbreakbench(config, candidate(config, "reference"))
+    return result_of(run_jailbreakbench, config, candidate(config, "reference"))
 
 
 def mean_outcomes(result: BenchmarkResult) -> dict[str, tuple[float, int]]:

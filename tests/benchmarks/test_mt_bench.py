@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_mt_bench import CATEGORIES, ScriptedJudge, changed, write_files, write_rows
-from tiny_workspace import candidate, evaluation_config, write_workspace
+from tiny_workspace import candidate, evaluation_config, result_of, write_workspace
 
 from prmd.artifacts import io
 from prmd.benchmarks import mt_bench
@@ -37,24 +37,24 @@ def settings(root: Path, **changes: Any) -> EvaluationConfig:
 
 def run(config: EvaluationConfig, method: str, judge: Any, patch: pytest.MonkeyPatch) -> BenchmarkResult:
     patch.setattr("prmd.benchmarks.mt_bench.make_text_judge", lambda _: judge)
-    return run_mt_bench(config, candidate(config, method))
+    return result_of(run_mt_bench, config, candidate(config, method))
 
 
 # ------------------------------------------------------------------ what does not run
 def test_what_is_missing_is_said(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_path = evaluation_config(root)
     assert "benchmarks.mt_bench.path" in str(
-        run_mt_bench(without_path, candidate(without_path, "reference")).reason
+        result_of(run_mt_bench, without_path, candidate(without_path, "reference")).reason
     )
     nowhere = settings(root, path=str(root / "nowhere"))
-    reason = run_mt_bench(nowhere, candidate(nowhere, "reference")).reason
+    reason = result_of(run_mt_bench, nowhere, candidate(nowhere, "reference")).reason
     assert str(reason).startswith(f"data missing at {root / 'nowhere'}: benchmarks.mt_bench.path: got ")
     half = settings(root, path=str(root))
-    reason = run_mt_bench(half, candidate(half, "reference")).reason
+    reason = result_of(run_mt_bench, half, candidate(half, "reference")).reason
     assert reason == f"data missing at {root / 'question.jsonl'}"
     for kind in ("none", "strings"):
         config = settings(root).model_copy(update={"text_judge": TextJudgeConfig(kind=kind)})
-        result = run_mt_bench(config, candidate(config, "reference"))
+        result = result_of(run_mt_bench, config, candidate(config, "reference"))
         assert result.status == "not run" and f"text_judge.kind is {kind}" in result.reason
 
 
@@ -63,7 +63,7 @@ def test_a_malformed_file_does_not_run_and_says_why(root: Path, tmp_path: Path) 
     changed(folder / "question.jsonl", 3, turns=None)
     judge = TextJudgeConfig(kind="endpoint", model="m", base_url="http://127.0.0.1:9")
     config = settings(root, path=str(folder)).model_copy(update={"text_judge": judge})
-    result = run_mt_bench(config, candidate(config, "reference"))
+    result = result_of(run_mt_bench, config, candidate(config, "reference"))
     assert result.status == "not run" and "question.jsonl:4: turns" in result.reason
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from tiny_models import labelled, tiny_causal_lm
-from tiny_workspace import candidate, evaluation_config
+from tiny_workspace import candidate, evaluation_config, result_of
 
 from prmd.benchmarks.base import numbered
 from prmd.benchmarks.realtoxicityprompts import (
@@ -63,7 +63,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------ the whole benchmark
 def test_figures_are_those_of_the_judgements(root: Path) -> None:
     config = configured(root, path=str(root / "prompts"))
-    result = run_realtoxicityprompts(config, candidate(config, "reference"))
+    result = result_of(run_realtoxicityprompts, config, candidate(config, "reference"))
     assert result.reason is None and result.label == "realtoxicityprompts[substitute]"
     scores = np.zeros((9, SAMPLES))
     order = {item["id"]: i for i, item in enumerate(result.items)}
@@ -89,15 +89,17 @@ def test_figures_are_those_of_the_judgements(root: Path) -> None:
 def test_another_scorer_judges_the_same_samples_without_the_policy(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run_realtoxicityprompts(
-        config := configured(root, path=str(root / "prompts")), candidate(config, "reference")
+    first = result_of(
+        run_realtoxicityprompts,
+        config := configured(root, path=str(root / "prompts")),
+        candidate(config, "reference"),
     )
     monkeypatch.setattr(
         "prmd.inference.candidates.load_causal_lm", lambda *_, **__: pytest.fail("sampled again")
     )
     folder = labelled(root / "toxic-tiny", {0: "neutral", 1: "toxic"})
     config = configured(root, path=str(root / "prompts"), scorer=str(folder))
-    second = run_realtoxicityprompts(config, candidate(config, "reference"))
+    second = result_of(run_realtoxicityprompts, config, candidate(config, "reference"))
     assert second.samples == first.samples and second.label == "realtoxicityprompts[toxic-tiny]"
     assert "rtp_emt6[toxic-tiny]" in second.metrics and not set(second.metrics) & set(first.metrics)
 
@@ -118,7 +120,7 @@ def test_the_prompt_is_raw_text_or_a_request(root: Path) -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("prmd.benchmarks.base.generate", refuse_to_generate)
             with pytest.raises(AskedError) as caught:
-                run_realtoxicityprompts(config, models)
+                result_of(run_realtoxicityprompts, config, models)
         asked[style] = models.tokenizer.decode(caught.value.args[0][0])
     (text,) = [
         p.text for p in chosen_prompts(parse_rows(numbered([row(i) for i in range(300)], ""), "").prompts, 1)
@@ -173,7 +175,7 @@ def test_without_data_the_place_is_named(root: Path) -> None:
         (str(root / "base"), "no *.jsonl"),
     ):
         config = configured(root, path=path)
-        result = run_realtoxicityprompts(config, candidate(config, "reference"))
+        result = result_of(run_realtoxicityprompts, config, candidate(config, "reference"))
         assert result.status == "not run" and said in result.reason and not result.metrics
 
 
@@ -218,7 +220,7 @@ def test_an_unreadable_file_is_one_line_of_the_result(
 ) -> None:
     spoil(tmp_path / "prompts.jsonl")
     config = configured(root, path=str(tmp_path / "prompts.jsonl"))
-    result = run_realtoxicityprompts(config, candidate(config, "reference"))
+    result = result_of(run_realtoxicityprompts, config, candidate(config, "reference"))
     assert said in result.reason and "\n" not in result.reason
 
 

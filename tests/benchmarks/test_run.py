@@ -11,6 +11,7 @@ from tiny_workspace import (
     PAIRS,
     candidate,
     evaluation_config,
+    result_of,
     write_lora_policy,
     write_prepared,
     write_truthfulqa_csv,
@@ -19,7 +20,7 @@ from tiny_workspace import (
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.artifacts import io
-from prmd.benchmarks import BENCHMARKS, benchmark_names
+from prmd.benchmarks import TASKS, benchmark_names
 from prmd.benchmarks.base import content_key
 from prmd.benchmarks.hh_holdout import held_out_pairs, run_heldout_pairs, run_hh_holdout
 from prmd.benchmarks.run import _fingerprint, _is_finished
@@ -46,7 +47,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> EvaluationConfig:
 
 # ------------------------------------------------------------------ held-out pairs
 def test_implicit_rewards_are_differences_of_logratios(workspace: EvaluationConfig) -> None:
-    result = run_heldout_pairs(workspace, candidate(workspace, "hard_min"))
+    result = result_of(run_heldout_pairs, workspace, candidate(workspace, "hard_min"))
     tokenizer = AutoTokenizer.from_pretrained(workspace.shared.model.name)
     reference = AutoModelForCausalLM.from_pretrained(workspace.shared.model.name)
     policy = load_policy(workspace.paths.policy("hard_min"), workspace.shared.model, workspace.paths)
@@ -70,7 +71,7 @@ def test_implicit_rewards_are_differences_of_logratios(workspace: EvaluationConf
 
 
 def test_the_reference_has_no_implicit_reward(workspace: EvaluationConfig) -> None:
-    result = run_heldout_pairs(workspace, candidate(workspace, "reference"))
+    result = result_of(run_heldout_pairs, workspace, candidate(workspace, "reference"))
     assert not any(name.startswith("implicit") for name in result.metrics)
     assert result.metrics["reference_free_accuracy"]["n"] == 3 * PAIRS
 
@@ -78,21 +79,23 @@ def test_the_reference_has_no_implicit_reward(workspace: EvaluationConfig) -> No
 def test_an_untrained_policy_ties_everywhere(tmp_path: Path) -> None:
     config = write_workspace(tmp_path, policies=False)
     write_lora_policy(config.paths.policy("cvar"), tmp_path / "base", scale=0.0)
-    accuracy = run_heldout_pairs(config, candidate(config, "cvar")).metrics["implicit_reward_accuracy"]
+    accuracy = result_of(run_heldout_pairs, config, candidate(config, "cvar")).metrics[
+        "implicit_reward_accuracy"
+    ]
     assert (accuracy["value"], accuracy["ties"]) == (0.5, 3 * PAIRS)
 
 
 def test_hh_holdout_is_named_for_hh_rows_alone(workspace: EvaluationConfig, tmp_path: Path) -> None:
-    refused = run_hh_holdout(workspace, candidate(workspace, "reference"))
+    refused = result_of(run_hh_holdout, workspace, candidate(workspace, "reference"))
     assert refused.status == "not run" and "holds no HH-RLHF rows" in refused.reason and not refused.metrics
     root = Path(workspace.shared.artifact_root)
     config = evaluation_config(root, approach="hh_truthfulqa")
     write_prepared(config.paths, source="hh_rlhf")
-    result = run_hh_holdout(config, candidate(config, "reference"))
+    result = result_of(run_hh_holdout, config, candidate(config, "reference"))
     assert {item["objective"] for item in result.items} == {"helpful", "harmless"}
     assert len(result.items) == 2 * PAIRS
     write_prepared(config.paths, source="truthfulqa")
-    assert run_hh_holdout(config, candidate(config, "reference")).status == "not run"
+    assert result_of(run_hh_holdout, config, candidate(config, "reference")).status == "not run"
 
 
 def test_fewer_pairs_are_shared_evenly(workspace: EvaluationConfig) -> None:
@@ -100,14 +103,14 @@ def test_fewer_pairs_are_shared_evenly(workspace: EvaluationConfig) -> None:
     assert [sum(p.objective == k for p in pairs) for k in OBJECTIVES] == [2, 2, 2]
     benchmarks = BenchmarksConfig(hh_holdout=HhHoldoutConfig(max_pairs=6))
     config = workspace.model_copy(update={"benchmarks": benchmarks})
-    items = run_heldout_pairs(config, candidate(config, "reference")).items
+    items = result_of(run_heldout_pairs, config, candidate(config, "reference")).items
     assert [item["id"] for item in items] == [pair.id for pair in pairs]
 
 
 # ------------------------------------------------------------------ the stage
 def test_every_configured_benchmark_is_known_and_held_out_pairs_go_with_hh() -> None:
     config = EvaluationConfig()
-    assert set(config.benchmarks.run) <= set(BENCHMARKS)
+    assert set(config.benchmarks.run) <= set(TASKS)
     assert benchmark_names(config.benchmarks.run) == (
         "hh_holdout", "heldout_pairs", "truthfulqa", "truthfulqa_generation", "realtoxicityprompts", "jailbreakbench",
         "mt_bench",
@@ -178,7 +181,7 @@ def test_a_result_depends_on_its_own_settings_alone(workspace: EvaluationConfig)
 
     fewer = BenchmarksConfig(hh_holdout=HhHoldoutConfig(max_pairs=6))
     judge = TextJudgeConfig(kind="local_model", model="some/judge")
-    for name in BENCHMARKS:
+    for name in TASKS:
         assert (key(name, benchmarks=fewer) != key(name)) == (name in ("hh_holdout", "heldout_pairs"))
         judged = name in ("truthfulqa_generation", "jailbreakbench", "mt_bench")
         assert (key(name, text_judge=judge) != key(name)) == judged
@@ -189,9 +192,9 @@ def test_a_judge_trained_anew_asks_for_new_verdicts(workspace: EvaluationConfig)
     run, found = workspace.paths.judge("honest") / "run.json", []
     for day in (1, 2):
         io.write_json(run, {"fingerprint": "judge", "started": f"2026-01-0{day}"})
-        found.append([_fingerprint(n, workspace, candidate(workspace, "reference")) for n in BENCHMARKS])
+        found.append([_fingerprint(n, workspace, candidate(workspace, "reference")) for n in TASKS])
     run.unlink()
-    changed = [name for name, one, two in zip(BENCHMARKS, *found, strict=True) if one != two]
+    changed = [name for name, one, two in zip(TASKS, *found, strict=True) if one != two]
     assert changed == ["truthfulqa_generation"]
 
 

@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from tiny_models import plain_logp, tiny_tokenizer
-from tiny_workspace import candidate, evaluation_config, questions_of, write_truthfulqa_csv, write_workspace
+from tiny_workspace import (
+    candidate,
+    evaluation_config,
+    questions_of,
+    result_of,
+    write_truthfulqa_csv,
+    write_workspace,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.artifacts import io
@@ -134,7 +141,7 @@ def test_a_tie_is_no_answer() -> None:
 
 @pytest.mark.parametrize("method", ["reference", "hard_min"])
 def test_every_answer_is_scored_as_if_alone(workspace: EvaluationConfig, method: str) -> None:
-    result = run_truthfulqa(workspace, candidate(workspace, method))
+    result = result_of(run_truthfulqa, workspace, candidate(workspace, method))
     folder = None if method == "reference" else workspace.paths.policy(method)
     base = AutoModelForCausalLM.from_pretrained(workspace.shared.model.name)
     model = base if folder is None else load_policy(folder, workspace.shared.model, workspace.paths)
@@ -167,8 +174,8 @@ def test_only_questions_kept_from_training_are_asked(tmp_path: Path) -> None:
     io.write_json(
         config.paths.processed / BENCHMARK_QUESTIONS_FILE, ["What is 4?", "What is 1?", "What is 3?"]
     )
-    result = run_truthfulqa(config, candidate(config, "reference"))
+    result = result_of(run_truthfulqa, config, candidate(config, "reference"))
     assert [item["question"] for item in result.items] == ["What is 1?", "What is 3?"]
     vouch_again(io.write_json(config.paths.processed / BENCHMARK_QUESTIONS_FILE, []))
-    refused = run_truthfulqa(config, candidate(config, "reference"))
+    refused = result_of(run_truthfulqa, config, candidate(config, "reference"))
     assert refused.status == "not run" and "benchmark_fraction" in refused.reason

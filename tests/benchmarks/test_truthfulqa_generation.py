@@ -10,11 +10,19 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_classifier
-from tiny_workspace import candidate, evaluation_config, questions_of, write_truthfulqa_csv, write_workspace
+from tiny_workspace import (
+    candidate,
+    evaluation_config,
+    questions_of,
+    result_of,
+    write_truthfulqa_csv,
+    write_workspace,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.artifacts import io
 from prmd.benchmarks import truthfulqa_generation
+from prmd.benchmarks.base import NotRunError
 from prmd.benchmarks.truthfulqa import PRIMER, Question
 from prmd.benchmarks.truthfulqa_generation import (
     DECLINING_ANSWER,
@@ -134,7 +142,7 @@ def test_a_text_judge_sees_the_references_and_its_silence_is_counted(
     judge = ScriptedJudge(("True.", "false", "I cannot tell", "neither true nor false"))
     monkeypatch.setattr(truthfulqa_generation, "make_text_judge", lambda _: judge)
     config = settings(root, "text_judge")
-    result = run_truthfulqa_generation(config, candidate(config, "reference"))
+    result = result_of(run_truthfulqa_generation, config, candidate(config, "reference"))
     assert result.label == "truthfulqa_generation[judge=scripted]"
     assert [item["true"] for item in result.items] == [True, False, None, None, True]
     assert result.metrics["true"]["value"] == 2 / 3 and result.metrics["true"]["n"] == 3
@@ -145,9 +153,9 @@ def test_a_text_judge_sees_the_references_and_its_silence_is_counted(
 
 def test_what_is_missing_is_said(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def reason(config: EvaluationConfig) -> str:
-        found = make_truth_judge(config)
-        assert isinstance(found, str)
-        return found
+        with pytest.raises(NotRunError) as refusal:
+            make_truth_judge(config)
+        return str(refusal.value)
 
     assert "truth_judge is none" in reason(settings(root, "none"))
     strings = settings(root, "text_judge", text_judge=TextJudgeConfig(kind="strings"))
@@ -221,7 +229,7 @@ def test_answers_are_greedy_and_judged_by_the_trained_judge(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(root)
-    result = run_truthfulqa_generation(config, candidate(config, "reference"))
+    result = result_of(run_truthfulqa_generation, config, candidate(config, "reference"))
     assert result.label == "truthfulqa_generation[judge=honest_reward]" and len(result.items) == 5
     model = AutoModelForCausalLM.from_pretrained(root / "base").eval()
     tokenizer = AutoTokenizer.from_pretrained(root / "base")
@@ -247,5 +255,5 @@ def test_answers_are_greedy_and_judged_by_the_trained_judge(
 
     monkeypatch.setattr("prmd.inference.candidates.load_causal_lm", no_weights)
     monkeypatch.setattr("prmd.rewards.reward_model.load_classifier", no_weights)
-    again = run_truthfulqa_generation(config, candidate(config, "reference"))
+    again = result_of(run_truthfulqa_generation, config, candidate(config, "reference"))
     assert again.items == result.items
