@@ -30,6 +30,8 @@ from prmd.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 GIB = 1024**3
+TRITON_WINDOWS = "triton-windows==3.6.0.post26"
+"""What `torch.compile` needs on Windows beside the torch that `setup_check` names; docs/hardware.md has the pairs."""
 _PROGRESS_AFTER_SECONDS = 5.0
 _PROGRESS_INTERVAL_IN_FILES = 30.0
 Item = TypeVar("Item")
@@ -79,7 +81,7 @@ def start_processes() -> None:
 def missing_compiler() -> str | None:
     """What `torch.compile` lacks on this machine's device, or None where it seems complete."""
     if get_device().type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "triton-windows (pip install triton-windows)" if sys.platform == "win32" else "triton"
+        return f"triton-windows (pip install {TRITON_WINDOWS})" if sys.platform == "win32" else "triton"
     default = {"win32": "cl", "darwin": "clang++"}.get(sys.platform, "g++")
     compiler = os.environ.get("CXX", default)
     return None if shutil.which(compiler) else f"a C++ compiler ({compiler})"

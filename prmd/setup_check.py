@@ -18,14 +18,19 @@ from typing import Literal
 
 from prmd.artifacts.paths import PROJECT_ROOT, ArtifactPaths
 
-INSTALL_PINNED = "pip install -r requirements.txt -c constraints.txt"
-INSTALL_BESIDE_CUDA = "pip install -r requirements.txt"
-INSTALL_CUDA_TORCH = "pip install torch==2.7.0 --index-url https://download.pytorch.org/whl/cu128"
+INSTALL_PINNED = "pip install -r requirements.txt -c constraints-cpu.txt"
+INSTALL_BESIDE_CUDA = "pip install -r requirements.txt -c constraints.txt"
+INSTALL_CUDA_TORCH = "pip install torch==2.11.0 --index-url https://download.pytorch.org/whl/cu128"
+"""The newest torch that is built for CUDA 12.8, whose drivers RTX 50xx cards have; it has wheels for every Python below."""
 OLDEST_PYTHON = (3, 11)
+NEWEST_PYTHON = (3, 14)
+"""transformers and TRL ask for the oldest; the torch of constraints-cpu.txt, and that for CUDA, have wheels up to the newest."""
 GIB = 1024**3
 _ENOUGH_MEMORY_GIB = 8
 _ENOUGH_DISK_GIB = 20
 _HUB_SECONDS = 3.0
+_DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
+_WINDOWS_DRIVER = "System32/nvcuda.dll"
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ def check_everything(config: Path, overrides: Sequence[str]) -> list[Check]:
     Raises:
         ConfigError: the configuration has mistakes.
     """
-    checks = [*check_packages(), *check_machine(), check_hub()]
+    checks = [*check_torch_for_gpu(), *check_packages(), *check_machine(), check_hub()]
     try:
         from prmd.config.loading import load_config
         from prmd.config.shared import RewardModelConfig
@@ -68,10 +73,13 @@ def report(checks: Sequence[Check]) -> list[str]:
 def check_packages(requirements: Path = PROJECT_ROOT / "requirements.txt") -> Iterator[Check]:
     """Python's version, and every line of requirements.txt against what is installed."""
     found = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < OLDEST_PYTHON:
-        yield Check("fail", "Python", f"got {found}, wanted 3.11 or newer")
+    wanted = " to ".join(".".join(map(str, version)) for version in (OLDEST_PYTHON, NEWEST_PYTHON))
+    if OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON:
+        yield Check("ok", "Python", f"{found} (wanted {wanted})")
     else:
-        yield Check("ok", "Python", found)
+        yield Check(
+            "fail", "Python", f"got {found}, wanted {wanted}: transformers and torch have wheels for these"
+        )
     try:
         from packaging.requirements import Requirement
     except ModuleNotFoundError:
@@ -95,15 +103,53 @@ def _check_package(name: str, specifier: "object", text: str) -> Check:
     return Check("ok", name, version)
 
 
+def check_torch_for_gpu() -> Iterator[Check]:
+    """On a machine with an NVIDIA GPU whose torch is missing or cannot use it, the command to give before any other."""
+    gpus = nvidia_gpus()
+    if not gpus:
+        return
+    try:
+        import torch
+
+        state = f"torch {torch.__version__} cannot use it" if not torch.cuda.is_available() else ""
+    except ModuleNotFoundError:
+        state = "torch is not installed"
+    if state:
+        detail = f"{', '.join(gpus)} is here, but {state}; give this first: {INSTALL_CUDA_TORCH}"
+        yield Check("fail", "GPU", detail, INSTALL_CUDA_TORCH)
+
+
 def install_command() -> str:
-    """The pip line for everything: with the pinned versions, whose torch is a CPU build, only where there is no GPU."""
+    """The pip line for everything: with the torch of constraints-cpu.txt only where there is no GPU."""
     return INSTALL_BESIDE_CUDA if nvidia_gpus() else INSTALL_PINNED
 
 
 def nvidia_gpus() -> list[str]:
-    """Names of the NVIDIA GPUs that the driver sees, whatever torch was built for; none where all are hidden from programs."""
-    program = shutil.which("nvidia-smi")  # which itself lists hidden ones too
-    if program is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    """Names of the NVIDIA GPUs of this machine, whatever torch was built for: as nvidia-smi says, else by the driver's files.
+
+    None where all are hidden from programs, which nvidia-smi lists as well.
+    """
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return []
+    return _gpus_by_program() or _gpus_by_driver()
+
+
+def _gpus_by_driver() -> list[str]:
+    """Where nvidia-smi is not on the path: what the Linux driver lists, or that Windows has one."""
+    if sys.platform == "win32":
+        found = (Path(os.environ.get("SYSTEMROOT", "C:/Windows")) / _WINDOWS_DRIVER).is_file()
+        return ["an NVIDIA GPU"] if found and shutil.which("nvidia-smi") is None else []
+    try:
+        texts = [path.read_text(encoding="utf-8") for path in sorted(_DRIVER_GPUS.glob("*/information"))]
+    except OSError:
+        return []
+    lines = (line.partition(":") for text in texts for line in text.splitlines())
+    return [value.strip() for key, _, value in lines if key.strip() == "Model"]
+
+
+def _gpus_by_program() -> list[str]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
         return []
     try:
         done = subprocess.run(

@@ -1,5 +1,6 @@
 """Is a machine fit: packages against ranges, code for a GPU, hub, directories."""
 
+import re
 import sys
 import urllib.request
 from pathlib import Path
@@ -7,7 +8,10 @@ from pathlib import Path
 import pytest
 
 from prmd import setup_check
+from prmd.artifacts.paths import PROJECT_ROOT
+from prmd.runtime import TRITON_WINDOWS
 from prmd.setup_check import INSTALL_BESIDE_CUDA, INSTALL_CUDA_TORCH, INSTALL_PINNED
+from prmd.training.precision import TORCHAO
 
 
 def packages(tmp_path: Path, text: str) -> dict[str, setup_check.Check]:
@@ -45,7 +49,74 @@ def test_installed_versions_are_held_against_the_ranges(
 
 def test_beside_a_gpu_the_cpu_constraints_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup_check, "nvidia_gpus", lambda: ["NVIDIA GeForce RTX 5090"])
-    assert setup_check.install_command() == INSTALL_BESIDE_CUDA and "-c" not in INSTALL_BESIDE_CUDA
+    assert setup_check.install_command() == INSTALL_BESIDE_CUDA
+    assert pins(INSTALL_BESIDE_CUDA.split()[-1]) & {"torch", "setuptools"} == set()
+    assert pins(INSTALL_PINNED.split()[-1]) == {"torch", "setuptools"}  # and all of the file it names
+    assert (
+        "-c constraints.txt"
+        in (PROJECT_ROOT / "constraints-cpu.txt").read_text(encoding="utf-8").splitlines()
+    )
+
+
+def pins(name: str) -> set[str]:
+    lines = (PROJECT_ROOT / name).read_text(encoding="utf-8").splitlines()
+    return {line.partition("==")[0].lower() for line in lines if "==" in line and not line.startswith("#")}
+
+
+def test_everything_that_is_required_is_pinned() -> None:
+    lines = (PROJECT_ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    wanted = {re.split("[>=<]", line)[0].lower() for line in lines if line and not line.startswith("#")}
+    assert wanted - pins("constraints.txt") == {"torch"}
+
+
+def test_the_page_pairs_what_the_code_asks_for_beside_the_named_torch() -> None:
+    page = (PROJECT_ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| ([\w-]+) \| (\d[\w.]+) \| .+\|$", page, flags=re.MULTILINE)
+    torch = INSTALL_CUDA_TORCH.split()[2]
+    assert [f"{name}=={version}" for name, version in rows] == [torch, TORCHAO, TRITON_WINDOWS]
+    assert TORCHAO in (PROJECT_ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    readme = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
+    for command in (INSTALL_CUDA_TORCH, INSTALL_BESIDE_CUDA, "pip install torchao -c constraints.txt"):
+        assert f"       {command}\n" in readme
+
+
+@pytest.mark.parametrize("torch_is", ["missing", "for the CPU"])
+def test_beside_a_gpu_the_line_for_torch_comes_first(
+    torch_is: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup_check, "nvidia_gpus", lambda: ["NVIDIA GeForce RTX 5090"])
+    if torch_is == "missing":
+        monkeypatch.setitem(sys.modules, "torch", None)
+    else:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    checks = setup_check.check_everything(PROJECT_ROOT / "configs", [f"artifact_root={tmp_path}"])
+    lines = setup_check.report(checks)
+    assert lines[0].startswith("fail  GPU: NVIDIA GeForce RTX 5090 is here, but torch ")
+    assert lines[0].endswith(INSTALL_CUDA_TORCH)
+    assert next(line for line in lines if line.startswith("   ")).strip() == INSTALL_CUDA_TORCH
+    monkeypatch.setattr(setup_check, "nvidia_gpus", list)
+    assert list(setup_check.check_torch_for_gpu()) == []
+
+
+def test_the_driver_s_files_tell_of_a_gpu_where_no_program_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    folder = tmp_path / "gpus"
+    monkeypatch.setattr(setup_check, "_DRIVER_GPUS", folder)
+    assert setup_check.nvidia_gpus() == []
+    if sys.platform != "win32":
+        (folder / "0000:01:00.0").mkdir(parents=True)
+        information = "Model: \t\t NVIDIA GeForce RTX 5090\nIRQ:   \t\t 157\nDevice Minor: \t 0\n"
+        (folder / "0000:01:00.0" / "information").write_text(information, encoding="utf-8")
+        assert setup_check.nvidia_gpus() == ["NVIDIA GeForce RTX 5090"]
+    monkeypatch.setattr(setup_check.sys, "platform", "win32")
+    monkeypatch.setenv("SYSTEMROOT", str(tmp_path))
+    assert setup_check.nvidia_gpus() == []
+    (tmp_path / "System32").mkdir()
+    (tmp_path / "System32" / "nvcuda.dll").write_bytes(b"")
+    assert setup_check.nvidia_gpus() == ["an NVIDIA GPU"]
 
 
 def test_missing_torch_beside_a_gpu_names_the_cuda_wheel(
@@ -57,17 +128,25 @@ def test_missing_torch_beside_a_gpu_names_the_cuda_wheel(
     monkeypatch.setattr(setup_check.metadata, "version", version)
     monkeypatch.setattr(setup_check, "nvidia_gpus", lambda: ["NVIDIA GeForce RTX 5090"])
     assert packages(tmp_path, "torch>=2.7,<3\n")["torch"].remedy == INSTALL_CUDA_TORCH
-    assert "torch==2.7.0" in INSTALL_CUDA_TORCH and INSTALL_CUDA_TORCH.endswith("/cu128")
+    assert "torch==2.11.0" in INSTALL_CUDA_TORCH and INSTALL_CUDA_TORCH.endswith("/cu128")
 
 
 def test_the_shipped_requirements_are_met_here() -> None:
     assert [c for c in setup_check.check_packages() if c.status == "fail"] == []
 
 
-def test_an_old_python_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(setup_check.sys, "version_info", (3, 10, 4))
+@pytest.mark.parametrize(
+    ("version", "status"),
+    [((3, 10, 4), "fail"), ((3, 11, 0), "ok"), ((3, 14, 9), "ok"), ((3, 15, 0), "fail")],
+)
+def test_only_a_python_with_wheels_will_do(
+    version: tuple[int, int, int], status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup_check.sys, "version_info", version)
     first = next(iter(setup_check.check_packages()))
-    assert (first.status, first.detail) == ("fail", "got 3.10.4, wanted 3.11 or newer")
+    assert first.status == status and "wanted 3.11 to 3.14" in first.detail
+    readme = (PROJECT_ROOT / "README.md").read_text(encoding="utf-8")
+    assert "Python 3.11 or newer" in readme and "wheels up to 3.14" in readme
 
 
 @pytest.mark.parametrize(
@@ -136,6 +215,7 @@ def test_a_root_that_cannot_be_made_is_a_failure(tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell script stands for nvidia-smi")
 def test_gpu_names_come_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
+    monkeypatch.setattr(setup_check, "_DRIVER_GPUS", tmp_path / "no-driver")
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert setup_check.nvidia_gpus() == []

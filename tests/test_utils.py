@@ -195,7 +195,7 @@ def test_set_up_check_without_any_package_says_how_to_install(tmp_path: Path) ->
     )
     assert done.returncode == 1, done.stderr
     assert "fail  packages: " in done.stdout
-    assert "pip install -r requirements.txt -c constraints.txt" in done.stdout
+    assert "pip install -r requirements.txt -c constraints-cpu.txt" in done.stdout
 
 
 BARE = """

@@ -9,7 +9,7 @@ import yaml
 from prmd.artifacts.paths import PROJECT_ROOT
 
 WORKFLOW = PROJECT_ROOT / ".github" / "workflows" / "checks.yml"
-INSTALL = "pip install -r requirements.txt -c constraints.txt"
+INSTALL = "pip install -r requirements.txt -c constraints-cpu.txt"
 
 
 def commands_of(job: dict[str, Any]) -> list[str]:

@@ -25,6 +25,9 @@ LEAST_PROGRESS = 0.5
 BLOCK = 64
 """Side of the square blocks the probe steps: 4,096 weights, the least that torchao keeps in 8 bits."""
 
+TORCHAO = "torchao==0.18.0"
+"""The optional 8-bit AdamW, of the release that goes with the torch `setup_check` names; docs/hardware.md has the pairs."""
+
 _BLOCKS = 3
 _LORA_REMEDY = "set tuning.method: lora (float32 adapters), which needs neither"
 
@@ -136,11 +139,11 @@ def _require_8bit(*, asked: bool) -> None:
     )
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError(
-            f"{why} needs the package torchao, which is missing; run: pip install torchao, or {_LORA_REMEDY}"
+            f"{why} needs the package torchao, which is missing; run: pip install {TORCHAO}, or {_LORA_REMEDY}"
         )
     if missing := missing_compiler():
         raise ConfigError(
-            f"{why} needs torchao (pip install torchao) and compiles its step, but {missing} is missing; install it, or "
+            f"{why} needs torchao (pip install {TORCHAO}) and compiles its step, but {missing} is missing; install it, or "
             f"{_LORA_REMEDY}"
         )
 
