@@ -4,25 +4,26 @@
     python utils.py --config configs/quickstart
     python utils.py model.name=FOLDER_OR_HUB_ID  check a base model by its configuration and tokenizer; with --load its weights
 
-A numbered script calls `run_stage` with the name of the stage it runs; everything else is in the library, `prmd`. The
-library is imported after the command line is parsed, so that `--help` is instant and `python utils.py` can say what is
-missing.
+A numbered script calls `run_stage` with the name of its stage. What of the library, `prmd`, needs packages is imported after the
+command line is parsed, so that `--help` is instant and `python utils.py` can say what is missing.
 """
 
 import argparse
 import ast
 import importlib.util
 import logging
+import pkgutil
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
 from prmd.artifacts.paths import CONFIG_DIR
 from prmd.config.masking import masked
-from prmd.errors import ConfigError, StoppedError, UserError, user_line
+from prmd.errors import StoppedError, UserError, user_line
+from prmd.setup_check import check_everything, missing_package, report
 
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -67,8 +68,7 @@ def config_file_of(stage: str) -> str:
 
 def load_stage(stage: str) -> Callable[..., Path]:
     """Import the function that `package.module:function` names."""
-    module, _, name = stage.partition(":")
-    return getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(stage)
 
 
 def start_run_log() -> None:
@@ -102,6 +102,11 @@ def _keys_of(path: Path) -> str:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        with suppress(ImportError):  # a package may be missing
+            from prmd.config.loading import CONFIG_FILES
+            from prmd.config.mistakes import option_advice
+
+            message = option_advice(message, CONFIG_FILES.values())
         super().error(masked(message))  # what it does not know may hold an address with a key
 
 
@@ -137,8 +142,8 @@ def user_errors_exit(advice: str = "") -> Iterator[None]:
     """Turn what the user can mend into a line on stderr, `advice` below it, and exit status 2; Ctrl-C into a line and 130."""
     try:
         yield
-    except (UserError, OSError) as error:
-        if not (line := user_line(error)):
+    except (UserError, OSError, ImportError) as error:
+        if not (line := user_line(error) or missing_package(error)):
             raise
         print(f"{line}\n{advice}".rstrip(), file=sys.stderr)
         raise SystemExit(USER_ERROR_STATUS) from None
@@ -158,20 +163,15 @@ def check_setup(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--load", action="store_true", help="check the base model, its weights too")
     options = parser.parse_intermixed_args(arguments)
     if options.load or any(re.match(r"(reward_model_config\.)?model\.", text) for text in options.overrides):
-        try:
-            from prmd.model_check import check_configured, report
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"{error.name} is not installed; python utils.py says how to install it"
-            ) from None
-        start_run_log()
-        checks = check_configured(options.config, options.overrides, load=options.load)
-        status = USER_ERROR_STATUS
-    else:
-        from prmd.setup_check import check_everything, report
+        from prmd import model_check
 
-        checks, status = check_everything(options.config, options.overrides), 1
-    print(*report(checks), sep="\n")
+        start_run_log()
+        checks = model_check.check_configured(options.config, options.overrides, load=options.load)
+        lines, status = model_check.report(checks), USER_ERROR_STATUS
+    else:
+        checks = check_everything(options.config, options.overrides)
+        lines, status = report(checks), 1
+    print(*lines, sep="\n")
     return status if any(check.status == "fail" for check in checks) else 0
 
 

@@ -5,6 +5,7 @@ Installed packages are imported inside the functions, because telling that one i
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,9 @@ GIB = 1024**3
 _ENOUGH_MEMORY_GIB = 8
 _ENOUGH_DISK_GIB = 20
 _HUB_SECONDS = 3.0
+_DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "dateutil": "python-dateutil"}
+"""What is imported under another name than it is installed by."""
+_OWN_NAMES = {"prmd", "utils", "run_pipeline", "benchmarks", "tests"}
 _DRIVER_GPUS = Path("/proc/driver/nvidia/gpus")
 _WINDOWS_DRIVER = "System32/nvcuda.dll"
 
@@ -117,6 +121,38 @@ def check_torch_for_gpu() -> Iterator[Check]:
     if state:
         detail = f"{', '.join(gpus)} is here, but {state}; give this first: {INSTALL_CUDA_TORCH}"
         yield Check("fail", "GPU", detail, INSTALL_CUDA_TORCH)
+
+
+def missing_package(error: BaseException) -> str:
+    """The line for a package that is not installed, with the command that installs it; empty for any other error.
+
+    What is missing may lie below what was asked for: transformers, for one, wraps it.
+    """
+    names = []
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ModuleNotFoundError) and seen.name:
+            names.append(seen.name.partition(".")[0])
+        seen = seen.__cause__ or seen.__context__
+    if not names or names[-1] in _OWN_NAMES:
+        return ""
+    package = _DISTRIBUTIONS.get(names[-1], names[-1])
+    if package == "torch" and nvidia_gpus():
+        command = INSTALL_CUDA_TORCH
+    else:
+        command = (
+            install_command() if package.replace("_", "-").lower() in _pinned() else f"pip install {package}"
+        )
+    return f"{package} is not installed; give: {command} (python utils.py says what else is missing)"
+
+
+def _pinned() -> set[str]:
+    """Packages that the install command brings, as pip compares names."""
+    files = (PROJECT_ROOT / name for name in ("requirements.txt", "constraints.txt"))
+    lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
+    return {
+        re.split("[>=<]", line)[0].strip().replace("_", "-").lower() for line in lines if line[:1].isalpha()
+    }
 
 
 def install_command() -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prmd.artifacts.paths import CONFIG_DIR, PROJECT_ROOT
+from prmd.setup_check import missing_package
 
 SCRIPT = f'''"""A small stage.
 
@@ -159,6 +160,63 @@ def test_a_mistake_of_ours_keeps_its_traceback(small: Path, tmp_path: Path) -> N
     done = run(small, "bug", folder=tmp_path)
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "RuntimeError: ours to mend" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "advice"),
+    [
+        (["--methods", "hard_min"], '"policy.methods=..."'),
+        (["--policy.methods=[hard_min]"], '"policy.methods=..."'),
+        (["--learning-rate", "1e-5"], '"training.learning_rate=..."'),
+    ],
+)
+def test_an_option_that_is_a_setting_says_how_settings_are_given(
+    given: list[str], advice: str, small: Path, tmp_path: Path
+) -> None:
+    done = run(small, "helpful", *given, folder=tmp_path)
+    assert done.returncode == 2 and "settings have no dashes, give key.sub=value" in done.stderr
+    assert advice in done.stderr
+
+
+HIDDEN = """
+import runpy, sys
+package, *scripts = sys.argv[1:]
+sys.modules[package] = None
+for script in scripts:
+    sys.argv = [script]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as stop:
+        print(script, stop.code)
+"""
+
+
+@pytest.mark.parametrize("package", ["pydantic", "yaml", "numpy", "torch", "transformers"])
+def test_a_missing_package_is_one_line_from_every_script(package: str, tmp_path: Path) -> None:
+    scripts = [*map(str, sorted(PROJECT_ROOT.glob("[0-9]_*/*.py"))), str(PROJECT_ROOT / "run_pipeline.py")]
+    scripts.remove(str(PROJECT_ROOT / "2_reward_modeling" / "train_rm.py"))  # wants an objective first
+    if package == "transformers":
+        scripts = [script for script in scripts if "data_preparation" not in script and "run_" not in script]
+    done = run("-c", HIDDEN, package, *scripts, folder=tmp_path, PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [f"{script} 2" for script in scripts]
+    said = [line for line in done.stderr.splitlines() if not line.startswith("Stopped. Mend this")]
+    name = "pyyaml" if package == "yaml" else package
+    install = "pip install -r requirements.txt -c constraints-cpu.txt"
+    line = f"{name} is not installed; give: {install} (python utils.py says what else is missing)"
+    assert set(said) == {line} and len(said) == len(scripts)
+
+
+def test_a_package_beside_the_project_s_own_is_installed_by_its_name() -> None:
+    said = missing_package(ModuleNotFoundError("No module named 'wandb'", name="wandb"))
+    assert said.startswith("wandb is not installed; give: pip install wandb (")
+    wrapped = ModuleNotFoundError("Could not import module 'AutoModel'")
+    wrapped.__cause__ = ModuleNotFoundError("No module named 'safetensors.torch'", name="safetensors.torch")
+    assert missing_package(wrapped).startswith(
+        "safetensors is not installed; give: pip install -r requirements.txt"
+    )
+    assert missing_package(ModuleNotFoundError("No module named 'prmd.x'", name="prmd.x")) == ""
+    assert missing_package(ImportError("DLL load failed", name="torch")) == ""
 
 
 def test_unknown_option_is_refused(small: Path, tmp_path: Path) -> None:

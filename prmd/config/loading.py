@@ -17,9 +17,7 @@ from pydantic import BaseModel, ValidationError
 from yaml.reader import ReaderError
 
 from prmd.artifacts.paths import beside, resolve_user_path
-from prmd.config.evaluation import (
-    EvaluationConfig,
-)
+from prmd.config.evaluation import EvaluationConfig
 from prmd.config.masking import masked
 from prmd.config.mistakes import (
     COMMAND_LINE,
@@ -30,15 +28,10 @@ from prmd.config.mistakes import (
     explain,
     is_mapping,
     quote,
+    whole_overrides,
 )
-from prmd.config.policy import (
-    PolicyConfig,
-)
-from prmd.config.shared import (
-    ModelConfig,
-    RewardModelConfig,
-    Section,
-)
+from prmd.config.policy import PolicyConfig
+from prmd.config.shared import ModelConfig, RewardModelConfig, Section
 from prmd.errors import ConfigError
 
 AnyConfig = RewardModelConfig | PolicyConfig | EvaluationConfig
@@ -363,7 +356,7 @@ def _parse_overrides(
     texts: Sequence[str], kinds: Sequence[type[BaseModel]], mistakes: list[str]
 ) -> list[Override]:
     parsed = []
-    for text in texts:
+    for text in whole_overrides(texts, mistakes):
         name, equals, value = text.partition("=")
         keys = tuple(name.strip().split("."))
         where = f"{COMMAND_LINE}: {' '.join(text.splitlines())}"

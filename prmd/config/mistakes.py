@@ -60,9 +60,21 @@ def explain(error: ValidationError, tree: Node, kind: type[BaseModel]) -> Iterat
             guess = did_you_mean(_dotted(shown), siblings) or did_you_mean(_dotted(shown), everything)
             yield f"{place}: got an unknown key, wanted one of {', '.join(section.model_fields)}{guess}"
         else:
+            if item["type"] in ("list_type", "tuple_type") and not isinstance(node.value, dict):
+                item["msg"] += f", which has brackets: write {_in_brackets(node, shown)}"
             wanted.setdefault((place, quote(node.plain()), item["type"] == "value_error"), []).append(item)
     for (place, got, _), items in wanted.items():
         yield f"{place}: {_complaint(got, items)}"
+
+
+def _in_brackets(node: Node, keys: Sequence[str | int]) -> str:
+    """How to write what was given as the list it should be: `hard_min,cvar` is [hard_min, cvar]."""
+    value = node.plain()
+    parts = re.split(r"[,;\s]+", value.strip()) if isinstance(value, str) else [json.dumps(value)]
+    listed = f"[{', '.join(part for part in parts if part)}]"
+    if node.where.startswith(COMMAND_LINE):
+        return masked(f'"{_dotted(keys)}={listed}"')
+    return masked(f"{_dotted(keys[-1:])}: {listed}")
 
 
 def _complaint(got: str, items: list[dict[str, Any]]) -> str:
@@ -148,3 +160,45 @@ def quote(value: Any) -> str:
     """A value as it is shown in a message, without secrets, cut at 60 characters."""
     text = masked(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# ------------------------------------------------------------------ what a shell or a habit makes of an override
+def whole_overrides(texts: Sequence[str], mistakes: list[str]) -> list[str]:
+    """The overrides; a list that the shell cut at its spaces, `[hard_min,` and `cvar]`, is a mistake with the remedy."""
+    whole: list[str] = []
+    rest = list(texts)
+    while rest:
+        text = rest.pop(0)
+        if _open_brackets(text) > 0:
+            count = next(
+                (n for n in range(len(rest) + 1) if _open_brackets(" ".join([text, *rest[:n]])) <= 0), 0
+            )
+            if count:
+                joined, rest = " ".join([text, *rest[:count]]), rest[count:]
+                mistakes.append(
+                    f'{COMMAND_LINE}: got a list in {count + 1} parts; put it in quotes: "{joined}"'
+                )
+                continue
+        whole.append(text)
+    return whole
+
+
+def _open_brackets(text: str) -> int:
+    """How many brackets of a value are open at its end."""
+    value = text.partition("=")[2]
+    return sum(value.count(sign) for sign in "[{") - sum(value.count(sign) for sign in "]}")
+
+
+def option_advice(message: str, kinds: Iterable[type[BaseModel]]) -> str:
+    """What argparse says of `--methods hard_min`, and how a setting is given; other messages as they are.
+
+    Args:
+        kinds: the schemas whose keys may be meant.
+    """
+    if not message.startswith("unrecognized arguments: --"):
+        return message
+    keys = dict.fromkeys(key for kind in kinds for key in dotted_keys(kind))
+    names = [name.replace("-", "_") for name in re.findall(r"--([\w.-]+)", message)]
+    meant = [key for name in names for key in keys if f".{key}".endswith(f".{name}")]
+    said = " or ".join(f'"{key}=..."' for key in meant[:3])
+    return f"{message}; settings have no dashes, give key.sub=value" + (f", here {said}" if said else "")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prmd.artifacts.paths import PROJECT_ROOT
+from prmd.artifacts.paths import CONFIG_DIR, PROJECT_ROOT
 from prmd.artifacts.runs import dump_yaml
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.loading import as_dict, kept_model, load_config, load_pipeline
@@ -304,3 +304,41 @@ def test_a_damaged_configuration_beside_an_artifact_is_one_line(tmp_path, conten
     with pytest.raises(ConfigError, match=r"config\.yaml: damaged \(.*--force$") as caught:
         kept_model(path)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["policy.methods=hard_min"],
+            'wanted a valid array, which has brackets: write "policy.methods=[hard_min]"',
+        ),
+        (["policy.methods=hard_min,cvar"], 'write "policy.methods=[hard_min, cvar]"'),
+        (["policy.methods=hard_min cvar"], 'write "policy.methods=[hard_min, cvar]"'),
+        (["training.checkpoints=1.0"], 'write "training.checkpoints=[1.0]"'),
+        (
+            ["policy.methods=[hard_min,", "cvar]"],
+            'in 2 parts; put it in quotes: "policy.methods=[hard_min, cvar]"',
+        ),
+        (
+            ["policy.beta=0.1", "policy.weights={helpful:", "1.0}"],
+            'in 2 parts; put it in quotes: "policy.weights={helpful: 1.0}"',
+        ),
+    ],
+)
+def test_a_list_as_a_shell_or_a_habit_leaves_it_is_one_line_with_the_way_to_write_it(
+    overrides: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_config(CONFIG_DIR, PolicyConfig, overrides)
+    assert said in str(refused.value) and len(str(refused.value).splitlines()) == 1
+
+
+def test_a_list_without_brackets_in_a_file_is_shown_with_them(tmp_path: Path) -> None:
+    path = tmp_path / "policy_config.yaml"
+    shared = (CONFIG_DIR / "reward_model_config.yaml").as_posix()
+    path.write_text(f"reward_model_config: {shared}\npolicy:\n  methods: hard_min\n", encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"policy_config\.yaml:3: policy\.methods: .* write methods: \[hard_min\]"
+    ):
+        load_config(path, PolicyConfig)
