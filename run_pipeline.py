@@ -120,10 +120,10 @@ def main() -> None:
     files = list(dict.fromkeys(config_file_of(stage) for _, stage, _ in stages()))
     arguments = stage_parser(__doc__ or "", CONFIG_DIR, files).parse_intermixed_args()
     with user_errors_exit():
-        from prmd.config.loading import CONFIG_FILES, load_pipeline
+        from prmd.config.loading import CONFIG_FILES, RewardModelConfig, load_pipeline
 
         configs = load_pipeline(arguments.config, arguments.overrides)
-        start_run_log()
+        start_run_log(configs[RewardModelConfig].paths)
     seconds = run_stages(configs, force=arguments.force, dry_run=arguments.dry_run)
     if not arguments.dry_run:
         with user_errors_exit():

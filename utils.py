@@ -20,7 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prmd.artifacts.paths import CONFIG_DIR
+from prmd.artifacts.hub import use_project_cache
+from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths
 from prmd.config.masking import masked
 from prmd.errors import StoppedError, UserError, user_line
 from prmd.setup_check import check_everything, missing_package, report
@@ -49,7 +50,7 @@ def run_stage(stage: str, *, description: str, **stage_arguments: Any) -> None:
 
         given, overrides = named_arguments(arguments.overrides, stage_arguments)
         config = load_config(arguments.config, CONFIG_FILES[own_file], overrides)
-        start_run_log()
+        start_run_log(config.paths)
         path = load_stage(stage)(config, force=arguments.force, dry_run=arguments.dry_run, **given)
     logger.info("%s %s", "would write" if arguments.dry_run else "result:", path)
 
@@ -71,8 +72,9 @@ def load_stage(stage: str) -> Callable[..., Path]:
     return pkgutil.resolve_name(stage)
 
 
-def start_run_log() -> None:
-    """Join the other processes of a distributed run, and speak from process 0."""
+def start_run_log(paths: ArtifactPaths) -> None:
+    """Choose the hub's cache before its client is imported, join the other processes of a distributed run, and speak."""
+    use_project_cache(paths.hub_cache)
     from prmd.runtime import configure_logging, start_processes
 
     configure_logging()
@@ -154,18 +156,16 @@ def user_errors_exit(advice: str = "") -> Iterator[None]:
 
 
 def check_setup(arguments: Sequence[str] | None = None) -> int:
-    """Print one ok, warn or fail line for each thing the project needs, and make its directories; or check a base model.
-
-    Returns:
-        0 if nothing required is missing, else 1; 2 where a model does not work.
-    """
+    """Print a line for each thing the project needs, or of a base model; return 0, or 1 (2) where something is missing."""
     parser = config_parser(__doc__ or "", CONFIG_DIR / "reward_model_config.yaml")
     parser.add_argument("--load", action="store_true", help="check the base model, its weights too")
     options = parser.parse_intermixed_args(arguments)
     if options.load or any(re.match(r"(reward_model_config\.)?model\.", text) for text in options.overrides):
+        from prmd.config.loading import RewardModelConfig, load_pipeline
+
+        start_run_log(load_pipeline(options.config, options.overrides)[RewardModelConfig].paths)
         from prmd import model_check
 
-        start_run_log()
         checks = model_check.check_configured(options.config, options.overrides, load=options.load)
         lines, status = model_check.report(checks), USER_ERROR_STATUS
     else:

@@ -148,7 +148,7 @@ def missing_package(error: BaseException) -> str:
 
 def _pinned() -> set[str]:
     """Packages that the install command brings, as pip compares names."""
-    files = (PROJECT_ROOT / name for name in ("requirements.txt", "constraints.txt"))
+    files = (PROJECT_ROOT / "requirements.txt", PROJECT_ROOT / "constraints.txt")
     lines = (line for file in files for line in file.read_text(encoding="utf-8").splitlines())
     return {
         re.split("[>=<]", line)[0].strip().replace("_", "-").lower() for line in lines if line[:1].isalpha()

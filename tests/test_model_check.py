@@ -638,5 +638,6 @@ def test_without_any_package_it_says_how_to_install(tmp_path: Path) -> None:
         timeout=60,
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.endswith(" is not installed; python utils.py says how to install it\n")
+    assert done.stderr.endswith(" (python utils.py says what else is missing)\n")
+    assert " is not installed; give: pip install -r requirements.txt -c constraints" in done.stderr
     assert len(done.stderr.splitlines()) == 1

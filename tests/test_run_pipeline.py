@@ -31,7 +31,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Any, bool, bool]]
         return stand_in
 
     monkeypatch.setattr(run_pipeline, "load_stage", load_stand_in)
-    monkeypatch.setattr(run_pipeline, "start_run_log", lambda: None)
+    monkeypatch.setattr(run_pipeline, "start_run_log", lambda paths: None)
     return calls
 
 

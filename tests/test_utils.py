@@ -262,3 +262,26 @@ sys.path.insert(0, sys.argv[1])
 from utils import check_setup
 sys.exit(check_setup([]))
 """
+
+
+def test_every_stage_sets_the_hub_s_cache_before_its_client_is_imported(tmp_path: Path) -> None:
+    stage = tmp_path / "small.py"
+    text = SCRIPT.replace(
+        "import json, os, sys", "import json, os, sys\nfrom huggingface_hub.constants import HF_HUB_CACHE"
+    )
+    text = text.replace(
+        'print(os.environ["HF_HUB_DISABLE',
+        'print(HF_HUB_CACHE)\n    print(os.environ["HF_HUB_DISABLE',
+    )
+    stage.write_text(text, encoding="utf-8")
+    # the script itself is only the command line; the stage is imported by name, after the configuration is read
+    script = tmp_path / "start.py"
+    script.write_text(
+        f"import sys\nsys.path[:0] = [{str(PROJECT_ROOT)!r}, {str(tmp_path)!r}]\nfrom utils import run_stage\n"
+        'run_stage("small:small_stage", description="A stage.", objective="helpful")\n',
+        encoding="utf-8",
+    )
+    root = tmp_path / "root"
+    done = run(script, f"artifact_root={root.as_posix()}", folder=tmp_path, HF_HOME="", HF_HUB_CACHE="")
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.splitlines()[1]) == root.resolve() / "data" / "cache" / "huggingface"

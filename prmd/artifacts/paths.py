@@ -96,6 +96,11 @@ class ArtifactPaths:
     def cache(self, kind: str, key: str) -> Path:
         return self.root / "data" / "cache" / _component(f"{kind}-{key}")
 
+    @property
+    def hub_cache(self) -> Path:
+        """Where the hub's client keeps what it downloads, in a layout of its own (`hub.use_project_cache`)."""
+        return self.root / "data" / "cache" / "huggingface"
+
     def logs(self, *parts: str) -> Path:
         """TensorBoard directory of one training, e.g. logs('reward_models', 'embedded', 'helpful')."""
         return self.root.joinpath("logs", *map(_component, parts))

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from prmd.artifacts import io
+from prmd.artifacts import hub, io
 from prmd.artifacts.paths import find_user_path, places_tried, safe_name
 from prmd.config.shared import HhRlhfConfig, PkuSafeRlhfConfig, TruthfulQaConfig
 from prmd.errors import ConfigError, DataError
@@ -224,6 +224,8 @@ def _load(key: str, path: str, revision: str, name: str | None, subset: str | No
     from datasets import load_dataset  # slow to import, and not needed for local folders
 
     try:
+        if own := hub.whole_dataset(path, revision):
+            return load_dataset(str(own), name, data_dir=subset)
         return load_dataset(path, name, data_dir=subset, revision=revision)
     except (
         OSError

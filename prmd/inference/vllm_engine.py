@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prmd.artifacts import io
+from prmd.artifacts import hub, io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import ModelConfig, SamplingEngine
 from prmd.errors import ConfigError
@@ -133,6 +133,7 @@ class VllmEngine:
         self._llm = vllm.LLM(
             model=folder,
             revision=None if Path(folder).is_dir() else model.revision,
+            download_dir=None if Path(folder).is_dir() else hub.cache_of(folder, model.revision),
             dtype=model.dtype,
             trust_remote_code=model.trust_remote_code,
             max_model_len=max_length,

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from huggingface_hub import snapshot_download
 
-from prmd.artifacts import io
+from prmd.artifacts import hub, io
 from prmd.artifacts.manifest import EVERYTHING
 from prmd.artifacts.paths import find_user_path, places_tried, stage_command
 from prmd.artifacts.runs import read_run, require_artifact
@@ -155,7 +155,11 @@ def judge_folder(name: str, objective: str) -> Path:
         return folder.resolve()
     try:
         return Path(
-            snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"])
+            snapshot_download(
+                name,
+                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
+                cache_dir=hub.cache_of(name),
+            )
         )
     except (OSError, ValueError) as error:  # unreachable, unknown or offline; not a repository's name
         detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

@@ -17,7 +17,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prmd.artifacts import io
+from prmd.artifacts import hub, io
 from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
 from prmd.config.shared import ModelConfig
 from prmd.errors import ConfigError, NotFiniteError
@@ -108,7 +108,11 @@ def policy_folder(source: str, key: str, *, trust: bool) -> tuple[Path, str]:
     try:
         folder = Path(
             snapshot_download(
-                hub_id, revision=revision or None, allow_patterns=patterns, ignore_patterns=["*/*"]
+                hub_id,
+                revision=revision or None,
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],
+                cache_dir=hub.cache_of(hub_id, revision or None),
             )
         )
     except (OSError, ValueError) as error:  # unreachable, unknown or offline; not a repository's name

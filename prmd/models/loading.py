@@ -28,7 +28,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from prmd.artifacts import io, locks
+from prmd.artifacts import hub, io, locks
 from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
 from prmd.config.shared import LoraConfig, ModelConfig
 from prmd.errors import ConfigError, DataError, NotFiniteError
@@ -110,6 +110,8 @@ def _pretrained(kind: Any, source: str | Path, *, trust: bool, **arguments: Any)
     Raises:
         ConfigError: it does not go without that code.
     """
+    if not Path(source).is_dir() and (own := hub.cache_of(str(source), arguments.get("revision"))):
+        arguments["cache_dir"] = own
     try:
         return kind.from_pretrained(str(source), trust_remote_code=trust, **arguments)
     except ValueError as error:

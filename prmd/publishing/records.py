@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download, metadata_load
 
-from prmd.artifacts import io
+from prmd.artifacts import hub, io
 from prmd.artifacts.paths import find_user_path
 from prmd.artifacts.runs import is_as_recorded, read_run
 from prmd.inference.candidates import policy_key
@@ -47,7 +47,14 @@ def base_license(model: dict[str, Any]) -> str | None:
     folder = find_user_path(model["name"], "folder")
     try:
         if folder is None and not Path(model["name"]).is_absolute():
-            card = Path(hf_hub_download(model["name"], CARD_FILE, revision=model.get("revision")))
+            card = Path(
+                hf_hub_download(
+                    model["name"],
+                    CARD_FILE,
+                    revision=model.get("revision"),
+                    cache_dir=hub.cache_of(model["name"], model.get("revision")),
+                )
+            )
         else:
             card = (folder or Path(model["name"])) / CARD_FILE
         stated = metadata_load(card) if card.is_file() else None

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 
-from prmd.artifacts import io
+from prmd.artifacts import hub, io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import CalibrationConfig, ModelConfig, SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import UserError
@@ -126,7 +126,12 @@ def _longest_pairs(
 def _tokenizer_is_here(model: ModelConfig, paths: ArtifactPaths) -> bool:
     if Path(model_source(model, paths)).is_dir():
         return True
-    cached = try_to_load_from_cache(model.name, "tokenizer_config.json", revision=model.revision)
+    cached = try_to_load_from_cache(
+        model.name,
+        "tokenizer_config.json",
+        revision=model.revision,
+        cache_dir=hub.cache_of(model.name, model.revision),
+    )
     return isinstance(cached, str)
 
 
