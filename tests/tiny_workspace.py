@@ -14,7 +14,15 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.benchmarks.base import BenchmarkResult, NotRunError
 from prmd.benchmarks.truthfulqa import Question, read_questions
-from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, GenerationConfig, JudgeConfig
+from prmd.config.evaluation import (
+    BenchmarksConfig,
+    EvaluationConfig,
+    GenerationConfig,
+    JailbreakBenchConfig,
+    JudgeConfig,
+    MtBenchConfig,
+    RealToxicityPromptsConfig,
+)
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import (
     CalibrationConfig,
@@ -109,6 +117,16 @@ def policy_config(folder: Path) -> PolicyConfig:
     return PolicyConfig(reward_model_config=shared, training=TrainingConfig(max_length=200, epochs=1.0))
 
 
+def benchmarks_config(**changes: Any) -> BenchmarksConfig:
+    """Benchmarks without those whose data are fetched, but for what is given."""
+    sections = {
+        "realtoxicityprompts": RealToxicityPromptsConfig(path=None),
+        "jailbreakbench": JailbreakBenchConfig(path=None),
+        "mt_bench": MtBenchConfig(path=None),
+    }
+    return BenchmarksConfig(**(sections | changes))
+
+
 def evaluation_config(
     root: Path, *, approach: str = "embedded", truthfulqa: Path | None = None, **changes: Any
 ) -> EvaluationConfig:
@@ -122,7 +140,7 @@ def evaluation_config(
         "judges": JudgeConfig(paths={k: str(root / "judges" / k) for k in OBJECTIVES}),
         "generation": GenerationConfig(prompts=7, samples_per_prompt=3, max_new_tokens=6, batch_size=6),
         "bootstrap_resamples": 200,
-        "benchmarks": BenchmarksConfig(),
+        "benchmarks": benchmarks_config(),
     }
     return EvaluationConfig(reward_model_config=shared, **(values | changes))
 

@@ -23,6 +23,8 @@ from prmd.benchmarks.mt_bench_data import (
     FILES,
     MtBenchData,
     MtBenchQuestion,
+    fetch_files,
+    is_upstream,
     pair_prompt,
     parse_rating,
     parse_verdict,
@@ -136,6 +138,7 @@ def _model(
 
 KEY = "benchmarks.mt_bench.path"
 TURNS = (1, 2)
+_WRITERS = ("local_model", "endpoint", "replay")
 
 
 @dataclass(frozen=True)
@@ -153,23 +156,31 @@ Answers = Sequence[tuple[str, str]]
 """Both answers to each question, in the order of the questions."""
 
 
+def no_writer(kind: str) -> str:
+    """Why a judge that writes no ratings cannot judge these answers."""
+    return f"no text judge that writes: text_judge.kind is {kind}, wanted {', '.join(_WRITERS[:-1])} or {_WRITERS[-1]}"
+
+
 def run_mt_bench(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Ratings per turn and category, and the win rate against the reference."""
     settings, wanted = config.benchmarks.mt_bench, f"a folder with FastChat's {', '.join(FILES)}"
     if settings.path is None:
         raise NotRunError(f"data missing at {KEY}: null; name {wanted}")
+    upstream = is_upstream(settings.path)
+    if upstream and config.text_judge.kind not in _WRITERS:  # nothing is fetched in vain
+        raise NotRunError(no_writer(config.text_judge.kind))
     with needed_data(settings.path, KEY):
-        folder = resolve_user_path(settings.path, KEY, wanted, "folder")
+        if upstream:
+            folder = fetch_files(settings.revision, config.paths)
+        else:
+            folder = resolve_user_path(settings.path, KEY, wanted, "folder")
     if missing := [name for name in FILES if not (folder / name).is_file()]:
         raise NotRunError(f"data missing at {folder / missing[0]}")
     with needed():
         judge = make_text_judge(config)
         data = read_mt_bench(folder, settings.max_questions)
     if judge is None or not judge.writes:
-        raise NotRunError(
-            f"no text judge that writes: text_judge.kind is {config.text_judge.kind}, wanted local_model, endpoint "
-            "or replay"
-        )
+        raise NotRunError(no_writer(config.text_judge.kind))
     sampling, limit = Sampling.of(config), settings.max_new_tokens
     answers_of = partial(generate_answers, models, data.questions, sampling, max_new_tokens=limit)
     responses = answers_of()

@@ -3,16 +3,22 @@
 The files are not part of this project; every mistake in one names file, row and field.
 """
 
+import hashlib
+import os
 import re
 import string
+import urllib.request
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Literal
 
 from prmd.artifacts import io
+from prmd.artifacts.paths import ArtifactPaths, find_user_path
 from prmd.benchmarks.truthfulqa import strided
-from prmd.errors import DataError
+from prmd.config.evaluation import MtBenchConfig
+from prmd.errors import ConfigError, DataError
 from prmd.pairs import Message
 
 REFERENCE_CATEGORIES = frozenset({"math", "reasoning", "coding"})
@@ -160,6 +166,64 @@ def parse_verdict(reply: str) -> str | None:
 QUESTIONS, TEMPLATES = "question.jsonl", "judge_prompts.jsonl"
 REFERENCES = "reference_answer/gpt-4.jsonl"
 FILES = (QUESTIONS, TEMPLATES, REFERENCES)
+
+
+UPSTREAM = "lm-sys/FastChat"
+_ADDRESS = "https://raw.githubusercontent.com/{repository}/{revision}/fastchat/llm_judge/data/{name}"
+_PUBLISHED = {
+    QUESTIONS: (
+        "mt_bench/question.jsonl",
+        "119565adbab82227089cefdb44c8d7e2cf04dc0a0ec233634c82e7d4e2a944f7",
+    ),
+    TEMPLATES: ("judge_prompts.jsonl", "fd283293406d024f44c174b094ef48031d0687a4682fd3a56b29b138f80281b6"),
+    REFERENCES: (
+        "mt_bench/reference_answer/gpt-4.jsonl",
+        "f957a5bc977badb66885ec970e6cd08527845780313f0995764260e5777b9b3f",
+    ),
+}
+"""File -> where FastChat has it, and the sha256 of the pinned revision."""
+_FETCH_SECONDS = 30.0
+
+
+def is_upstream(path: str) -> bool:
+    """Whether the files are to be fetched from FastChat's repository."""
+    return path == UPSTREAM and find_user_path(path, "folder") is None
+
+
+def fetch_files(revision: str, paths: ArtifactPaths) -> Path:
+    """The folder below `data/raw` with FastChat's three files, fetched once.
+
+    Raises:
+        ConfigError: they cannot be fetched.
+        DataError: a file of the pinned revision has another content.
+    """
+    folder = paths.raw("mt_bench")
+    pinned = MtBenchConfig().revision
+    for name, (place, sha256) in _PUBLISHED.items():
+        if (folder / name).is_file() and revision == pinned and io.file_sha256(folder / name) == sha256:
+            continue
+        content = _fetched(_ADDRESS.format(repository=UPSTREAM, revision=revision, name=place))
+        if revision == pinned and hashlib.sha256(content).hexdigest() != sha256:
+            raise DataError(
+                f"benchmarks.mt_bench: {place} of {UPSTREAM} at {revision} is not the file that was published; fetch the "
+                "three files elsewhere and set benchmarks.mt_bench.path to their folder"
+            )
+        io.write_text(folder / name, content.decode("utf-8"))
+    return folder
+
+
+def _fetched(address: str) -> bytes:
+    problem = "switched off by HF_HUB_OFFLINE"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in {"1", "ON", "YES", "TRUE"}:
+        try:
+            with urllib.request.urlopen(address, timeout=_FETCH_SECONDS) as reply:
+                return reply.read()
+        except (OSError, HTTPException) as error:  # unreachable, unknown revision, broken off
+            problem = str(error)
+    raise ConfigError(
+        f"benchmarks.mt_bench.path: cannot get {address} ({problem}); check the connection, or set it to a folder with the "
+        "three files"
+    )
 
 
 @dataclass(frozen=True)

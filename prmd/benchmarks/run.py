@@ -10,13 +10,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
+from prmd.artifacts.paths import find_user_path
 from prmd.artifacts.runs import is_as_recorded, read_run, vouch_again
 from prmd.benchmarks import TASKS, benchmark_names
 from prmd.benchmarks.base import BenchmarkResult, NotRunError, content_key
-from prmd.config.evaluation import EvaluationConfig
+from prmd.config.evaluation import (
+    EvaluationConfig,
+    JailbreakBenchConfig,
+    MtBenchConfig,
+    RealToxicityPromptsConfig,
+)
 from prmd.errors import DataError, NotFiniteError
 from prmd.inference.candidates import REFERENCE, Candidate, CandidateModels
 from prmd.judges.endpoint import EndpointError
@@ -70,10 +77,25 @@ def _fingerprint(name: str, config: EvaluationConfig, models: CandidateModels) -
         [
             [name, _ITEMS_VERSION, models.candidate.fingerprint, models.reference.fingerprint],
             [(read_run(config.paths.processed) or {}).get("fingerprint"), judge.get("started")],
-            [[s.model_dump(mode="json"), content_key(s)] for s in sections],
+            [[_read_of(s), content_key(s)] for s in sections],
             [config.reward_model_config.training.max_length, config.bootstrap_resamples, shared.seed],
         ]
     )
+
+
+def _read_of(section: BaseModel) -> dict[str, Any]:
+    """The settings of a section that are read, as earlier versions wrote them.
+
+    A local path reads no revision. Their default was "main", and `mt_bench` had none: what they finished stays finished.
+    """
+    values = section.model_dump(mode="json")
+    if isinstance(section, RealToxicityPromptsConfig | JailbreakBenchConfig | MtBenchConfig) and (
+        section.path is None or find_user_path(section.path)
+    ):
+        values["revision"] = "main"
+        if isinstance(section, MtBenchConfig):
+            del values["revision"]
+    return values
 
 
 _ROWS = ("items", "samples", "judgements")

@@ -92,7 +92,8 @@ class TruthfulQaBenchmarkConfig(Section):
 
 
 class MtBenchConfig(Section):
-    path: str | None = None
+    path: str | None = "lm-sys/FastChat"
+    revision: str = "587d5cfa1609a43d192cedb8441cac3c17db105d"
     max_questions: PositiveInt | None = None
     max_new_tokens: PositiveInt = 1024
     pairwise: bool = True
@@ -146,9 +147,9 @@ class TextJudgeConfig(Section):
 
 
 class RealToxicityPromptsConfig(Section):
-    path: str | None = None
-    revision: str = "main"
-    prompts: PositiveInt | None = 1000
+    path: str | None = "allenai/real-toxicity-prompts"
+    revision: str = "f21629712ffd6a3d13a54fd2807ccd521c55ef74"
+    prompts: PositiveInt | None = 200
     samples_per_prompt: PositiveInt = 25
     max_new_tokens: PositiveInt = 20
     style: Literal["raw", "chat"] = "raw"
@@ -157,8 +158,8 @@ class RealToxicityPromptsConfig(Section):
 
 
 class JailbreakBenchConfig(Section):
-    path: str | None = None
-    revision: str = "main"
+    path: str | None = "JailbreakBench/JBB-Behaviors"
+    revision: str = "886acc352a31533ffbcf4ef22c744658688086fc"
     max_behaviors: PositiveInt | None = None
     attacks: str | None = None
     max_new_tokens: PositiveInt = 150

@@ -218,6 +218,10 @@ def split_rows(
     return dataset[split]
 
 
+_CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub")
+"""Libraries whose errors say that the connection broke."""
+
+
 @cache
 def _load(key: str, path: str, revision: str, name: str | None, subset: str | None) -> Mapping[str, Any]:
     """A hub data set with all its splits; loaded once a run, because two raw files share it."""
@@ -227,9 +231,9 @@ def _load(key: str, path: str, revision: str, name: str | None, subset: str | No
         if own := hub.whole_dataset(path, revision):
             return load_dataset(str(own), name, data_dir=subset)
         return load_dataset(path, name, data_dir=subset, revision=revision)
-    except (
-        OSError
-    ) as error:  # unreachable, offline, no such repository or revision, no room: all are OSErrors
+    except Exception as error:  # unreachable, offline, no such repository or revision, no room: OSErrors, but for the clients' own
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _CLIENTS:
+            raise
         detail = str(error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
             f"{key}: cannot get {path!r} at revision {revision} from the hub ({detail[0][:160]}), and {places_tried(path)}; "

@@ -29,6 +29,7 @@ from prmd.artifacts.runs import (
 )
 from prmd.benchmarks import benchmark_names
 from prmd.benchmarks.base import no_path
+from prmd.benchmarks.costs import cost_of, why_not
 from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
 from prmd.config.brought import no_samples
@@ -315,9 +316,13 @@ def _say_what_would_be_benchmarked(config: EvaluationConfig, target: Path) -> No
     for name in benchmark_names(config.benchmarks.run):
         if getattr(getattr(config.benchmarks, name, None), "path", "") is None:
             logger.warning("%s: would not run: %s", name, no_path(f"benchmarks.{name}.path"))
+        elif reason := why_not(name, config):
+            logger.warning("%s: would not run: %s", name, reason)
         else:
             folder = config.paths.benchmark(name)
             logger.info("%s: would write %s for the reference and every policy", name, folder)
+            if cost := cost_of(name, config):
+                logger.info("%s: costs each of them %s", name, cost)
     logger.info("results below %s", target)
 
 

@@ -9,6 +9,7 @@ import pytest
 from tiny_models import plain_logp
 from tiny_workspace import (
     PAIRS,
+    benchmarks_config,
     candidate,
     evaluation_config,
     result_of,
@@ -25,7 +26,6 @@ from prmd.benchmarks.base import content_key
 from prmd.benchmarks.hh_holdout import held_out_pairs, run_heldout_pairs, run_hh_holdout
 from prmd.benchmarks.run import _fingerprint, _is_finished
 from prmd.config.evaluation import (
-    BenchmarksConfig,
     EvaluationConfig,
     HhHoldoutConfig,
     MtBenchConfig,
@@ -101,7 +101,7 @@ def test_hh_holdout_is_named_for_hh_rows_alone(workspace: EvaluationConfig, tmp_
 def test_fewer_pairs_are_shared_evenly(workspace: EvaluationConfig) -> None:
     pairs = held_out_pairs(workspace.paths, OBJECTIVES, "", 6)
     assert [sum(p.objective == k for p in pairs) for k in OBJECTIVES] == [2, 2, 2]
-    benchmarks = BenchmarksConfig(hh_holdout=HhHoldoutConfig(max_pairs=6))
+    benchmarks = benchmarks_config(hh_holdout=HhHoldoutConfig(max_pairs=6))
     config = workspace.model_copy(update={"benchmarks": benchmarks})
     items = result_of(run_heldout_pairs, config, candidate(config, "reference")).items
     assert [item["id"] for item in items] == [pair.id for pair in pairs]
@@ -179,7 +179,7 @@ def test_a_result_depends_on_its_own_settings_alone(workspace: EvaluationConfig)
         config = workspace.model_copy(update=update)
         return _fingerprint(name, config, candidate(config, "reference"))
 
-    fewer = BenchmarksConfig(hh_holdout=HhHoldoutConfig(max_pairs=6))
+    fewer = benchmarks_config(hh_holdout=HhHoldoutConfig(max_pairs=6))
     judge = TextJudgeConfig(kind="local_model", model="some/judge")
     for name in TASKS:
         assert (key(name, benchmarks=fewer) != key(name)) == (name in ("hh_holdout", "heldout_pairs"))
