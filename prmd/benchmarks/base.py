@@ -4,7 +4,6 @@ Responses are cached by the candidate's weights and the decoding, so that judgin
 nothing; after an interruption only what is missing is sampled. Every mistake in a file is one line that names row and field.
 """
 
-import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, find_user_path
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import BatchSize
+from prmd.data.readers import open_csv
 from prmd.errors import ConfigError, DataError
 from prmd.inference.cache import JsonTable
 from prmd.inference.candidates import CandidateModels
@@ -177,14 +177,10 @@ def csv_rows(path: Path) -> Iterator[tuple[str, Row]]:
     Raises:
         DataError: not UTF-8, or not a CSV file.
     """
-    try:
-        with path.open("r", encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            for row in reader:
-                values = {(name or "").strip().casefold(): value for name, value in row.items()}
-                yield f"{path}:{reader.line_num}", values
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path}: not readable as UTF-8 CSV ({error}); fetch the file again") from error
+    with open_csv(path) as reader:
+        for row in reader:
+            values = {(name or "").strip().casefold(): value for name, value in row.items()}
+            yield f"{path}:{reader.line_num}", values
 
 
 def numbered(rows: Iterable[Row], source: object) -> Iterator[tuple[str, Row]]:

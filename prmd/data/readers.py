@@ -1,16 +1,19 @@
 """Rows of local files and of hub repositories; only this module calls `load_dataset`.
 
-JSON arrays and lines (gzipped or not) and parquet. Every mistake in a file is one `DataError` that names file and line; a
+JSON arrays and lines and CSV (gzipped or not), and parquet. Every mistake in a file is one `DataError` that names file and line; a
 place that cannot be reached is one `ConfigError` that names the YAML key.
 """
 
+import csv
 import gzip
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
+from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,30 @@ from prmd.config.shared import HhRlhfConfig, PkuSafeRlhfConfig, TruthfulQaConfig
 from prmd.errors import ConfigError, DataError
 
 Row = dict[str, Any]
+
+
+@contextmanager
+def open_csv(
+    path: Path, *, strict: bool = False, longest_cell: int = 2**17
+) -> Iterator["csv.DictReader[str]"]:
+    """The rows of a CSV file with a header, gzipped where it ends in .gz.
+
+    Args:
+        strict: refuse broken quotes.
+        longest_cell: characters; the default is that of `csv`.
+
+    Raises:
+        DataError: it is not UTF-8, or no CSV file.
+    """
+    opener = gzip.open if path.suffix == ".gz" else Path.open
+    csv.field_size_limit(longest_cell)  # of the whole process, so set for every file
+    try:
+        with opener(path, "rb") as stream:
+            yield csv.DictReader(TextIOWrapper(stream, "utf-8-sig", newline=""), strict=strict)
+    except (UnicodeDecodeError, EOFError, OSError, csv.Error) as error:
+        raise DataError(
+            f"{path}: not readable as UTF-8 CSV ({error}); save or fetch the file again"
+        ) from error
 
 
 def json_rows(path: Path) -> Iterator[Row]:

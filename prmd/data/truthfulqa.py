@@ -1,6 +1,5 @@
 """TruthfulQA: its files in both forms, and honest pairs of the questions that are not left to the benchmark."""
 
-import csv
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from prmd.data.readers import (
     hub_file,
     local_file,
     local_path,
+    open_csv,
     parquet_rows,
     split_rows,
 )
@@ -43,19 +43,15 @@ def csv_rows(path: Path) -> Iterator[Row]:
     Raises:
         DataError: it is not UTF-8, no CSV file, or lacks a column; names it.
     """
-    try:
-        with path.open("r", encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream)
-            missing = {"Question", "Best Answer", "Correct Answers", "Incorrect Answers"} - set(
-                reader.fieldnames or ()
+    with open_csv(path) as reader:
+        missing = {"Question", "Best Answer", "Correct Answers", "Incorrect Answers"} - set(
+            reader.fieldnames or ()
+        )
+        if missing:
+            raise DataError(
+                f"{path}: the columns {sorted(missing)} are missing; it must be TruthfulQA.csv as published"
             )
-            if missing:
-                raise DataError(
-                    f"{path}: the columns {sorted(missing)} are missing; it must be TruthfulQA.csv as published"
-                )
-            yield from reader
-    except (UnicodeDecodeError, OSError, csv.Error) as error:
-        raise DataError(f"{path}: not readable as UTF-8 CSV ({error}); fetch the file again") from error
+        yield from reader
 
 
 def _questions(rows: Iterable[Mapping[str, Any]], path: Path) -> Iterator[Row]:

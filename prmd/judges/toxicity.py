@@ -20,7 +20,6 @@ import numpy as np
 from scipy import sparse
 from scipy.optimize import minimize
 from scipy.special import expit
-from scipy.stats import rankdata
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
@@ -29,6 +28,7 @@ from prmd.errors import DataError
 from prmd.judges.classifier import LabelClassifier
 from prmd.pairs import hash_share
 from prmd.statistics.intervals import bootstrap_statistic
+from prmd.statistics.reliability import area_under_curve, rank_correlation
 
 NGRAM_LENGTHS = range(2, 6)
 BUCKETS = 2**18
@@ -302,24 +302,3 @@ def scorer_card(
         },
     }
     return card
-
-
-def area_under_curve(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """P(a positive scores above a negative), ties one half, of each row; one half where a row has one class only.
-
-    Args:
-        scores: [b, n].
-        labels: booleans, [b, n].
-    """
-    ranks = rankdata(scores, axis=-1)
-    positive = labels.sum(axis=-1)
-    negative = labels.shape[-1] - positive
-    above = (ranks * labels).sum(axis=-1) - positive * (positive + 1) / 2
-    return np.where(positive * negative > 0, above / np.maximum(positive * negative, 1), 0.5)
-
-
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of each row of [b, n] and [b, n]; 0 where one does not vary."""
-    x, y = (r - r.mean(axis=-1, keepdims=True) for r in (rankdata(a, axis=-1), rankdata(b, axis=-1)))
-    spread = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
-    return np.where(spread > 0, (x * y).sum(axis=-1) / np.where(spread > 0, spread, 1), 0.0)

@@ -434,13 +434,13 @@ def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory:
         dtype: number format of the saved weights.
     """
     model.save_pretrained(directory / "adapter")
-    _forget_local_base(directory / "adapter" / "adapter_config.json")
+    forget_local_base(directory / "adapter" / "adapter_config.json")
     merged = model.merge_and_unload().to(getattr(torch, dtype))
     merged.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 
-def _forget_local_base(adapter_config: Path) -> None:
+def forget_local_base(adapter_config: Path) -> None:
     """Keep the base's folder name, not the absolute path that holds on this machine alone."""
     values = json.loads(adapter_config.read_text(encoding="utf-8"))
     base = values.get("base_model_name_or_path") or ""

@@ -19,7 +19,7 @@ from prmd.artifacts import io
 from prmd.artifacts.manifest import remember
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import ModelConfig
-from prmd.models.loading import load_adapted, load_base_classifier
+from prmd.models.loading import forget_local_base, load_adapted, load_base_classifier
 from prmd.models.sequence_models import SequenceRewards
 from prmd.pairs import PreferencePair, hash_share
 from prmd.rewards.heads import bootstrap_weights
@@ -121,10 +121,7 @@ def keep_adapter(folder: Path, best: Path) -> None:
     partial = folder / f".{ADAPTER_FOLDER}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     copy_model(best, partial)
-    values = io.read_json(partial / ADAPTER_CONFIG)
-    base = Path(values.get("base_model_name_or_path") or "")
-    if base.is_absolute():  # a path that holds on this machine alone
-        io.write_json(partial / ADAPTER_CONFIG, values | {"base_model_name_or_path": base.name})
+    forget_local_base(partial / ADAPTER_CONFIG)
     io.publish_directory(partial, folder / ADAPTER_FOLDER)
     remember(folder, [path for path in sorted(folder.glob(f"{ADAPTER_FOLDER}/*")) if path.is_file()])
     remember_trained(folder)

@@ -201,38 +201,44 @@ def disagreement_measures(
     wrong = np.where(mean == 0, 0.5, mean < 0)
     decided = mean != 0
 
-    def measured(statistic: Callable[[np.ndarray], np.ndarray], errors: np.ndarray, kept: np.ndarray) -> Any:
+    def measured(
+        statistic: Callable[[np.ndarray, np.ndarray], np.ndarray], errors: np.ndarray, kept: np.ndarray
+    ) -> Any:
         rows = np.stack([disagreement, errors], axis=1)[kept]
         if len(rows) < 2 or (np.ptp(rows, axis=0) == 0).any():
             return None
-        return bootstrap_statistic(statistic, rows, n_resamples=n_resamples, seed=seed)
+        return bootstrap_statistic(
+            lambda drawn: statistic(drawn[..., 0], drawn[..., 1]), rows, n_resamples=n_resamples, seed=seed
+        )
 
     everything = np.ones_like(decided)
     return Disagreement(
-        mistake_correlation=measured(_rank_correlation, wrong, everything),
-        error_correlation=measured(_rank_correlation, expit(-mean), everything),
-        auc=measured(_area_under_curve, wrong, decided),
+        mistake_correlation=measured(rank_correlation, wrong, everything),
+        error_correlation=measured(rank_correlation, expit(-mean), everything),
+        auc=measured(area_under_curve, wrong, decided),
         bins=_disagreement_bins(disagreement, 1.0 - wrong),
     )
 
 
-def _rank_correlation(rows: np.ndarray) -> np.ndarray:
-    """Spearman correlation of the two columns of each of b samples [b, n, 2]; 0 where one column is constant."""
-    ranks = rankdata(rows, axis=1)
-    ranks -= ranks.mean(axis=1, keepdims=True)
-    covariance, scale = ranks.prod(axis=2).sum(axis=1), np.sqrt((ranks**2).sum(axis=1).prod(axis=1))
-    return np.divide(covariance, scale, out=np.zeros_like(scale), where=scale > 0)
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's correlation of each row of [s, n] and [s, n]; 0 where one does not vary."""
+    x, y = (r - r.mean(axis=-1, keepdims=True) for r in (rankdata(a, axis=-1), rankdata(b, axis=-1)))
+    scale = np.sqrt((x**2).sum(axis=-1) * (y**2).sum(axis=-1))
+    return np.divide((x * y).sum(axis=-1), scale, out=np.zeros_like(scale), where=scale > 0)
 
 
-def _area_under_curve(rows: np.ndarray) -> np.ndarray:
-    """P(score of a 1 > score of a 0), ties one half, of b samples [b, n, (score, 0 or 1)]; .5 where one kind is absent.
+def area_under_curve(scores: np.ndarray, ones: np.ndarray) -> np.ndarray:
+    """P(score of a 1 > score of a 0), ties one half, of each row; one half where a row holds one kind only.
+
+    Args:
+        scores: [s, n].
+        ones: 0 or 1, or booleans, [s, n].
 
     Source: the Mann-Whitney U statistic from ranks (Hanley and McNeil 1982).
     """
-    ranks, ones = rankdata(rows[..., 0], axis=1), rows[..., 1]
-    positives = ones.sum(axis=1)
-    pairs = positives * (rows.shape[1] - positives)
-    wins = (ranks * ones).sum(axis=1) - positives * (positives + 1) / 2
+    ranks, positives = rankdata(scores, axis=-1), ones.sum(axis=-1)
+    pairs = positives * (scores.shape[-1] - positives)
+    wins = (ranks * ones).sum(axis=-1) - positives * (positives + 1) / 2
     return np.divide(wins, pairs, out=np.full_like(wins, 0.5), where=pairs > 0)
 
 

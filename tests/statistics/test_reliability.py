@@ -5,6 +5,9 @@ import math
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import spearmanr
 
 from prmd.statistics import reliability
 
@@ -145,3 +148,24 @@ def test_margins_that_are_no_numbers_are_refused():
                 measure(margins)
     with pytest.raises(ValueError, match="all margins are zero"):
         reliability.log_odds_slope([0.0, 0.0])
+
+
+scores_and_labels = st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=2, max_size=12)
+
+
+@given(scores_and_labels)
+def test_area_under_the_curve_is_the_share_of_pairs_in_order(rows: list[tuple[int, bool]]) -> None:
+    positive, negative = ([s for s, label in rows if label is wanted] for wanted in (True, False))
+    pairs = [(a > b) + 0.5 * (a == b) for a in positive for b in negative]
+    found = reliability.area_under_curve(
+        np.array([[s for s, _ in rows]]), np.array([[label for _, label in rows]])
+    )
+    assert found[0] == pytest.approx(np.mean(pairs) if pairs else 0.5)
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=12))
+def test_rank_correlation_is_spearmans(rows: list[tuple[int, int]]) -> None:
+    a, b = (np.array(values) for values in zip(*rows, strict=True))
+    varies = np.ptp(a) > 0 and np.ptp(b) > 0
+    wanted = spearmanr(a, b)[0] if varies else 0.0
+    assert reliability.rank_correlation(np.stack([a, b]), np.stack([b, a])) == pytest.approx([wanted, wanted])

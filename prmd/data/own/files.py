@@ -4,19 +4,25 @@ JSON, JSON Lines, CSV and Parquet, gzipped or not; a file, a folder of such file
 `data/raw/own_pairs/` are the columns that the configuration names, under the names of `COLUMNS`.
 """
 
-import csv
-import gzip
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
-from io import TextIOWrapper
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from prmd.config.shared import DataConfig, OwnPairsConfig, OwnSource
 from prmd.data.own.scored import as_score, scored_rows
-from prmd.data.readers import Row, SourceFile, json_rows, local_file, local_path, parquet_rows, split_rows
+from prmd.data.readers import (
+    Row,
+    SourceFile,
+    json_rows,
+    local_file,
+    local_path,
+    open_csv,
+    parquet_rows,
+    split_rows,
+)
 from prmd.errors import ConfigError, DataError
 
 COLUMNS = ("prompt", "chosen", "rejected", "id", "source", "system", "tools", "weight")
@@ -120,21 +126,13 @@ def table_rows(path: Path) -> Iterable[Row]:
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    csv.field_size_limit(
-        _LONGEST_CELL
-    )  # a conversation is longer than the 131,072 characters that are the default
-    opener = gzip.open if path.suffix == ".gz" else Path.open
-    try:
-        with opener(path, "rb") as stream:
-            reader = csv.DictReader(TextIOWrapper(stream, "utf-8-sig", newline=""), strict=True)
-            for number, row in enumerate(reader, start=1):
-                if None in row or None in row.values():
-                    raise DataError(
-                        f"{path}: row {number} has more or fewer cells than the header; mend the file"
-                    )
-                yield {name: _cell(text) for name, text in row.items()}
-    except (UnicodeDecodeError, EOFError, OSError, csv.Error) as error:
-        raise DataError(f"{path}: not readable as UTF-8 CSV ({error}); save the file again") from error
+    with open_csv(path, strict=True, longest_cell=_LONGEST_CELL) as reader:
+        for number, row in enumerate(reader, start=1):
+            if None in row or None in row.values():
+                raise DataError(
+                    f"{path}: row {number} has more or fewer cells than the header; mend the file"
+                )
+            yield {name: _cell(text) for name, text in row.items()}
 
 
 def _cell(text: str) -> Any:
