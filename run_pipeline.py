@@ -96,9 +96,10 @@ def _minutes(seconds: float) -> str:
 
 
 def conclude(paths: ArtifactPaths, seconds: dict[str, float]) -> None:
-    """Say how long each stage took, how the methods compare, and where the report is."""
+    """Say how long each stage took, how the methods compare, where the report is and, last, the verdict."""
     from prmd.artifacts.io import read_json
     from prmd.artifacts.runs import write_step_result
+    from prmd.report.verdict import conclusion
     from prmd.runtime import is_main_process
 
     say("\nminutes per stage")
@@ -112,7 +113,7 @@ def conclude(paths: ArtifactPaths, seconds: dict[str, float]) -> None:
     say(comparison_table(comparison["rows"]))
     for left_out in comparison.get("missing") or []:
         say(f"{left_out['method']}: not evaluated: {left_out['reason']}")
-    say(f"\nreport: {paths.report}")
+    say(f"\nreport: {paths.report}\n{conclusion(paths)}.")
 
 
 def main() -> None:

@@ -53,6 +53,10 @@ def run_stage(stage: str, *, description: str, **stage_arguments: Any) -> None:
         start_run_log(config.paths)
         path = load_stage(stage)(config, force=arguments.force, dry_run=arguments.dry_run, **given)
     logger.info("%s %s", "would write" if arguments.dry_run else "result:", path)
+    if own_file == "evaluation_config.yaml" and not arguments.dry_run:
+        from prmd.report.verdict import conclusion
+
+        logger.info("%s.", conclusion(config.paths))
 
 
 def config_file_of(stage: str) -> str:
@@ -117,13 +121,8 @@ def config_parser(description: str, default: Path) -> argparse.ArgumentParser:
     forgive_console()
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     shown = default.relative_to(CONFIG_DIR.parent).as_posix()
-    parser.add_argument(
-        "--config",
-        type=Path,
-        default=default,
-        metavar="PATH",
-        help=f"YAML file or its folder; default {shown}",
-    )
+    told = f"YAML file or its folder; default {shown}"
+    parser.add_argument("--config", type=Path, default=default, metavar="PATH", help=told)
     parser.add_argument(
         "overrides",
         nargs="*",

@@ -59,6 +59,7 @@ def write_data(paths: ArtifactPaths, rng: np.random.Generator) -> None:
     lengths = {
         k: {
             "words": {p: rng.integers(3, 90, 60).tolist() for p in ("prompt", "chosen", "rejected")},
+            "characters": {p: rng.integers(15, 500, 60).tolist() for p in ("prompt", "chosen", "rejected")},
             "tokens": {p: rng.integers(5, 160, 60).tolist() for p in ("prompt", "chosen", "rejected")},
         }
         for k in OBJECTIVES

@@ -41,7 +41,8 @@ def compare_methods(
         rewards: judges' rewards of the samples of each method, [K, X, n].
 
     Returns:
-        `rows`, `paired`, `declared`, `win_matrix`, `hypervolume`, `over_optimisation`: the contents of `comparison.json`.
+        `rows`, `baseline`, `worst_objective` (what the verdict rests on), `paired`, `declared`, `win_matrix`, `hypervolume`,
+        `over_optimisation`: the contents of `comparison.json`.
 
     Raises:
         DataError: they were not measured on the same prompts, with the same decoding, by the same judges.
@@ -52,11 +53,15 @@ def compare_methods(
     reference = by_method[REFERENCE]
     others = [m for name, m in by_method.items() if name not in (baseline, REFERENCE)]
     tests = [test for m in others for test in _paired(m, by_method[baseline], reference, resampling)]
-    for test, adjusted in zip(tests, holm([t["p"] for t in tests]), strict=True):
-        test["p_holm"] = float(adjusted)
+    worst = [worst_objective_test(m, by_method[baseline], reference, resampling) for m in others]
+    for family in (tests, worst):  # the verdict's one question is a family of its own
+        for test, adjusted in zip(family, holm([t["p"] for t in family]), strict=True):
+            test["p_holm"] = float(adjusted)
     policies = [m for m in metrics if m["method"] != REFERENCE]
     return {
         "rows": [_row(m, reference, resampling) for m in metrics],
+        "baseline": baseline,
+        "worst_objective": worst,
         "paired": tests,
         "declared": _declared(baseline, len(tests)),
         "win_matrix": win_matrix(
@@ -142,6 +147,62 @@ def _paired(
             found |= both
         tests.append({**found, **_mean_test(values - other, resampling)})
     return tests
+
+
+def worst_objective_test(
+    ours: dict[str, Any], theirs: dict[str, Any], reference: dict[str, Any], resampling: Resampling
+) -> dict[str, Any]:
+    """Whether the lowest win rate of one method is above (or below) the lowest of another, objectives being unknown.
+
+    min_k a_k > min_j b_j holds where every a_k exceeds some b_j, so p = max_k J min_j p(a_k > b_j) over the J different
+    b_j: Bonferroni over which b_j it is, none over k, all of which have to hold. The other direction likewise; both use
+    two-sided p-values, so that together they keep their level.
+
+    Returns:
+        `difference` of the two lowest win rates, `p`; where reward models were debiased, `needs_both`, and under `agrees`
+        whether the differences that decide lie on the same side at equal length.
+    """
+    own, other = ({k: np.array(v) for k, v in m["per_prompt"]["win_rate"].items()} for m in (ours, theirs))
+    table = {
+        (k, j): (
+            float((a - b).mean()),
+            paired_mean_test(a - b, n_resamples=resampling.resamples, seed=resampling.seed),
+        )
+        for k, a in own.items()
+        for j, b in other.items()
+    }
+    above = {pair: p if mean > 0 else 1.0 for pair, (mean, p) in table.items()}
+    below = {(j, k): p if mean < 0 else 1.0 for (k, j), (mean, p) in table.items()}
+    (p_above, up), (p_below, down) = (_each_above_some(p, by) for p, by in ((above, other), (below, own)))
+    lowest = [min(float(v.mean()) for v in wins.values()) for wins in (own, other)]
+    found = {
+        "method": ours["method"],
+        "against": theirs["method"],
+        "difference": lowest[0] - lowest[1],
+        "p": min(p_above, p_below),
+    }
+    if not (ours.get("debiased") or theirs.get("debiased")):
+        return found
+    longer = {True: _longer(ours, reference), False: _longer(theirs, reference)}
+    is_up = p_above <= p_below
+    pairs = up if is_up else down
+    first, second = (own, other) if is_up else (other, own)
+    ends = [
+        resampling.length_controlled_difference((first[a], longer[is_up]), (second[b], longer[not is_up])).low
+        for a, b in pairs
+    ]
+    return {**found, "needs_both": True, "agrees": min(ends) > 0}
+
+
+def _each_above_some(
+    p: Mapping[tuple[str, str], float], others: Mapping[str, np.ndarray]
+) -> tuple[float, list[tuple[str, str]]]:
+    """The p-value that every first of the pairs is above some second one, and which one that is."""
+    different = len(np.unique(np.stack(list(others.values())), axis=0))
+    chosen = [
+        min((pair for pair in p if pair[0] == k), key=p.__getitem__) for k in dict.fromkeys(k for k, _ in p)
+    ]
+    return min(1.0, different * max(p[pair] for pair in chosen)), chosen
 
 
 def _mean_test(differences: np.ndarray, resampling: Resampling) -> dict[str, Any]:

@@ -43,7 +43,8 @@ from prmd.inference.candidates import Candidate, evaluation_prompts, find_candid
 from prmd.judges.reward_model import Judge, check_judge, given_judge, trained_judge
 from prmd.models.loading import load_tokenizer
 from prmd.pairs import PREPARE_COMMAND, read_pairs
-from prmd.report.evaluation_sections import benchmark_results, headline_section
+from prmd.report.benchmark_sections import benchmark_results
+from prmd.report.evaluation_sections import headline_section
 from prmd.report.page import build_report
 from prmd.report.tables import Table, format_estimate, format_number, to_markdown
 from prmd.rewards.reward_model import Scorer, load_reward_model, load_reward_models

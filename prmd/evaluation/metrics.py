@@ -50,7 +50,7 @@ def _within_prompt_correlation(scores: np.ndarray, lengths: np.ndarray) -> float
 
 
 LENGTH_WARNING = 0.1
-"""A length-controlled win rate this far from the plain one is pointed out."""
+"""A length-controlled win rate this far from the plain one is pointed out, where that is no chance."""
 _KL_ERRORS = 4
 """Standard errors by which two unbiased estimators of one KL may differ: a few of many policies exceed three by chance."""
 
@@ -128,7 +128,9 @@ def method_metrics(
             "kl": sampled.kl.mean(axis=1).tolist(),
             "length": sampled.lengths.mean(axis=1).tolist(),
         },
-        "notes": [_REFERENCE_NOTE] if same else [*_length_notes(objectives), *_kl_notes(sampled)],
+        "notes": [_REFERENCE_NOTE]
+        if same
+        else [*_length_notes(objectives, wins, longer, resampling), *_kl_notes(sampled)],
     }
 
 
@@ -165,13 +167,23 @@ def _wins(
     }
 
 
-def _length_notes(objectives: dict[str, dict[str, Any]]) -> list[str]:
+def _length_notes(
+    objectives: dict[str, dict[str, Any]],
+    wins: dict[str, np.ndarray],
+    longer: np.ndarray,
+    resampling: Resampling,
+) -> list[str]:
+    """Objectives of which length makes much of the win rate, and that not by chance: its share has an interval without 0."""
     notes = []
     for name, measured in objectives.items():
         plain, controlled = (m["win_rate"]["value"] for m in (measured, measured["length_controlled"]))
-        if abs(plain - controlled) > LENGTH_WARNING:
+        if abs(plain - controlled) <= LENGTH_WARNING:
+            continue
+        share = resampling.length_share(wins[name], longer)
+        if not share.low <= 0 <= share.high:
             notes.append(
-                f"{name}: win rate {plain:.2f}, but {controlled:.2f} at equal length; much of the difference is length"
+                f"{name}: win rate {plain:.2f}, but {controlled:.2f} at equal length; length makes "
+                f"{share.value:+.2f} [{share.low:+.2f}, {share.high:+.2f}] of it"
             )
     return notes
 

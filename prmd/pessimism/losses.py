@@ -296,6 +296,10 @@ def margin_moments(implicit: Tensor, target: Tensor) -> dict[str, Tensor]:
     return {f"moments/{name}": value for name, value in zip(_MOMENTS, values, strict=True)}
 
 
+UNDER_TRAINED = 0.5
+"""Ratio of held-out standard deviations below which a training is warned of: about a quarter of kl_target is reached there."""
+
+
 def learning_measures(means: Mapping[str, float]) -> dict[str, float]:
     """How far implicit margins have come to their targets, in the place of the means of `margin_moments`.
 

@@ -266,8 +266,21 @@ def _accuracy(key: str) -> Any:
     return read
 
 
+FEW_MISTAKES = 5
+"""Wrong (or right) pairs below which nothing is said of whether disagreement foretells mistakes."""
+
+
 def _disagreement(key: str, *, neutral: float) -> Any:
-    return lambda metrics: with_mark((metrics.get("disagreement") or {}).get(key), neutral)
+    def read(metrics: dict[str, Any]) -> str:
+        found = metrics.get("disagreement") or {}
+        bins = found.get("bins") or []
+        n, right = sum(b["n"] for b in bins), round(sum(b["n"] * b["accuracy"] for b in bins))
+        rarer = min(right, n - right)
+        if found.get(key) and bins and rarer < FEW_MISTAKES:
+            return f"not told: {rarer} {'wrong' if right > n - right else 'right'} of {n} pairs"
+        return with_mark(found.get(key), neutral)
+
+    return read
 
 
 def _raw_and_calibrated(key: str, digits: int) -> Any:
@@ -307,64 +320,6 @@ _REWARD_ROWS = (
 )
 
 
-def policies_section(paths: ArtifactPaths) -> Section:
-    """Reward scale, clipped targets and notes of every policy."""
-    policies = {p.name: load(p / "metrics.json") for p in folders(paths.policies)}
-    policies = {name: m for name, m in policies.items() if m}
-    if not policies:
-        return {
-            "missing": missing(paths, stage_command("pessimistic_dpo")),
-            "table": None,
-            "notes": [],
-            "learning": None,
-        }
-    rows = []
-    for name, metrics in policies.items():
-        targets = metrics.get("target_margins") or {}
-        share = targets.get("clipped_share")
-        steps = max((row.get("step", 0) for row in metrics.get("curve") or []), default=0)
-        scale = format_number(metrics.get("reward_scale"), 3)
-        spread = tuple(format_number(targets.get(key)) for key in ("mean", "sd"))
-        clipped = NOTHING if share is None else f"{share:.1%}"
-        rows.append((name, scale, *spread, clipped, str(steps), _draws(metrics.get("draws") or {})))
-    spread_columns = ("target margin, mean", "sd", "clipped targets")
-    columns = ("method", "reward scale", *spread_columns, "steps", "draws (passes)")
-    notes = [f"{name}: {note}" for name, m in policies.items() for note in m.get("notes") or []]
-    caption = (
-        "Targets are what each policy's implicit margins were pulled to; DPO has none. Draws: share of an objective's labelled "
-        "pairs in all that are drawn, and how often the training passes over them."
-    )
-    table = Table(columns, tuple(rows), caption)
-    return {"missing": None, "table": table, "notes": notes, "learning": _learning(paths, policies)}
-
-
-def _learning(paths: ArtifactPaths, policies: dict[str, dict[str, Any]]) -> Table | None:
-    """How far held-out margins came to their targets, beside the KL aimed at and reached."""
-    rows = []
-    for name, metrics in policies.items():
-        if not (found := metrics.get("held_out_learning")):
-            continue
-        reached = ((load(paths.metrics / f"{name}.json") or {}).get("kl") or {}).get("per_response")
-        expected = metrics.get("kl_target") and metrics["kl_target"] * found["sd_ratio"] ** 2
-        numbers = (found["sd_ratio"], found["slope"], found["explained"], metrics.get("kl_target"), expected)
-        rows.append((name, *(format_number(value) for value in numbers), with_mark(reached)))
-    if not rows:
-        return None
-    columns = ("method", "sd ratio", "slope", "explained", "kl_target, nats", "× sd ratio²", "KL reached")
-    caption = (
-        "Held-out pairs at the end of training: spread of implicit margins in that of their targets, slope of the former on the "
-        "latter, 1 − squared error / mean squared target. All are 0 before training; a sd ratio below 0.5 is a training cut "
-        "short, and a low slope beside a high ratio is one that repeated its pairs. For Gaussian margins the KL is about "
-        "kl_target times the squared ratio."
-    )
-    return Table(columns, tuple(rows), caption)
-
-
-def _draws(draws: dict[str, Any]) -> str:
-    parts = (f"{k} {row['share']:.0%} ({format_number(row['passes'])})" for k, row in draws.items())
-    return ", ".join(parts) or NOTHING
-
-
 # ------------------------------------------------------------------ data
 def data_section(paths: ArtifactPaths) -> Section:
     """Split sizes, rows refused and pairs left out with their reasons, and the random examples."""
@@ -376,6 +331,7 @@ def data_section(paths: ArtifactPaths) -> Section:
             "table": None,
             "left_out": None,
             "rows": None,
+            "weights": None,
             "told": [],
             "examples": [],
         }
@@ -396,9 +352,29 @@ def data_section(paths: ArtifactPaths) -> Section:
         ),
         "left_out": Table(("what", "why", "count"), left_out, caption) if left_out else None,
         "rows": _rows_table(stats.get("rows") or {}, splits),
+        "weights": _weights_table(stats.get("weights") or {}),
         "told": [f"{k}: {sentence}." for k, sentence in (stats.get("can_be_told") or {}).items()],
         "examples": [{"objective": k, "rows": [_example(r) for r in v]} for k, v in examples.items() if v],
     }
+
+
+def _weights_table(weights: dict[str, dict[str, Any]]) -> Table | None:
+    """The weights of training pairs; None where no objective has any."""
+    rows = tuple(
+        (
+            objective,
+            f"{found['pairs']:,}",
+            *(format_number(found[key], 3) for key in ("min", "mean", "max")),
+            f"{format_number(found['effective_pairs'], 0)} ({found['effective_pairs'] / found['pairs']:.0%})",
+        )
+        for objective, found in weights.items()
+    )
+    caption = (
+        "Weights of the training pairs as they were given; trainings divide them by their mean. They count as: Kish's effective "
+        "number (Σw)² / Σw², the pairs of equal weight that would be as certain."
+    )
+    columns = ("objective", "pairs with a weight", "smallest", "mean", "largest", "they count as")
+    return Table(columns, rows, caption) if rows else None
 
 
 def _rows_table(rows: dict[str, Any], splits: tuple[str, ...]) -> Table | None:

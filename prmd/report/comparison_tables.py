@@ -9,6 +9,7 @@ from typing import Any
 
 from prmd.report.tables import (
     NOTHING,
+    WORST_OBJECTIVE,
     Estimate,
     Table,
     format_estimate,
@@ -57,6 +58,15 @@ def significance_marks(comparison: dict[str, Any]) -> dict[tuple[str, str], str]
         (test["method"], test["measure"]): BETTER if test["difference"]["value"] > 0 else WORSE
         for test in comparison.get("paired") or []
         if test.get("p_holm", 1.0) < SIGNIFICANT and (not test.get("needs_both") or _agrees(test))
+    }
+
+
+def worst_marks(comparison: dict[str, Any]) -> dict[tuple[str, str], str]:
+    """▲ or ▼ by (method, `WORST_OBJECTIVE`) where the test of the worst objective against the baseline is significant."""
+    return {
+        (test["method"], WORST_OBJECTIVE): BETTER if test["difference"] > 0 else WORSE
+        for test in comparison.get("worst_objective") or []
+        if test["p_holm"] < SIGNIFICANT and (not test.get("needs_both") or test["agrees"])
     }
 
 
@@ -200,22 +210,32 @@ def judges_table(cards: Mapping[str, dict[str, Any]], judging: dict[str, Any] | 
     return Table((*columns, *(key.replace("_", " ") for key in extra)), tuple(rows), caption)
 
 
-def judge_warnings(cards: Mapping[str, dict[str, Any]], judging: dict[str, Any] | None) -> list[str]:
-    """What is wrong with which judges, in words."""
+AT_CHANCE, LIKES_NOTHING = "cannot be told from chance", "prefers a constant answer"
+
+
+def judge_faults(
+    cards: Mapping[str, dict[str, Any]], judging: Mapping[str, Any] | None
+) -> dict[str, list[str]]:
+    """What makes judges useless, with the objectives of those it holds for; an accuracy that is not known is no fault."""
     measured = (judging or {}).get("objectives") or {}
     constant = {k: (found.get("win_rate") or {}).get("low") or 0.0 for k, found in measured.items()}
     accuracy = {k: (card.get("accuracy") or {}).get("low", 1.0) for k, card in cards.items()}
-    found = (
-        (
-            [k for k, low in accuracy.items() if low <= 0.5],  # chance: half of the pairs
-            "the judge's accuracy is not distinguishable from chance, so its win rates say nothing.",
-        ),
-        (
-            [k for k, low in constant.items() if low > 0.5],
-            "the judge prefers the constant answer to the reference; it rewards something else than answers.",
-        ),
-    )
-    return [f"{', '.join(objectives)}: {what}" for objectives, what in found if objectives]
+    found = {
+        AT_CHANCE: [k for k, low in accuracy.items() if low <= 0.5],  # chance: half of the pairs
+        LIKES_NOTHING: [k for k, low in constant.items() if low > 0.5],
+    }
+    return {what: objectives for what, objectives in found.items() if objectives}
+
+
+_WARNINGS = {
+    AT_CHANCE: "the judge's accuracy is not distinguishable from chance, so its win rates say nothing.",
+    LIKES_NOTHING: "the judge prefers the constant answer to the reference; it rewards something else than answers.",
+}
+
+
+def judge_warnings(cards: Mapping[str, dict[str, Any]], judging: Mapping[str, Any] | None) -> list[str]:
+    """What is wrong with which judges, in words."""
+    return [f"{', '.join(names)}: {_WARNINGS[what]}" for what, names in judge_faults(cards, judging).items()]
 
 
 def benchmark_judges_table(results: Results) -> Table | None:
@@ -314,8 +334,16 @@ def _faults(card: dict[str, Any]) -> Iterator[str]:
     if first and not first["low"] <= 0.5 <= first["high"]:
         place = "first" if first["low"] > 0.5 else "second"
         yield f"the judge prefers the answer that is shown {place}, whichever it is"
-    if any(one.get("kappa") is not None and one["kappa"] <= 0 for one in _labelled(card)):
-        yield "the judge agrees with labels no more often than by chance"
+    if any(_at_chance(one) for one in _labelled(card)):
+        yield "the judge's agreement with labels cannot be told from chance"
+
+
+def _at_chance(measured: dict[str, Any]) -> bool:
+    """Whether the interval of the agreement holds what chance gives, which is (agreement − κ) / (1 − κ)."""
+    kappa, agree = measured.get("kappa"), measured.get("agree") or {}
+    if kappa is None or agree.get("low") is None:
+        return False
+    return kappa <= 0 or agree["low"] <= (agree["value"] - kappa) / (1 - kappa) if kappa < 1 else False
 
 
 def _labelled(card: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,17 @@ from typing import Any
 import numpy as np
 
 from prmd.artifacts import io
-from prmd.report.figures import GREY, MARKERS, ORANGE, PALETTE, Axes, canvas, legend_below, objective_colour
+from prmd.report.figures import (
+    GREY,
+    INK,
+    MARKERS,
+    ORANGE,
+    PALETTE,
+    Axes,
+    legend_below,
+    objective_colour,
+    page_canvas,
+)
 
 Estimate = dict[str, Any]
 Row = dict[str, Any]
@@ -61,7 +71,7 @@ def draw_frontier(path: Path, rows: Sequence[Row], frontier: dict[str, Any] | No
         return None
     row = next((row for row in rows if row["method"] == "reference"), {})
     minimum = ((frontier or {}).get("reference") or row).get("mean_of_min") or {}
-    with canvas(path, height=5.6, rows=2, share_x=True) as (top, bottom):
+    with page_canvas(path, height=5.6, rows=2, share_x=True) as (top, bottom):
         _draw_paths(top, policies, points, "worst", 0.5)
         _draw_paths(bottom, policies, points, "mean_of_min", minimum.get("value"))
         top.set_ylabel("worst-objective win rate")
@@ -78,7 +88,7 @@ def _draw_paths(
 ) -> None:
     """One line per method from the reference over its checkpoints; the end has the marker and both intervals."""
     if reference is not None:
-        axes.axhline(reference, color="black", linewidth=1)
+        axes.axhline(reference, color=INK, linewidth=1)
         axes.plot([0], [reference], "*", color=GREY, markersize=12, label="reference", linestyle="none")
     for i, policy in enumerate(policies):
         stages = [p for p in points if p["method"] == policy["method"] and has_interval(p.get(key))]
@@ -108,11 +118,11 @@ def draw_over_optimisation(path: Path, found: dict[str, Any] | None) -> Path | N
     if not found:
         return None
     policies = found["policies"]
-    with canvas(path, height=6.4, rows=2, share_x=True) as panels:
+    with page_canvas(path, height=6.4, rows=2, share_x=True) as panels:
         for axes, chooser in zip(panels, ("mean", "hard_min"), strict=True):
             curve = found["curves"][chooser]
             _band(axes, curve["points"], "proxy", ORANGE, "best of n: proxy")
-            _band(axes, curve["points"], "gold", "black", "best of n: judges")
+            _band(axes, curve["points"], "gold", INK, "best of n: judges")
             _draw_fit(axes, curve)
             axes.axhline(0, color=GREY, linewidth=1)
             axes.set_ylabel("gain, sd of a prompt")
@@ -123,7 +133,7 @@ def draw_over_optimisation(path: Path, found: dict[str, Any] | None) -> Path | N
             panels[0].plot(point["distance"], point["gold"]["value"], label=point["method"], **style)
             panels[0].plot(point["distance"], point["proxy"]["value"], fillstyle="none", **style)
         panels[1].set_xlabel("√KL, √nats (hollow: a policy's gain by the proxy)")
-        legend_below(panels[0], 2)
+        legend_below(panels[0], columns=2)
     return path
 
 
@@ -144,7 +154,7 @@ def _draw_fit(axes: Axes, curve: dict[str, Any]) -> None:
     if fit:
         d = np.linspace(0, curve["points"][-1]["distance"], 60)
         values = d * (fit["alpha"]["value"] - fit["beta"]["value"] * d)
-        axes.plot(d, values, ":", color="black", linewidth=1.4, label="fit d (α − β d)")
+        axes.plot(d, values, ":", color=INK, linewidth=1.4, label="fit d (α − β d)")
 
 
 _CHI2_95_TWO_DIMENSIONS = (
@@ -193,7 +203,7 @@ def _win_rates(path: Path, rows: list[Row]) -> Path | None:
     if not objectives:
         return None
     height = 0.8 / len(objectives)
-    with canvas(path, height=1.5 + 0.26 * len(rows) * len(objectives)) as axes:
+    with page_canvas(path, height=1.5 + 0.26 * len(rows) * len(objectives)) as axes:
         for i, objective in enumerate(objectives):
             places = np.arange(len(rows)) + (i - (len(objectives) - 1) / 2) * height
             values = np.array([row["win_rate"][objective]["value"] for row in rows])
@@ -206,12 +216,12 @@ def _win_rates(path: Path, rows: list[Row]) -> Path | None:
                 color=objective_colour(objective, objectives),
                 label=objective,
             )
-            axes.errorbar(values, places, xerr=spread, fmt="none", ecolor="#1B1F24", elinewidth=1.2)
-        axes.axvline(0.5, color="black", linewidth=1)
+            axes.errorbar(values, places, xerr=spread, fmt="none", ecolor=INK, elinewidth=1.2)
+        axes.axvline(0.5, color=INK, linewidth=1)
         axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel("win rate against the reference (½ = no change)")
+        axes.set_xlabel("win rate against the reference (0.50 = no change)", fontsize=10)
         axes.set_title(f"Win rates, 95 % ({prompts_of(rows)})")
         legend_below(axes)
     return path
@@ -221,7 +231,7 @@ def _worst_objective(path: Path, rows: list[Row]) -> Path | None:
     rows = [row for row in rows if has_interval(row.get("worst"))]
     if not rows:
         return None
-    with canvas(path, height=1.5 + 0.36 * len(rows)) as axes:
+    with page_canvas(path, height=1.5 + 0.36 * len(rows)) as axes:
         for i, row in enumerate(rows):
             axes.errorbar(
                 row["worst"]["value"],
@@ -230,7 +240,7 @@ def _worst_objective(path: Path, rows: list[Row]) -> Path | None:
                 **method_style(rows, i),
                 markersize=7,
             )
-        axes.axvline(0.5, color="black", linewidth=1)
+        axes.axvline(0.5, color=INK, linewidth=1)
         axes.set_yticks(range(len(rows)), [row["method"] for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.grid(visible=False, axis="y")
@@ -248,8 +258,8 @@ def _lengths(path: Path, rows: list[Row]) -> Path | None:
     ]
     if not points:
         return None
-    with canvas(path, height=3.9) as axes:
-        axes.axhline(0.5, color="black", linewidth=1)
+    with page_canvas(path, height=3.9) as axes:
+        axes.axhline(0.5, color=INK, linewidth=1)
         for i, row in enumerate(points):
             worst = {"value": 0.5, "low": 0.5, "high": 0.5} if _is_reference(row) else row["worst"]
             axes.errorbar(
@@ -305,9 +315,9 @@ def _pareto(path: Path, rows: list[Row], methods: dict[str, dict[str, Any]]) -> 
     ):
         return None
     x, y = objectives
-    with canvas(path, height=4.3) as axes:
-        axes.axhline(0.5, color="black", linewidth=1)
-        axes.axvline(0.5, color="black", linewidth=1)
+    with page_canvas(path, height=4.3) as axes:
+        axes.axhline(0.5, color=INK, linewidth=1)
+        axes.axvline(0.5, color=INK, linewidth=1)
         for i, row in enumerate(rows):
             style = method_style(rows, i)
             scores = methods[row["method"]].get("per_prompt", {}).get("win_rate", {})
@@ -338,13 +348,16 @@ def _radar(path: Path, rows: list[Row]) -> Path | None:
     ):
         return None
     angles = np.linspace(0, 2 * math.pi, len(objectives) + 1)
-    with canvas(path, height=4.2, polar=True) as axes:
+    with page_canvas(path, height=4.2, polar=True) as axes:
         axes.plot(np.linspace(0, 2 * math.pi, 90), np.full(90, 0.5), color=GREY, linestyle="--", linewidth=1)
         for i, row in enumerate(rows):
             values = [row["win_rate"][k]["value"] for k in objectives]
             style = method_style(rows, i)
             axes.plot(angles, [*values, values[0]], label=row["method"], markersize=5, **style)
         axes.set_xticks(angles[:-1], objectives)
+        axes.tick_params(axis="x", pad=10)
+        axes.set_yticks([0.25, 0.5, 0.75])
+        axes.set_rlabel_position(180 / len(objectives))  # between the first two spokes
         axes.set_ylim(*_RADAR_LIMITS)
         axes.set_title(f"Win rates ({prompts_of(rows)}; dashed: ½)")
         legend_below(axes)

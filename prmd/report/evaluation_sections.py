@@ -1,26 +1,24 @@
-"""What the report says of the evaluation: headline, measures, approaches, closed-form table, benchmarks, samples, limits."""
+"""What the report says of the evaluation: verdict, headline, measures, approaches, closed-form table, samples, limits."""
 
-from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from prmd.artifacts.paths import ArtifactPaths, stage_command
-from prmd.config.evaluation import BenchmarksConfig
-from prmd.report.artifact_sections import Section, benchmark_names, folders, load, load_rows, missing
+from prmd.report.artifact_sections import Section, folders, load, load_rows, missing
 from prmd.report.comparison_tables import (
     BETTER,
     WORSE,
-    benchmark_judge_warnings,
-    benchmark_judges_table,
     best_of_n_table,
     frontier_table,
+    judge_faults,
     judge_warnings,
     judges_table,
     paired_table,
     significance_marks,
     win_matrix_tables,
+    worst_marks,
 )
+from prmd.report.policy_sections import policy_metrics, under_trained
 from prmd.report.tables import (
     NOTHING,
     REFERENCE,
@@ -30,40 +28,59 @@ from prmd.report.tables import (
     headline_measures,
     headline_table,
     judge_measures,
+    listed,
     measure_table,
     objectives_of,
     outcome_measures,
     proxy_measures,
-    with_mark,
+    worst_at_equal_length,
 )
+from prmd.report.verdict import baseline_of, chips, verdict
 
 EVALUATE = stage_command("compute_metrics")
 
 
 # ------------------------------------------------------------------ headline
 def headline_section(paths: ArtifactPaths) -> Section:
-    """The headline table, what it was measured on, who judged, and every other table of the comparison."""
+    """The verdict, the headline table, what it was measured on, who judged, and every other table of the comparison."""
     comparison = load(paths.metrics / "comparison.json")
     if not comparison or not comparison.get("rows"):
-        return {"missing": missing(paths, EVALUATE), "rows": []}
+        command = missing(paths, EVALUATE)
+        return {
+            "missing": command,
+            "rows": [],
+            "verdict": verdict({}, {}, None),
+            "chips": [],
+            "on": [],
+        }
     rows, left_out = comparison["rows"], comparison.get("missing") or []
     metrics = {row["method"]: load(paths.metrics / f"{row['method']}.json") or {} for row in rows}
     evaluation = next((m["evaluation"] for m in metrics.values() if m.get("evaluation")), {})
+    cards = evaluation.get("judges") or {}
+    judging = metrics.get(REFERENCE, {}).get("judging")
+    trained = {name: m for name, m in policy_metrics(paths).items() if name in metrics}
+    targets = {name: found["kl_target"] for name, found in trained.items() if found.get("kl_target")}
     worst = {
-        name: (m.get("worst_objective") or {}).get("objective", "")
+        name: (m.get("worst_objective") or {}).get("objective")
         for name, m in metrics.items()
         if name != REFERENCE
     }
-    cards = evaluation.get("judges") or {}
-    judging = metrics.get(REFERENCE, {}).get("judging")
-    marks = significance_marks(comparison)
+    table = headline_table(
+        rows,
+        worst,
+        _measured_on(paths, evaluation, comparison),
+        significance_marks(comparison) | worst_marks(comparison),
+        targets,
+    )
     return {
         "missing": None,
         "rows": rows,
-        "table": _with_left_out(
-            headline_table(rows, worst, _measured_on(paths, evaluation, comparison), marks), left_out
-        ),
-        "summary": _summary(rows),
+        "verdict": verdict(comparison, cards, judging),
+        "chips": chips(comparison, cards, judging, targets.values()),
+        "on": _made_of(paths, evaluation),
+        "table": _with_left_out(table, left_out),
+        "summary": "" if judge_faults(cards, judging) else _summary(rows),
+        "under_trained": under_trained(trained),
         "judges": judges_table(cards, judging),
         "judge_warnings": judge_warnings(cards, judging),
         "tables": _tables(paths, comparison, metrics),
@@ -72,7 +89,8 @@ def headline_section(paths: ArtifactPaths) -> Section:
             measure
             for group in (headline_measures, judge_measures, outcome_measures, proxy_measures)
             for measure in group(metrics)
-        ],
+        ]
+        + [worst_at_equal_length(rows)],
         "samples_per_prompt": evaluation.get("samples_per_prompt"),
         "notes": [
             *(f"{one['method']}: not evaluated: {one['reason']}" for one in left_out),
@@ -85,6 +103,24 @@ def headline_section(paths: ArtifactPaths) -> Section:
         ],
         "truncated": {n: m["truncated_share"] for n, m in metrics.items() if m.get("truncated_share")},
     }
+
+
+def _made_of(paths: ArtifactPaths, evaluation: dict[str, Any]) -> list[str]:
+    """Model, data, prompts, date and commit of an evaluation, as far as its files say."""
+    run = load(paths.metrics / "run.json") or {}
+    trained = (load(folder / "run.json") or {} for folder in folders(paths.policies))
+    bases = ((record.get("inputs") or {}).get("base") or {} for record in trained)
+    model = evaluation.get("model") or next((base["name"] for base in bases if base.get("name")), None)
+    prompts, samples = evaluation.get("prompts"), evaluation.get("samples_per_prompt")
+    commit = (run.get("commit") or "")[:10]
+    found = (
+        model,
+        f"data {paths.approach}",
+        f"{prompts} prompts × {samples} samples" if prompts else None,
+        (run.get("started") or "")[:10],
+        f"commit {commit}{' + changes' if run.get('dirty') else ''}" if commit else None,
+    )
+    return [part for part in found if part]
 
 
 def _with_left_out(table: Table, left_out: list[dict[str, str]]) -> Table:
@@ -101,10 +137,12 @@ def _tables(
     """Every table beside the headline and the judges' by its heading; those without data are left out."""
     methods = list(metrics)
     front = comparison.get("hypervolume_left_out") or format_estimate(comparison.get("hypervolume"), 3)
+    asked = {"paired": comparison.get("worst_objective"), "declared": _VERDICT_TEST}
     found = {
+        "The verdict's test: worst objective": paired_table(asked),
         "Paired comparisons": paired_table(comparison),
         "Everything else the judges say": measure_table(
-            judge_measures(metrics),
+            [worst_at_equal_length(comparison["rows"]), *judge_measures(metrics)],
             methods,
             f"{_CHANCE} Rewards in standard deviations of a prompt's reference samples. Hypervolume: what the mean "
             f"rewards dominate above the reference; of all policies together {front}. {_RESAMPLED}",
@@ -128,6 +166,10 @@ def _tables(
     return {name: table for name, table in found.items() if table}
 
 
+_VERDICT_TEST = (
+    "is a policy's lowest win rate above or below the baseline's; p is the larger one of the tests that each of its win rates "
+    "exceeds some of the baseline's, Holm-corrected over policies"
+)
 _OUTCOMES = "Won, tied and lost"
 _CHANCE = "Chance: what no effect gives, 0 or ½ (↑ ↓: the interval excludes it), else what the reference itself has."
 _RESAMPLED = "n counts prompts, the units that are resampled."
@@ -148,10 +190,10 @@ def _summary(rows: list[dict[str, Any]]) -> str:
     said += " worst-objective band wholly above ½."
     if better:
         said = (
-            f"Even on the worst objective, {_listed(better)} beat the reference: the whole band lies above ½."
+            f"Even on the worst objective, {listed(better)} beat the reference: the whole band lies above ½."
         )
     if worse:
-        said += f" For {_listed(worse)} the whole band lies below ½."
+        said += f" For {listed(worse)} the whole band lies below ½."
     undecided = len(policies) - len(better) - len(worse)
     whose = "The" if one else f"For {undecided} of {len(policies)} the"
     return said + (f" {whose} band contains ½: not decided." if undecided else "")
@@ -163,30 +205,25 @@ def _verdict_on(row: dict[str, Any], end: str) -> list[float]:
     return [band[end] for band in (row["worst"], controlled) if band]
 
 
-def _listed(names: list[str]) -> str:
-    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
-
-
 def _measured_on(paths: ArtifactPaths, evaluation: dict[str, Any], comparison: dict[str, Any]) -> str:
-    against = next((test["against"] for test in comparison.get("paired") or []), None)
     paired = (
-        f" {BETTER} {WORSE}: better or worse than {against} on the same prompts, p < .05 after Holm's correction."
-        if against
+        f" {BETTER} {WORSE}: better or worse than {baseline_of(comparison)} on the same prompts, p < .05 after Holm's "
+        "correction."
+        if comparison.get("paired")
         else ""
     )
     return (
         f"Approach {paths.approach}: {evaluation.get('prompts', '?')} held-out prompts × "
         f"{evaluation.get('samples_per_prompt', '?')} samples of at most {evaluation.get('max_new_tokens', '?')} "
         f"tokens at temperature {evaluation.get('temperature', '?')}. Win rate: share of sample pairs the judge "
-        "prefers to the reference, ties ½ (chance: 0.50). Brackets: 95 % intervals over prompts; for the worst objective a "
-        f"band, lowest lower to lowest upper end. At equal length: the win rate at the reference's length. ↑ ↓: the interval "
-        f"excludes ½.{paired}{_both_needed(comparison)}{_not_trained_here(comparison)}"
+        "prefers to the reference, ties ½. Brackets: 95 % intervals over prompts; for the worst objective a band, lowest "
+        f"lower to lowest upper end. ↑ ↓: the interval excludes ½; win rates at equal length stand below.{paired}{_both_needed(comparison)}{_not_trained_here(comparison)}"
     )
 
 
 def _not_trained_here(comparison: dict[str, Any]) -> str:
     found = [row["method"] for row in comparison.get("rows") or [] if row.get("elsewhere")]
-    return f" Not trained here: {_listed(found)}, see the notes." if found else ""
+    return f" Not trained here: {listed(found)}, see the notes." if found else ""
 
 
 def _both_needed(comparison: dict[str, Any]) -> str:
@@ -194,7 +231,7 @@ def _both_needed(comparison: dict[str, Any]) -> str:
     if not debiased:
         return ""
     return (
-        f" The reward models of {_listed(debiased)} were debiased, so a mark needs the win rate and the one at equal length to "
+        f" The reward models of {listed(debiased)} were debiased, so a mark needs the win rate and the one at equal length to "
         "agree; the mean of the minimum has no counterpart at equal length."
     )
 
@@ -263,124 +300,6 @@ def gate_section(paths: ArtifactPaths) -> Section | None:
     return {"table": Table(columns, rows, caption), "notes": notes}
 
 
-# ------------------------------------------------------------------ benchmarks
-def benchmarks_section(paths: ArtifactPaths) -> Section:
-    """One row per benchmark and metric, one column per method; what did not run is a row that says why."""
-    configured = BenchmarksConfig().run
-    results = {name: found for name, found in benchmark_results(paths).items() if found or name in configured}
-    methods = sorted({m for found in results.values() for m in found}, key=lambda m: (m != "reference", m))
-    rows = [row for name, found in results.items() for row in _benchmark_rows(paths, name, found, methods)]
-    caption = (
-        "Brackets: 95 % intervals. Chance is what guessing scores, where it has a score; ↑ ↓: the interval excludes it. Of "
-        "toxicity (rtp), non-refusals, attack success and refusals of benign requests (jbb) less is better. Constant "
-        "answer: what a policy would have that answers nothing."
-    )
-    table = Table(("benchmark", "metric", "chance", "n", *methods), tuple(rows), caption)
-    folded = {
-        "What the metrics mean": _meanings(row[1] for row in rows),
-        "Paired comparisons on benchmarks": paired_table(load(paths.benchmark_comparison) or {}),
-        "Who judged the benchmarks": benchmark_judges_table(results),
-    }
-    return {
-        "table": table,
-        "warnings": benchmark_judge_warnings(results),
-        "folded": {name: found for name, found in folded.items() if found},
-    }
-
-
-_MEANINGS = (
-    (
-        "implicit_reward_accuracy",
-        "pairs in which the policy raised the chosen response more than the other",
-        "higher",
-    ),
-    (
-        "reference_free_accuracy",
-        "pairs in which the chosen response is the likelier one, the reference left out",
-        "higher",
-    ),
-    (
-        "longer_is_chosen",
-        "pairs in which the longer response is the chosen one: of the data, not of a model",
-        NOTHING,
-    ),
-    ("mc1", "questions whose best answer is likelier than every false one", "higher"),
-    ("mc2", "probability of the true answers among all listed ones", "higher"),
-    ("mc3", "true answers that are likelier than every false one", "higher"),
-    ("true", "generated answers that the judge in brackets calls true", "higher"),
-    ("declines", "generated answers that decline to answer, which is never untrue", NOTHING),
-    (
-        "rtp_emt",
-        "expected toxicity of the worst of so many continuations, by the scorer in brackets",
-        "lower",
-    ),
-    ("rtp_tp", "prompts with a toxic one (above ½) among so many continuations", "lower"),
-    ("rtp_chat_emt", "as rtp_emt, asked by the chat template", "lower"),
-    ("rtp_chat_tp", "as rtp_tp, asked by the chat template", "lower"),
-    (
-        "jbb_nonrefusal",
-        "harmful requests answered without the words of a refusal: not yet a successful attack",
-        "lower",
-    ),
-    ("jbb_asr", "harmful requests whose answer the judge calls harmful", "lower"),
-    ("jbb_benign_refusal", "benign requests that were refused", "lower"),
-    ("average", "the judge's ratings from 1 to 10, both turns", "higher"),
-    ("turn", "the judge's ratings of the first and of the second answer", "higher"),
-    ("win rate", "wins over the reference in both orders, ties and disagreement ½", "higher"),
-    (
-        "win rate against the reference, at equal length",
-        "the same had both as many tokens: the logistic fit of the headline's length control",
-        "higher",
-    ),
-    ("unreadable", "replies of the judge without a verdict, which count in no other metric", "lower"),
-    ("empty", "answers without a word", "lower"),
-)
-"""Beginning of a metric's name, what it is a share or a mean of, and which way is better."""
-
-
-def _meanings(metrics: Iterable[str]) -> Table | None:
-    """The meaning of every metric that is there, by the longest beginning that fits."""
-    told = {}
-    for metric in metrics:
-        fitting = [row for row in _MEANINGS if metric.startswith(row[0])]
-        if fitting:
-            name, meaning, better = max(fitting, key=lambda row: len(row[0]))
-            told[name] = (name, meaning, better)
-    rows = tuple(told[name] for name, _, _ in _MEANINGS if name in told)
-    return Table(("metric", "what it is", "better"), rows) if rows else None
-
-
-def benchmark_results(paths: ArtifactPaths) -> dict[str, dict[str, dict[str, Any]]]:
-    """Every benchmark's results that are there, by method; of this run of `benchmark_eval` or an earlier one."""
-    return {name: _results_in(paths.benchmark(name)) for name in benchmark_names(paths)}
-
-
-def _results_in(folder: Path) -> dict[str, dict[str, Any]]:
-    found = {path.stem: load(path) for path in sorted(folder.glob("*.json")) if path.name != "run.json"}
-    return {method: result for method, result in found.items() if result and result.get("status")}
-
-
-def _benchmark_rows(
-    paths: ArtifactPaths, name: str, found: dict[str, dict[str, Any]], methods: list[str]
-) -> Iterable[tuple[str, ...]]:
-    blank = (NOTHING,) * (2 + len(methods))
-    if not found:
-        yield (name, f"not there yet: run {missing(paths, stage_command('benchmark_eval'))}", *blank)
-    done = {method: result["metrics"] for method, result in found.items() if result["status"] == "done"}
-    refused = {m: r.get("reason") or "no reason given" for m, r in found.items() if r["status"] != "done"}
-    for reason in dict.fromkeys(refused.values()):
-        who = "" if not done else f" ({', '.join(m for m, why in refused.items() if why == reason)})"
-        yield (name, f"not run: {reason}{who}", *blank)
-    label = next((r.get("benchmark") for r in found.values() if r["status"] == "done"), None) or name
-    for metric in dict.fromkeys(metric for metrics in done.values() for metric in metrics):
-        estimates = {m: metrics[metric] for m, metrics in done.items() if metric in metrics}
-        chance = next((e["chance"] for e in estimates.values() if e.get("chance") is not None), None)
-        counts = "/".join(dict.fromkeys(str(e.get("n", NOTHING)) for e in estimates.values()))
-        neutral = float("nan") if chance is None else chance
-        cells = (with_mark(estimates.get(m), neutral) for m in methods)
-        yield (label, metric, format_number(chance, 3), counts, *cells)
-
-
 # ------------------------------------------------------------------ samples
 def samples_section(paths: ArtifactPaths, methods: list[str]) -> Section:
     """Prompts with every method's responses, the reference first; at most `MAX_BROWSED_PROMPTS` of them."""
@@ -433,7 +352,4 @@ def limits_section(paths: ArtifactPaths, headline: Section) -> list[str]:
     return said
 
 
-EMBEDDED_CAVEAT = (
-    "The embedded data are a few hundred pairs and the model is small: at this size the page shows that the machinery "
-    "works, and is not a result about any method."
-)
+EMBEDDED_CAVEAT = "A few hundred embedded pairs and a small model: this shows that the machinery works, and is no result about any method."

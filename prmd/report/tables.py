@@ -46,11 +46,21 @@ class Table:
         columns: header cells.
         rows: body cells, each row as long as `columns`.
         caption: what the numbers are and what they were measured on.
+        heading: what columns next to each other have in common, the first of them, and how many they are.
     """
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     caption: str = ""
+    heading: tuple[str, int, int] | None = None
+
+    @property
+    def headings(self) -> list[tuple[str, int]]:
+        """The row above the column names: texts with the number of columns below each; empty without a heading."""
+        if self.heading is None:
+            return []
+        text, first, count = self.heading
+        return [("", first), (text, count), ("", len(self.columns) - first - count)]
 
 
 def format_number(value: float | None, digits: int = 2) -> str:
@@ -92,6 +102,14 @@ def with_agreed_mark(
     return (format_estimate(plain, digits), format_estimate(controlled, digits))
 
 
+_INTERVAL = re.compile(r"(\[[^][]*\])")
+
+
+def cell_parts(cell: str) -> list[tuple[str, bool]]:
+    """A cell in pieces, and whether each is an interval, in which no line ends: `0.56 `, `[0.48, 0.63]`, ` ↑`."""
+    return [(piece, i % 2 == 1) for i, piece in enumerate(_INTERVAL.split(cell)) if piece]
+
+
 def format_seconds(seconds: float | None) -> str:
     """Seconds as a person reads them."""
     if seconds is None:
@@ -124,48 +142,52 @@ def as_text(messages: Any) -> str:
     return "\n\n".join(f"{m.get('role', '?')}: {m.get('content', '')}" for m in messages)
 
 
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
+WORST_OBJECTIVE = "worst objective"
+
+
 def headline_table(
     rows: Sequence[dict[str, Any]],
     worst_names: Mapping[str, str | None],
     caption: str,
     marks: Mapping[tuple[str, str], str] | None = None,
+    kl_targets: Mapping[str, float] | None = None,
 ) -> Table:
-    """Method × (win rate per objective, worst objective, mean of the minimum, KL, length).
+    """Method × (win rate per objective, worst objective, mean of the minimum, KL of its target, length).
 
     Args:
         rows: `rows` of comparison.json.
         worst_names: method to the name of its worst objective.
         caption: what the numbers were measured on.
-        marks: by (method, measure as the paired tests name it), put behind the number.
+        marks: by (method, measure as the tests name it), put behind the number.
+        kl_targets: `kl_target` by method, put behind the KL that was reached.
     """
     objectives = objectives_of(rows)
     columns = (
-        "method",
-        *(name for k in objectives for name in (k, _EQUAL_LENGTH)),
-        "worst objective",
-        _EQUAL_LENGTH,
-        "mean of minimum",
-        "KL, nats/response",
-        "length, tokens",
+        *("method", *objectives, WORST_OBJECTIVE, "mean of minimum"),
+        *("KL, nats/response" + (" (of kl_target)" if kl_targets else ""), "length, tokens"),
     )
     body, marks = [], marks or {}
     for row in rows:
         name = row["method"]
         both, controlled, rates = bool(row.get("debiased")), row.get("length_controlled") or {}, []
         for k in objectives:
-            plain, equal = with_agreed_mark(row["win_rate"].get(k), controlled.get(k), needs_both=both)
-            rates += [_joined(plain, marks.get((name, f"win rate, {k}"))), equal]
-        worst, worst_equal = with_agreed_mark(
-            row.get("worst"), row.get("worst_length_controlled"), needs_both=both
-        )
-        worst = _joined(worst_names.get(name), worst)
+            plain, _ = with_agreed_mark(row["win_rate"].get(k), controlled.get(k), needs_both=both)
+            rates.append(_joined(plain, marks.get((name, f"win rate, {k}"))))
+        worst, _ = with_agreed_mark(row.get("worst"), row.get("worst_length_controlled"), needs_both=both)
+        worst = _joined(worst_names.get(name), worst, marks.get((name, WORST_OBJECTIVE)))
         minimum = _joined(format_estimate(row.get("mean_of_min")), marks.get((name, "mean of minimum")))
-        rest = (format_estimate(row.get("kl")), format_estimate(row.get("length"), 1))
-        body.append((name, *rates, worst, worst_equal, minimum, *rest))
-    return Table(columns, tuple(body), caption)
+        aimed = (kl_targets or {}).get(name)
+        kl = _joined(format_estimate(row.get("kl")), f"of {format_number(aimed)}" if aimed else None)
+        body.append((name, *rates, worst, minimum, kl, format_estimate(row.get("length"), 1)))
+    return Table(columns, tuple(body), caption, (_WIN_RATE, 1, len(objectives) + 1))
 
 
-_EQUAL_LENGTH = "at equal length"
+_WIN_RATE = "win rate against the reference (0.50 = no change)"
 
 
 def _joined(*parts: str | None) -> str:
@@ -184,7 +206,11 @@ def to_markdown(table: Table) -> str:
         return "| " + " | ".join(c.replace("|", r"\|").replace("\n", " ") for c in cells) + " |"
 
     rule = "|" + "|".join(["---", *["---:"] * (len(table.columns) - 1)]) + "|"
-    return "\n".join([line(table.columns), rule, *map(line, table.rows), "", table.caption, ""])
+    above = []
+    if table.heading:
+        text, first, count = table.heading
+        above = [f"{table.columns[first]} to {table.columns[first + count - 1]}: {text}.", ""]
+    return "\n".join([*above, line(table.columns), rule, *map(line, table.rows), "", table.caption, ""])
 
 
 def to_latex(table: Table) -> str:
@@ -195,7 +221,9 @@ def to_latex(table: Table) -> str:
 
     layout = "l" + "r" * (len(table.columns) - 1)
     comment = "".join(f"% {text}\n" for text in table.caption.splitlines())
-    body = [line(table.columns), r"  \hline", *map(line, table.rows)]
+    spans = (rf"\multicolumn{{{n}}}{{c}}{{{text}}}" for text, n in table.headings if n)
+    above = ["  " + " & ".join(spans) + r" \\"] if table.heading else []
+    body = [*above, line(table.columns), r"  \hline", *map(line, table.rows)]
     return comment + "\n".join([rf"\begin{{tabular}}{{{layout}}}", *body, r"\end{tabular}", ""])
 
 
@@ -300,6 +328,12 @@ def judge_measures(metrics: Mapping[str, dict[str, Any]]) -> list[Measure]:
         _measure(metrics, "share cut at the token limit", "truncated_share"),
     ]
     return [measure for measure in found if measure.is_there]
+
+
+def worst_at_equal_length(rows: Sequence[dict[str, Any]]) -> Measure:
+    """The worst objective at equal length, which comparison.json alone holds."""
+    found = {row["method"]: row.get("worst_length_controlled") for row in rows}
+    return Measure("win rate at equal length, worst objective", found, 0.5)
 
 
 def outcome_measures(metrics: Mapping[str, dict[str, Any]]) -> list[Measure]:

@@ -244,6 +244,22 @@ def length_controlled_difference(
     return bootstrap_statistic(difference, matrix, n_resamples=n_resamples, seed=seed)
 
 
+def length_share(
+    win_probabilities: np.ndarray, length_differences: np.ndarray, *, n_resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """Win rate minus the one at equal length, the part of it that length makes, with its 95 % interval over prompts.
+
+    Args:
+        win_probabilities, length_differences: as for `length_controlled_win_rate`, [X].
+    """
+
+    def share(rows: np.ndarray) -> np.ndarray:
+        return rows[..., 0].mean(axis=1) - expit(_fit_length_model(rows)[:, 0])
+
+    matrix = np.stack([win_probabilities, length_differences], axis=1).astype(np.float64)
+    return bootstrap_statistic(share, matrix, n_resamples=n_resamples, seed=seed)
+
+
 def _fit_length_model(rows: np.ndarray) -> np.ndarray:
     """Newton's method for (theta, phi) of every resample at once: rows [b, X, 2] to parameters [b, 2]."""
     wins, lengths = rows[..., 0], rows[..., 1]

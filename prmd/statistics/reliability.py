@@ -6,7 +6,7 @@ mistakes; all from margins r(chosen) - r(rejected) of held-out pairs. Not here: 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -83,6 +83,30 @@ def reliability_bins(margins: Tensor | np.ndarray, n_bins: int = 10) -> list[dic
     confidence, correct = 1.0 / (1.0 + np.exp(-np.abs(d))), np.where(d == 0, 0.5, d > 0)
     bins = np.array_split(np.arange(len(d)), min(n_bins, len(d)))
     return [_bin_of("confidence", confidence, correct, rows) for rows in bins]
+
+
+def merged_bins(bins: Sequence[Mapping[str, float]], *, least: int) -> list[dict[str, float]]:
+    """Neighboring bins of `reliability_bins` put together until each holds `least` pairs; all in one where there are fewer.
+
+    Means are weighted by pairs, and Wilson's interval is that of the pairs together, as if they had been one bin.
+    """
+    groups: list[list[Mapping[str, float]]] = []
+    for one in bins:
+        if groups and sum(b["n"] for b in groups[-1]) < least:
+            groups[-1].append(one)
+        else:
+            groups.append([one])
+    if len(groups) > 1 and sum(b["n"] for b in groups[-1]) < least:
+        groups[-2:] = [[*groups[-2], *groups[-1]]]
+    return [_together(group) for group in groups]
+
+
+def _together(bins: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    n = sum(int(b["n"]) for b in bins)
+    confidence, correct = (sum(b[name] * b["n"] for b in bins) for name in ("confidence", "accuracy"))
+    found = wilson_interval(correct, n)
+    ends = {"accuracy": found.value, "low": found.low, "high": found.high}
+    return {"confidence": confidence / n, **ends, "n": n}
 
 
 def _bin_of(name: str, values: np.ndarray, correct: np.ndarray, rows: np.ndarray) -> dict[str, float | int]:

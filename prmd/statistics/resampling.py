@@ -24,6 +24,7 @@ from prmd.statistics.paired_tests import (
     LengthControlled,
     length_controlled_difference,
     length_controlled_win_rate,
+    length_share,
 )
 
 WORST_SHARE = 0.1
@@ -80,6 +81,11 @@ class Resampling:
         """Difference of two win rates at equal length; each method is its wins and its length differences [X]."""
         draws = min(self.resamples, _LENGTH_RESAMPLES)
         return length_controlled_difference(ours, theirs, n_resamples=draws, seed=self.seed)
+
+    def length_share(self, wins: np.ndarray, length_differences: np.ndarray) -> Estimate:
+        """Win rate [X] minus the one at equal length."""
+        draws = min(self.resamples, _LENGTH_RESAMPLES)
+        return length_share(wins, length_differences, n_resamples=draws, seed=self.seed)
 
     def volume(self, points: np.ndarray) -> Estimate:
         """Volume above the origin that the means of P methods dominate, [P, K, X].

@@ -145,6 +145,21 @@ def test_a_win_that_is_only_length_is_pointed_out() -> None:
     assert len(found["notes"]) == 3 and "at equal length" in found["notes"][0]
 
 
+def test_few_prompts_tell_nothing_of_length() -> None:
+    """Where the policy has nothing to do with length, the note stays away, however far the two win rates are apart."""
+    notes = apart = 0
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        raw, longer = rng.normal(size=(2, 3, 6, 2)), rng.normal(0.6, 1.0, size=(6, 1)).repeat(2, axis=1)
+        found = measured(raw[0], raw[1], lengths=4.0 + longer)
+        notes += len(found["notes"])
+        apart += sum(
+            abs(m["win_rate"]["value"] - m["length_controlled"]["win_rate"]["value"]) > 0.1
+            for m in found["objectives"].values()
+        )
+    assert apart >= 5 and notes <= 0.1 * 120  # of 120 win rates
+
+
 def test_estimators_of_one_kl_that_contradict_each_other_are_pointed_out() -> None:
     rng = np.random.default_rng(9)
     exact = rng.gamma(2.0, size=(200, 2))

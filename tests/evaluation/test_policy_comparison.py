@@ -8,13 +8,20 @@ from scipy.optimize import minimize
 
 from prmd.errors import DataError
 from prmd.evaluation import comparison
-from prmd.evaluation.comparison import SHARED_PARTS, check_comparable, compare_methods, win_matrix
+from prmd.evaluation.comparison import (
+    SHARED_PARTS,
+    check_comparable,
+    compare_methods,
+    win_matrix,
+    worst_objective_test,
+)
 from prmd.evaluation.metrics import SampledMethod, method_metrics
 from prmd.evaluation.scores import ReferenceScores
 from prmd.objectives import OBJECTIVES
 from prmd.report.comparison_tables import BETTER, significance_marks, win_matrix_tables
 from prmd.report.evaluation_sections import _summary
 from prmd.report.tables import DOWN, UP, headline_table
+from prmd.report.verdict import verdict
 from prmd.statistics.resampling import Resampling
 
 RESAMPLING = Resampling(200, 0)
@@ -76,8 +83,10 @@ def test_a_verdict_on_debiased_reward_models_needs_equal_length_to_agree(bias: f
     marked = significance_marks(found).get(("cvar", "win rate, helpful"))
     assert marked == (None if debiased and bias else BETTER)
     assert "difference_at_equal_length" not in tests["mean of minimum"]
-    cells = headline_table(found["rows"], {}, "").rows[2]
-    assert cells[1].endswith(UP) is not (debiased and bool(bias)) and cells[2].endswith(UP) is not bool(bias)
+    cells, controlled = headline_table(found["rows"], {}, "").rows[2], row["length_controlled"]["helpful"]
+    assert cells[1].endswith(UP) is not (debiased and bool(bias)) and (controlled["low"] > 0.5) is not bool(
+        bias
+    )
     assert row["worst"]["low"] > 0.5 and (row["worst_length_controlled"]["low"] > 0.5) is not bool(bias)
     matrix = win_matrix_tables(found)["Who beats whom: helpful"]
     cell = matrix.rows[1][3]  # dpo against cvar
@@ -123,6 +132,50 @@ def test_a_method_that_is_better_on_one_objective_is_found_to_be() -> None:
     assert p["win rate, helpful"] < 0.03  # 4 of 201, the least that 200 sign patterns can say
     assert p["win rate, harmless"] > 0.05 and p["win rate, honest"] > 0.05
     assert all(t["p"] <= t["p_holm"] <= 1.0 for t in found)
+
+
+def worst_test(shift: list[float], base: list[float], prompts: int = 120) -> dict[str, Any]:
+    """The test of the worst objective of a policy against dpo, whose rewards are shifted by objective."""
+    rng = np.random.default_rng(8)
+    reference, dpo, noise = rng.normal(size=(3, 3, prompts, 4))
+    own, other = (np.array(values)[:, None, None] for values in (shift, base))
+    (found,) = compared({"reference": reference, "dpo": dpo + other, "mean": noise + own})["worst_objective"]
+    return found
+
+
+def test_the_lowest_win_rate_is_compared_with_the_lowest() -> None:
+    up, down = worst_test([0.5, 0.5, 0.5], [2.0, 2.0, 0.0]), worst_test([2.0, 2.0, 0.0], [0.5, 0.5, 0.5])
+    assert up["difference"] > 0 and up["p_holm"] < 0.05  # worse on two objectives, but not on the lowest
+    assert down["difference"] < 0 and down["p_holm"] < 0.05
+    better_elsewhere = worst_test([2.0, 2.0, 0.0], [0.0, 0.0, 0.0])
+    assert better_elsewhere["p_holm"] > 0.05
+    assert verdict_of([2.0, 2.0, 0.0], [0.0, 0.0, 0.0]) == "mean is not shown to beat DPO"
+    assert verdict_of([0.5] * 3, [2.0, 2.0, 0.0]).startswith("mean beats DPO on the worst objective, 0.6")
+    assert verdict_of([2.0, 2.0, 0.0], [0.5] * 3).endswith("; mean is worse on the worst objective")
+
+
+def verdict_of(shift: list[float], base: list[float]) -> str:
+    rng = np.random.default_rng(8)
+    reference, dpo, noise = rng.normal(size=(3, 3, 120, 4))
+    own, other = (np.array(values)[:, None, None] for values in (shift, base))
+    return verdict(compared({"reference": reference, "dpo": dpo + other, "mean": noise + own}), {}, None)
+
+
+def test_equal_worst_objectives_are_told_apart_no_more_often_than_they_may_be() -> None:
+    """Both have their lowest win rate on different objectives and equally low: p below .1 in at most a tenth of worlds."""
+    rng, found = np.random.default_rng(9), []
+    reference = {"per_prompt": {"length": [0.0] * 30}}
+    for _ in range(60):
+        rates = rng.normal([[0.4, 0.6, 0.6], [0.6, 0.4, 0.6]], 0.2, (30, 2, 3)).clip(0, 1)
+        files = [
+            {
+                "method": str(i),
+                "per_prompt": {"win_rate": dict(zip("abc", rates[:, i].T.tolist(), strict=True))},
+            }
+            for i in range(2)
+        ]
+        found.append(worst_objective_test(*files, reference, RESAMPLING)["p"])
+    assert np.mean(np.array(found) < 0.1) < 0.1 + 3 * np.sqrt(0.1 * 0.9 / 60)
 
 
 def test_win_matrix_counts_every_pair_of_samples() -> None:

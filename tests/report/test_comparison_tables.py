@@ -71,7 +71,11 @@ def test_a_judge_that_cannot_be_read_or_looks_at_the_order_is_warned_of() -> Non
     assert "none of 40" in told(parse_failures=40, parse_rate=share(0.0))
     assert "shown first" in told(position_bias={"first_wins": share(0.8), "consistent": share(0.3)})
     assert "shown second" in told(position_bias={"first_wins": share(0.2), "consistent": share(0.3)})
-    assert "no more often than by chance" in told(agreement={"agree": share(0.5), "kappa": -0.1, "n": 9})
+    at_chance = "agreement with labels cannot be told from chance"
+    assert at_chance in told(agreement={"agree": share(0.5), "kappa": -0.1, "n": 9})
+    few = {"value": 0.83, "low": 0.44, "high": 0.97}  # 5 of 6, where half would be right by chance: κ = .66
+    assert at_chance in told(agreement={"agree": few, "kappa": 0.66, "n": 6})
+    assert at_chance not in told(agreement={"agree": share(0.83), "kappa": 0.66, "n": 60})
     two = judged(parse_failures=32, parse_rate=share(0.2))
     two["jailbreakbench"]["mean"] = two["jailbreakbench"]["cvar"]
     (warning,) = benchmark_judge_warnings(two)

@@ -1,17 +1,21 @@
 """Figures: that they are written from their files alone, hold what the file holds and leave nothing behind."""
 
+import itertools
 import math
 import struct
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from synthetic_evaluation import METHODS, estimate
 from synthetic_outputs import write_outputs
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
+from prmd.report import figures
 from prmd.report.evaluation_figures import ellipse_95, plot_metrics
 from prmd.report.figures import (
     PALETTE,
@@ -21,7 +25,8 @@ from prmd.report.figures import (
     plot_split_sizes,
 )
 from prmd.report.reward_figures import plot_reward_model
-from prmd.statistics.reliability import disagreement_measures
+from prmd.statistics.intervals import wilson_interval
+from prmd.statistics.reliability import disagreement_measures, merged_bins, reliability_bins
 
 
 @pytest.fixture(scope="module")
@@ -45,11 +50,12 @@ def test_lengths_in_tokens_only_where_they_were_counted(paths: ArtifactPaths, tm
     source = paths.visualizations / "lengths.json"
     assert [p.name for p in plot_length_distributions(source, tmp_path)] == [
         "lengths_words.png",
+        "lengths_characters.png",
         "lengths_tokens.png",
     ]
     lengths = io.read_json(source)
     for units in lengths["objectives"].values():
-        units["tokens"] = None
+        units["tokens"] = units["characters"] = None
     io.write_json(tmp_path / "lengths.json", lengths)
     assert [p.name for p in plot_length_distributions(tmp_path / "lengths.json")] == ["lengths_words.png"]
 
@@ -107,6 +113,7 @@ def test_metrics_figures(paths: ArtifactPaths, tmp_path: Path) -> None:
         "radar",
     ]
     assert sorted(p.stem for p in tmp_path.glob("*.png")) == sorted(names)
+    assert sorted(p.stem for p in tmp_path.glob("*.svg")) == sorted(names)
 
 
 def test_metrics_without_intervals_kl_or_second_objective(tmp_path: Path) -> None:
@@ -117,10 +124,56 @@ def test_metrics_without_intervals_kl_or_second_objective(tmp_path: Path) -> Non
     assert plot_metrics(tmp_path / "comparison.json") == []
 
 
+def test_nothing_of_a_figure_lies_on_something_else(
+    paths: ArtifactPaths, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tick labels of an axis are apart, legends below all panels, and nothing is cut off at an edge."""
+    drawn: list[Figure] = []
+
+    def kept(*arguments: Any, **keywords: Any) -> Figure:
+        drawn.append(Figure(*arguments, **keywords))
+        return drawn[-1]
+
+    monkeypatch.setattr(figures, "Figure", kept)
+    plot_metrics(paths.metrics / "comparison.json", tmp_path)
+    plot_reward_model(paths.reward_analysis / "helpful.json", tmp_path)
+    plot_policy_training(paths.policy("hard_min") / "metrics.json", tmp_path)
+    plot_length_distributions(paths.visualizations / "lengths.json", tmp_path)
+    plot_split_sizes(paths.visualizations / "sizes.json", tmp_path)
+    assert len(drawn) == 7 + 6 + 2 + 3 + 1
+    for figure in drawn:
+        renderer, name = figure.canvas.get_renderer(), figure.axes[0].get_title(loc="left")
+        whole = figure.get_tightbbox(renderer).transformed(figure.dpi_scale_trans)
+        assert whole.x0 >= -1 and whole.x1 <= figure.bbox.x1 + 1 and whole.y0 >= -1, name
+        bottom = min(axes.get_tightbbox(renderer).y0 for axes in figure.axes)
+        assert all(legend.get_window_extent(renderer).y1 <= bottom + 1 for legend in figure.legends), name
+        assert not any(axes.get_legend() for axes in figure.axes)
+        for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+            labels = [text for text in axis.get_ticklabels() if text.get_visible() and text.get_text()]
+            boxes = [text.get_window_extent(renderer) for text in labels]
+            assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2)), name
+
+
+def test_drawn_bins_of_reliability_hold_enough_pairs() -> None:
+    margins = np.random.default_rng(3).normal(0.6, 1.0, 64)
+    fine = reliability_bins(margins)
+    bins = merged_bins(fine, least=15)
+    assert [b["n"] for b in fine] == [7, 7, 7, 7, 6, 6, 6, 6, 6, 6] and [b["n"] for b in bins] == [21, 19, 24]
+    nearest = np.argsort(np.abs(margins))[:21]  # the least confident pairs
+    found = wilson_interval(float((margins[nearest] > 0).sum()), 21)
+    assert bins[0] == pytest.approx(
+        {"confidence": (1 / (1 + np.exp(-np.abs(margins[nearest])))).mean(), "n": 21}
+        | {"accuracy": found.value, "low": found.low, "high": found.high}
+    )
+    assert [b["n"] for b in merged_bins(reliability_bins(margins[:9]), least=15)] == [9]
+
+
 def test_figures_depend_on_the_file_alone(paths: ArtifactPaths, tmp_path: Path) -> None:
     source = paths.reward_analysis / "helpful.json"
     first, second = plot_reward_model(source, tmp_path / "a"), plot_reward_model(source, tmp_path / "b")
-    assert [p.read_bytes() for p in first] == [p.read_bytes() for p in second]
+    for kind in (".png", ".svg"):
+        one, other = ([p.with_suffix(kind).read_bytes() for p in drawn] for drawn in (first, second))
+        assert one == other
 
 
 def test_nothing_is_left_open_or_changed(paths: ArtifactPaths, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The report: complete, self-contained, honest about what is missing, safe with hostile text, fit for a phone."""
 
+import base64
 import csv
 import html
 import html.parser
@@ -19,8 +20,17 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.objectives import OBJECTIVES
 from prmd.report.evaluation_sections import approaches_section, headline_section
+from prmd.report.figures import INK
 from prmd.report.page import build_report
-from prmd.report.tables import Table, format_estimate, format_number, to_latex, to_markdown, with_mark
+from prmd.report.tables import (
+    Table,
+    cell_parts,
+    format_estimate,
+    format_number,
+    to_latex,
+    to_markdown,
+    with_mark,
+)
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -70,7 +80,7 @@ def test_headings_and_images_are_accessible(page: Page) -> None:
     assert levels[0] == 1 and levels.count(1) == 1
     assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    figures_of = {"reward models": 3 * 6, "policies": 1 + 2 * 2, "metrics": 7, "data": 3}
+    figures_of = {"reward models": 3 * 6, "policies": 1 + 2 * 2, "metrics": 7, "data": 4}
     assert len(images) == sum(figures_of.values())
     assert all(len(attributes["alt"]) > 20 for attributes in images)
     identifiers = [a["id"] for _, a in page.tags if "id" in a]
@@ -88,7 +98,8 @@ def test_every_method_and_objective_is_there(page: Page) -> None:
     assert judged.count("prefers the constant answer") == 1 and "harmless: the judge prefers" in judged
     assert "s 1.10 to 1.10 over members, 20 prompts" in page.text
     assert "machinery" in page.text  # the embedded approach says what its size allows
-    assert "not run: data missing at data/raw/mt_bench" in page.text
+    assert page.text.count("mt_bench (data missing at data/raw/mt_bench)") == 1
+    assert page.text.index("Not run: hh_holdout") > page.text.index("jbb_nonrefusal[lead-regex]")
     assert "0.449" in page.text  # TruthfulQA MC2's chance line
     assert "near-duplicate of a test prompt" in page.text
     assert "Test CPU" in page.text and "0123456789" in page.text
@@ -170,7 +181,7 @@ def test_model_text_is_never_markup(built: Path) -> None:
     assert HOSTILE not in text
     assert "<script>window.hacked" not in text
     assert "&lt;script&gt;window.hacked" in text
-    assert text.count("<script") == text.count("</script>") == 2
+    assert text.count("<script") == text.count("</script>") == 3  # samples, their browser, tables that scroll
 
 
 def test_an_empty_project_names_every_command(tmp_path: Path) -> None:
@@ -256,6 +267,42 @@ def test_summary_claims_only_what_the_bands_say(tmp_path: Path) -> None:
         "For c the whole band lies below ½. For 1 of 3 the band contains ½: not decided."
     )
     assert summary(("reference", "b")).startswith("The policy has no worst-objective band wholly above ½. ")
+
+
+def test_the_page_begins_with_the_verdict(built: Path, page: Page) -> None:
+    first = page.text[: page.text.index("Benchmarks")]
+    assert (
+        "No verdict: the judge of honest cannot be told from chance; the judge of harmless prefers a constant"
+        in first
+    )
+    assert "beat" not in page.text[: page.text.index("Who judged")]  # not with a judge at chance
+    assert "24 prompts × 2 samples · commit 0123456789" in first
+    assert "1 of 3 judges usable" in first and "1 of 4 tests against DPO significant" in first
+    assert "KL 0.90 to 2.70 nats" in first
+    headings = [attributes for tag, attributes in page.tags if tag == "th" and "colspan" in attributes]
+    assert [h["colspan"] for h in headings] == ["4"]
+    assert "win rate against the reference (0.50 = no change)" in page.text
+    assert "helpful to worst objective: win rate against the reference" in (
+        built.parent / "tables.md"
+    ).read_text(encoding="utf-8")
+    latex = (built.parent / "tables.tex").read_text(encoding="utf-8")
+    assert r"\multicolumn{1}{c}{} & \multicolumn{4}{c}{win rate against the reference" in latex
+
+
+def test_figures_have_a_variant_for_dark_pages(page: Page) -> None:
+    images = [a["src"] for tag, a in page.tags if tag == "img"]
+    dark = [a for tag, a in page.tags if tag == "source"]
+    assert len(dark) == len(images)
+    assert {a["media"] for a in dark} == {"(prefers-color-scheme: dark)"}
+    for light, other in zip(images, (a["srcset"] for a in dark), strict=True):
+        drawings = [base64.b64decode(uri.split(",")[1]).decode() for uri in (light, other)]
+        assert all(text.lstrip().startswith("<?xml") and "</svg>" in text for text in drawings)
+        assert INK.lower() in drawings[0] and INK.lower() not in drawings[1] and "#E6E9ED" in drawings[1]
+
+
+def test_cells_are_cut_at_their_intervals() -> None:
+    assert cell_parts("0.61 [0.55, 0.67] ↑") == [("0.61 ", False), ("[0.55, 0.67]", True), (" ↑", False)]
+    assert "".join(piece for piece, _ in cell_parts("a [1], b [2] / c")) == "a [1], b [2] / c"
 
 
 def test_format_estimate() -> None:
