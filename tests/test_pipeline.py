@@ -231,13 +231,14 @@ def test_tensorboard_shows_every_training(pipeline: Pipeline) -> None:
     for kind in ("reward_models", "judges"):
         for objective in OBJECTIVES:
             tags = set(events(logs / kind / "embedded" / objective).Tags()["scalars"])
-            assert {f"train/{name}" for name in COMMON} <= tags
-            assert {"eval/loss", "eval/rewards/accuracies"} <= tags
+            assert {f"reward_model_train/{name}" for name in COMMON} <= tags
+            assert {"reward_model_eval/loss", "reward_model_eval/rewards/accuracies"} <= tags
     for method in POLICIES:
         accumulator = events(logs / "policies" / "embedded" / method)
         tags = set(accumulator.Tags()["scalars"])
         wanted = COMMON | OF_POLICIES | (OF_TARGETS if method != "baseline_dpo" else set())
-        assert {f"train/{name}" for name in wanted} <= tags, method
+        assert {f"policy_train/{name}" for name in wanted} <= tags, method
+        assert "policy_eval/loss" in tags and not [tag for tag in tags if not tag.startswith("policy_")]
         curve = io.read_json(pipeline.paths.policy(method) / "metrics.json")["curve"]
-        shown = {e.step: e.value for e in accumulator.Scalars("train/loss")}
+        shown = {e.step: e.value for e in accumulator.Scalars("policy_train/loss")}
         assert shown == pytest.approx({r["step"]: r["loss"] for r in curve if "loss" in r}, rel=1e-5)

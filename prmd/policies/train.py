@@ -38,6 +38,7 @@ from prmd.inference.reference import check_engine
 from prmd.models.bases import base_record
 from prmd.models.loading import add_lora, load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
+from prmd.pessimism.losses import UNDER_TRAINED
 from prmd.policies.edpo import choosing_members
 from prmd.policies.inputs import (
     Keys,
@@ -63,6 +64,7 @@ from prmd.policies.soup import average_policies
 from prmd.policies.targets import describe_targets, policy_loss, with_clip
 from prmd.policies.trl_baseline import train_trl_dpo, unweighted_notes
 from prmd.report import figures
+from prmd.report.policy_sections import training_outcome
 from prmd.rewards.reward_model import Scorer, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
 from prmd.training.checkpoints import Trained, copy_model, drop_checkpoints, name_checkpoints, trained_once
@@ -70,9 +72,6 @@ from prmd.training.run import TrainingRun, check_training, run_training
 from prmd.training.trainer import LossFunction
 
 logger = logging.getLogger(__name__)
-
-UNDER_TRAINED = 0.5
-"""Ratio of held-out standard deviations below which a training is warned of: about a quarter of kl_target is reached there."""
 
 
 def train_baseline_dpo(config: PolicyConfig, *, force: bool = False, dry_run: bool = False) -> Path:
@@ -203,8 +202,10 @@ class PolicyFolders:
             self.record(partial_folder, inputs=inputs, fingerprint=fingerprint, clock=clock)
         publish(partial_folder, directory)
         if is_main_process():
-            result = {key: metrics.get(key) for key in ("reward_scale", "notes")}
-            write_step_result(paths, f"train_{directory.name}", {"artifact": str(directory), **result})
+            run, took = read_run(directory) or {}, ("seconds", "peak_memory_bytes")
+            result = {key: metrics.get(key) for key in ("reward_scale", "notes")} | training_outcome(metrics)
+            result |= {"artifact": str(directory), **{key: run.get(key) for key in took}}
+            write_step_result(paths, f"train_{directory.name}", result)
             logger.info("policy %s: written to %s", method, directory)
 
 
@@ -284,7 +285,7 @@ def _train_alike(
     for method, fingerprint in methods.items():
         train: Callable[[Path, Path], dict[str, Any]]
         if method == BASELINE:
-            train = partial(_train_baseline, prepared.pairs, tokenizer, **how)
+            train = partial(_train_baseline, prepared.pairs, prepared.held_out, tokenizer, **how)
         else:
             train = partial(_distil, method, inputs.pop(method), tokenizer, **how)
         folders.write(method, fingerprint, train, draws=prepared.draws)
@@ -292,6 +293,7 @@ def _train_alike(
 
 def _train_baseline(
     pairs: PolicyPairs,
+    held_out: PolicyPairs,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     log_directory: Path,
@@ -308,6 +310,7 @@ def _train_baseline(
     def train() -> Trained:
         curve = train_trl_dpo(
             pairs,
+            held_out.tokenized,
             tokenizer,
             shared=shared,
             beta=policy.beta,

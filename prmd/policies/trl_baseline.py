@@ -2,7 +2,7 @@
 
 It tokenises the messages and precomputes the reference log-probabilities itself, so nothing of ours touches its loss.
 It gets the pairs that every method gets, in the same order and the same batches, with prompts already fitted to
-`max_length` so that it cuts no response. What it cannot be given are weights of pairs (`unweighted_notes`).
+`max_length` so that it cuts no response; its loss on the held-out pairs is logged beside. What it cannot be given are weights of pairs (`unweighted_notes`).
 """
 
 import logging
@@ -10,9 +10,11 @@ import math
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -22,7 +24,7 @@ from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
 from prmd.models.loading import load_causal_lm, lora_config
 from prmd.pairs import PreferencePair
-from prmd.policies.pairs import PolicyPairs
+from prmd.policies.pairs import PolicyPairs, TokenizedPairs
 from prmd.runtime import get_device, get_runtime, is_main_process, set_seed, wait_for_everyone
 from prmd.training.arguments import on_one_gpu, reporting_callbacks
 from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_training
@@ -54,8 +56,8 @@ def baseline_rows(
     return [rows[i] for micro in batches if micro.weight for i in micro.rows]
 
 
-DATASET = "trl_pairs"
-"""The folder, in that of a training in several processes, of the rows and of what TRL computes of them."""
+DATASET, HELD_OUT = "trl_pairs", "trl_held_out"
+"""The folders, in that of a training in several processes, of the rows and of what TRL computes of them."""
 
 
 def dataset_of(rows: list[dict[str, Any]], folder: Path) -> Dataset:
@@ -113,6 +115,8 @@ class _OurColumns(TrainerCallback):
         self, args: Any, state: TrainerState, control: Any, logs: dict[str, float], **keywords: Any
     ) -> None:
         if "num_tokens" not in logs:
+            for row in (logs, state.log_history[-1]):
+                row.pop("eval_num_tokens", None)  # those trained on, again from zero in a continued training
             return
         now, tokens = time.monotonic(), self.earlier_tokens + logs["num_tokens"]
         speed = (tokens - self.tokens) / max(now - self.clock, 1e-9) / self.world_size
@@ -124,8 +128,30 @@ class _OurColumns(TrainerCallback):
         self.tokens, self.clock = tokens, now
 
 
+class _WatchedTrainer(DPOTrainer):
+    """TRL's trainer, whose passes over held-out pairs leave the random numbers of the training alone.
+
+    Dropout draws from them, so a policy is the same to the bit whether or not it is watched.
+    """
+
+    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
+        with _random_numbers_kept():
+            return super().evaluate(*arguments, **keywords)
+
+    def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
+        with _random_numbers_kept() if name == "eval" else nullcontext():
+            return super()._precompute_ref_logps(dataset, name, batch_size)
+
+
+def _random_numbers_kept() -> AbstractContextManager[None]:
+    """Give torch's random numbers back as they were, those of this process's device too."""
+    device = get_device()
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
 def train_trl_dpo(
     pairs: PolicyPairs,
+    held_out: TokenizedPairs,
     tokenizer: PreTrainedTokenizerBase,
     *,
     shared: SharedConfig,
@@ -137,8 +163,11 @@ def train_trl_dpo(
 ) -> list[dict[str, float]]:
     """Train with TRL and save the policy (adapter or full weights) to `directory`; resumes what was interrupted.
 
+    Args:
+        held_out: pairs on which the loss is measured at the checkpoints.
+
     Returns:
-        TRL's log rows.
+        TRL's log rows; keys of held-out numbers begin with `eval_`.
 
     Raises:
         StoppedError: as `StopRequests.heard`.
@@ -149,12 +178,14 @@ def train_trl_dpo(
     precision = choose_precision(shared.model, shared.paths, tuning, training, "policy")
     lora, resume, stops = tuning.method == "lora", newest_complete(directory), StopRequests()
     refuse_other_steps(directory, precision, plan, resumed=resume is not None)
-    shares = ShareCheckpoints(checkpoint_steps(training.checkpoints, plan.steps), evaluates=False)
+    watched = baseline_rows(held_out.pairs, [MicroBatch(tuple(range(len(held_out.pairs))))])
+    shares = ShareCheckpoints(checkpoint_steps(training.checkpoints, plan.steps), evaluates=bool(watched))
     set_seed(shared.seed)
-    trainer = DPOTrainer(
+    trainer = _WatchedTrainer(
         model=load_causal_lm(shared.model, shared.paths, master_weights=precision.master_weights),
         args=_dpo_arguments(precision, directory, plan, beta=beta, training=training, seed=shared.seed),
         train_dataset=dataset_of(rows, directory / DATASET),
+        eval_dataset=dataset_of(watched, directory / HELD_OUT) if watched else None,
         processing_class=tokenizer,
         peft_config=lora_config(tuning.lora, task="CAUSAL_LM") if lora else None,
         callbacks=[
@@ -163,7 +194,9 @@ def train_trl_dpo(
             shares,
             stops,
             RefuseNotFinite(NAME, [[ids[i] for i in rows] for rows in plan.pairs]),
-            *reporting_callbacks(shared.report_to, log_directory, NAME, resumed=resume is not None),
+            *reporting_callbacks(
+                shared.report_to, log_directory, NAME, task="policy", resumed=resume is not None
+            ),
         ],
     )
     trainer.remove_callback(PrinterCallback)
@@ -183,7 +216,8 @@ def _save(trainer: DPOTrainer, tokenizer: PreTrainedTokenizerBase, directory: Pa
         model = trainer.accelerator.unwrap_model(trainer.model)
         model.save_pretrained(directory, state_dict=whole)
         tokenizer.save_pretrained(directory)
-    forget_dataset(directory / DATASET)
+    for folder in (DATASET, HELD_OUT):
+        forget_dataset(directory / folder)
 
 
 def _plan(pairs: PolicyPairs, training: TrainingConfig, seed: int) -> TrainingPlan:
@@ -233,6 +267,7 @@ def _dpo_arguments(
         precompute_ref_log_probs=True,
         num_train_epochs=1,
         per_device_train_batch_size=own,
+        per_device_eval_batch_size=own,
         gradient_accumulation_steps=plan.size.pairs // (own * plan.size.processes),
         train_sampling_strategy="sequential",
         learning_rate=precision.learning_rate,

@@ -18,20 +18,25 @@ from prmd.runtime import get_device, is_main_process, progress
 
 
 def reporting_callbacks(
-    report_to: Sequence[str], log_directory: Path, description: str, *, resumed: bool = False
+    report_to: Sequence[str], log_directory: Path, description: str, *, task: str, resumed: bool = False
 ) -> list[TrainerCallback]:
     """Progress display, TensorBoard in `log_directory`, and Weights & Biases where the YAML asks for it.
 
     Args:
+        task: `reward_model` or `policy`, in front of TensorBoard's tags, so that their losses share no chart.
         resumed: keep the curves that the interrupted run wrote; otherwise those of an older training are removed.
     """
     callbacks: list[TrainerCallback] = [_ProgressBar(description)]
     if is_main_process() and "tensorboard" in report_to:
         from torch.utils.tensorboard import SummaryWriter
 
+        class TaskWriter(SummaryWriter):
+            def add_scalar(self, tag: str, *values: Any, **named: Any) -> None:
+                super().add_scalar(f"{task}_{tag}", *values, **named)
+
         if not resumed:
             shutil.rmtree(log_directory, ignore_errors=True)
-        callbacks.append(TensorBoardCallback(SummaryWriter(str(log_directory))))
+        callbacks.append(TensorBoardCallback(TaskWriter(str(log_directory))))
     if "wandb" in report_to:
         callbacks.append(WandbCallback())
     return callbacks

@@ -271,7 +271,7 @@ def _trainer(
         accumulation=plan.size.accumulation,
     )
     reporting = reporting_callbacks(
-        run.shared.report_to, run.log_directory, run.name, resumed=resume is not None
+        run.shared.report_to, run.log_directory, run.name, task=run.task, resumed=resume is not None
     )
     return PairTrainer(
         model,

@@ -2,12 +2,14 @@
 
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from tiny_models import tiny_causal_lm
 from tiny_policies import trained_on
@@ -21,7 +23,7 @@ from prmd.models.loading import load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
 from prmd.pairs import PreferencePair
 from prmd.policies import trl_baseline
-from prmd.policies.pairs import PolicyPairs
+from prmd.policies.pairs import PolicyPairs, TokenizedPairs
 from prmd.policies.targets import policy_loss
 from prmd.policies.trl_baseline import baseline_rows, equal_batches, train_trl_dpo
 from prmd.training import run as training_run
@@ -31,7 +33,11 @@ from prmd.training.run import TrainingRun, run_training
 from prmd.training.trainer import PairData
 
 EPOCHS, PER_DEVICE, ACCUMULATION = 2.0, 3, 2
-TIMES = {"tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second"}
+TIMES = {"tokens_per_second"} | {
+    f"{kind}_{name}"
+    for kind in ("train", "eval")
+    for name in ("runtime", "samples_per_second", "steps_per_second")
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +80,15 @@ def test_rows_follow_the_plan_and_are_messages() -> None:
 
 
 def train(
-    config: PolicyConfig, pairs: PolicyPairs, directory: Path, log_directory: Path
+    config: PolicyConfig,
+    pairs: PolicyPairs,
+    directory: Path,
+    log_directory: Path,
+    held_out: TokenizedPairs | None = None,
 ) -> list[dict[str, float]]:
     return train_trl_dpo(
         pairs,
+        pairs.tokenized if held_out is None else held_out,
         load_tokenizer(config.shared.model, config.paths),
         shared=config.shared,
         beta=config.policy.beta,
@@ -117,7 +128,7 @@ def caught_arguments(
         found.update(arguments)
         raise CaughtError
 
-    monkeypatch.setattr(trl_baseline, "DPOTrainer", stand_in)
+    monkeypatch.setattr(trl_baseline, "_WatchedTrainer", stand_in)
     with pytest.raises(CaughtError):
         train(config, pairs, Path(config.shared.artifact_root), config.paths.logs("t"))
     return found
@@ -210,13 +221,13 @@ def test_a_training_keeps_every_response_token_and_logs_what_ours_logs(
     config: PolicyConfig, pairs: PolicyPairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[Any] = []
-    original = trl_baseline.DPOTrainer
+    original = trl_baseline._WatchedTrainer
 
     def watched(**arguments: Any) -> Any:
         made.append(original(**arguments))
         return made[-1]
 
-    monkeypatch.setattr(trl_baseline, "DPOTrainer", watched)
+    monkeypatch.setattr(trl_baseline, "_WatchedTrainer", watched)
     curve = train(config, pairs, tmp_path / "out", tmp_path / "logs")
     rows = [row for row in curve if "loss" in row]
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[0]["logratios/chosen"] == 0.0
@@ -251,7 +262,8 @@ def test_a_baseline_goes_on_where_it_was_stopped_and_is_not_trained_twice(
         trained("stopped")
     halts.clear()
     resumed = trained("stopped")
-    assert whole[-2]["num_tokens"] > whole[1]["num_tokens"] > 0
+    counted = [row["num_tokens"] for row in whole if "num_tokens" in row]
+    assert counted[-1] > counted[1] > 0
     for row, expected in zip(resumed, whole, strict=True):
         assert row.keys() == expected.keys()
         timeless = {name: value for name, value in expected.items() if name not in TIMES}
@@ -264,6 +276,49 @@ def test_a_baseline_goes_on_where_it_was_stopped_and_is_not_trained_twice(
 
     first = trained_once(tmp_path / "stopped", lambda: (resumed, {5: "end"}))
     assert trained_once(tmp_path / "stopped", refused) == first == (resumed, {5: "end"})
+
+
+def test_watching_held_out_pairs_changes_no_bit_of_the_policy(
+    config: PolicyConfig, pairs: PolicyPairs, tmp_path: Path
+) -> None:
+    """With dropout, which draws from the random numbers that a pass over pairs would use up."""
+    lora = config.tuning.lora.model_copy(update={"dropout": 0.3})
+    dropping = config.model_copy(update={"tuning": config.tuning.model_copy(update={"lora": lora})})
+    tokenized = pairs.tokenized
+    for name, watched in (("watched", tokenized), ("alone", replace(tokenized, rows=[], pairs=[]))):
+        curve = train(dropping, pairs, tmp_path / name, tmp_path / "logs", watched)
+        found = [row for row in curve if "eval_loss" in row]
+        assert [row["step"] for row in found] == ([curve[-1]["step"]] if name == "watched" else [])
+    ours, theirs = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("watched", "alone"))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_held_out_loss_is_that_of_the_saved_policy(
+    config: PolicyConfig, pairs: PolicyPairs, tmp_path: Path
+) -> None:
+    curve = train(config, pairs, tmp_path / "out", tmp_path / "logs")
+    logged = next(row for row in reversed(curve) if "eval_loss" in row)
+    base = load_causal_lm(config.shared.model, config.paths)
+    policy = PeftModel.from_pretrained(load_causal_lm(config.shared.model, config.paths), tmp_path / "out")
+
+    def logps(model: torch.nn.Module) -> torch.Tensor:
+        found = [
+            [
+                model(torch.tensor([[*row.prompt_ids, *y]])).logits[0, len(row.prompt_ids) - 1 : -1]
+                .log_softmax(-1)[range(len(y)), list(y)].sum()
+                for y in row.responses
+            ]
+            for row in pairs.tokenized.rows
+        ]  # fmt: skip
+        return torch.tensor(found)
+
+    with torch.no_grad():
+        logratios = logps(policy.eval()) - logps(base.eval())
+    margins = config.policy.beta * (logratios[:, 0] - logratios[:, 1])
+    # TRL averages batches; all but the last are of one size
+    batches = [-torch.nn.functional.logsigmoid(part).mean() for part in margins.split(PER_DEVICE)]
+    assert logged["eval_loss"] == pytest.approx(float(torch.stack(batches).mean()), abs=2e-3)
+    assert abs(logged["eval_loss"] - 0.693147) > 0.02
 
 
 class _Halts(TrainerCallback):
