@@ -123,7 +123,7 @@ def _sample(splits: dict[str, list[PreferencePair]], seed: int) -> list[Preferen
 def _lengths(
     model: ModelConfig, paths: ArtifactPaths, samples: dict[str, list[PreferencePair]]
 ) -> dict[str, Any]:
-    units: dict[str, Callable[[str], int]] = {"words": lambda text: len(text.split())}
+    units: dict[str, Callable[[str], int]] = {"words": lambda text: len(text.split()), "characters": len}
     if count_tokens := _token_counter(model, paths):
         units["tokens"] = count_tokens
     return {
@@ -154,7 +154,7 @@ def _token_counter(model: ModelConfig, paths: ArtifactPaths) -> Callable[[str], 
     try:
         tokenizer = load_tokenizer(model, paths)
     except UserError as error:
-        logger.info("lengths are in words only: %s", error)
+        logger.info("lengths are in words and characters only: %s", error)
         return None
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False))
 

