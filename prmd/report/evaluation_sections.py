@@ -110,7 +110,7 @@ def _made_of(paths: ArtifactPaths, evaluation: dict[str, Any]) -> list[str]:
     run = load(paths.metrics / "run.json") or {}
     trained = (load(folder / "run.json") or {} for folder in folders(paths.policies))
     bases = ((record.get("inputs") or {}).get("base") or {} for record in trained)
-    model = evaluation.get("model") or next((base["name"] for base in bases if base.get("name")), None)
+    model = next((base["name"] for base in bases if base.get("name")), None)
     prompts, samples = evaluation.get("prompts"), evaluation.get("samples_per_prompt")
     commit = (run.get("commit") or "")[:10]
     found = (

@@ -56,7 +56,9 @@ def test_sizes_lengths_and_examples(config, monkeypatch):
     for row in examples:
         assert row["id"] in text and row["prompt"][0]["content"] in text
     assert lengths["objectives"]["helpful"]["characters"]["chosen"] == [len("two words")] * 31
-    assert {"sizes.png", "lengths_words.png", "lengths_characters.png", "lengths_tokens.png"} <= {p.name for p in written}
+    assert {"sizes.png", "lengths_words.png", "lengths_characters.png", "lengths_tokens.png"} <= {
+        p.name for p in written
+    }
     assert all(p.stat().st_size > 0 for p in written)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from synthetic_evaluation import METHODS, estimate
 from synthetic_outputs import write_outputs
@@ -142,7 +143,9 @@ def test_nothing_of_a_figure_lies_on_something_else(
     plot_split_sizes(paths.visualizations / "sizes.json", tmp_path)
     assert len(drawn) == 7 + 6 + 2 + 3 + 1
     for figure in drawn:
-        renderer, name = figure.canvas.get_renderer(), figure.axes[0].get_title(loc="left")
+        canvas_of = FigureCanvasAgg(figure)
+        canvas_of.draw()
+        renderer, name = canvas_of.get_renderer(), figure.axes[0].get_title(loc="left")
         whole = figure.get_tightbbox(renderer).transformed(figure.dpi_scale_trans)
         assert whole.x0 >= -1 and whole.x1 <= figure.bbox.x1 + 1 and whole.y0 >= -1, name
         bottom = min(axes.get_tightbbox(renderer).y0 for axes in figure.axes)
