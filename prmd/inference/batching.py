@@ -13,7 +13,7 @@ from torch import nn
 from prmd.config.shared import BatchSize
 from prmd.errors import ConfigError
 from prmd.inference.scoring import gather
-from prmd.models.sampling_memory import MOST_SEQUENCES, SEQUENCES_WITHOUT_CARD, sampling_bytes
+from prmd.models.card import MOST_SEQUENCES, SEQUENCES_WITHOUT_CARD, sampling_bytes
 from prmd.models.tokenization import Tokens
 from prmd.runtime import free_memory
 

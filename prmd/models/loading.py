@@ -33,10 +33,10 @@ from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
 from prmd.config.shared import LoraConfig, ModelConfig
 from prmd.errors import ConfigError, DataError, NotFiniteError
 from prmd.models.attention import attention_implementation, or_eager
+from prmd.models.card import Loaded, read_onto
 from prmd.models.chat_templates import check_template, check_trained_template, set_thinking
 from prmd.models.classifiers import provide_classifier
 from prmd.models.identity import content_key, model_key
-from prmd.models.placement import Loaded, read_onto
 from prmd.models.pypi_wheel import fetch_model
 from prmd.runtime import get_device, is_main_process, said_if_slow, wait_for_everyone
 

@@ -20,8 +20,8 @@ from prmd.artifacts import hub, io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import CalibrationConfig, ModelConfig, SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import UserError
+from prmd.models.card import sampling_bytes
 from prmd.models.loading import load_model_config, load_tokenizer, model_source
-from prmd.models.sampling_memory import sampling_bytes
 from prmd.models.tokenization import PrefixRow, tokenize_pairs
 from prmd.pairs import PREPARE_COMMAND, PreferencePair
 from prmd.runtime import GIB, free_disk_bytes

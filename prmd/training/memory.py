@@ -17,7 +17,7 @@ from torch import nn
 
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
-from prmd.models.sampling_memory import sampling_bytes
+from prmd.models.card import sampling_bytes
 from prmd.models.sequence_models import supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import GIB, get_device

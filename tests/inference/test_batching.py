@@ -17,8 +17,8 @@ from prmd.inference.batching import BatchPlan
 from prmd.inference.cache import JsonTable, tokens_key
 from prmd.inference.generation import Decoding, SamplingSpeed, generate
 from prmd.inference.noise import gumbel, sample_key, splitmix64
+from prmd.models.card import MOST_SEQUENCES, sampling_bytes
 from prmd.models.loading import load_tokenizer_from
-from prmd.models.sampling_memory import MOST_SEQUENCES, sampling_bytes
 from prmd.models.tokenization import Tokens, tokenize_prompt
 from prmd.training import memory
 from prmd.training.rehearsal import peak_tensor_bytes

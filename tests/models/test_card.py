@@ -14,7 +14,7 @@ from transformers import FalconH1Config, FalconH1ForCausalLM
 
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import ModelConfig
-from prmd.models import loading, placement
+from prmd.models import card, loading
 from prmd.models.loading import load_base_classifier, load_causal_lm, load_classifier, load_policy
 from prmd.runtime import set_seed
 
@@ -37,7 +37,7 @@ def all_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 def straight(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have a CPU stand for a card from now on."""
-    monkeypatch.setattr(placement, "_goes_straight", lambda device: True)
+    monkeypatch.setattr(card, "_goes_straight", lambda device: True)
 
 
 def saved(family: str, folder: Path) -> Path:
@@ -154,7 +154,7 @@ def test_a_card_is_named_where_no_library_spreads_the_weights(
         def __enter__(self) -> None: ...
         def __exit__(self, *exception: Any) -> None: ...
 
-    monkeypatch.setattr(placement.torch.random, "fork_rng", Fork)
+    monkeypatch.setattr(card.torch.random, "fork_rng", Fork)
     monkeypatch.setattr(loading, "get_device", lambda: CARD)
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", read)
     monkeypatch.setattr(loading, "attention_implementation", lambda asked, config: "sdpa")
