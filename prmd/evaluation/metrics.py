@@ -111,6 +111,7 @@ def method_metrics(
         for i, k in enumerate(names)
     }
     volume = resampling.volume(np.stack([means[k] for k in names])[None])
+    notes = [*_length_notes(objectives, wins, longer, resampling), *_kl_notes(sampled)]
     return {
         "objectives": objectives,
         "worst_objective": _worst_objective(wins, same, resampling),
@@ -128,9 +129,7 @@ def method_metrics(
             "kl": sampled.kl.mean(axis=1).tolist(),
             "length": sampled.lengths.mean(axis=1).tolist(),
         },
-        "notes": [_REFERENCE_NOTE]
-        if same
-        else [*_length_notes(objectives, wins, longer, resampling), *_kl_notes(sampled)],
+        "notes": [_REFERENCE_NOTE] if same else notes,
     }
 
 
