@@ -99,9 +99,8 @@ def method_metrics(
         `truncated_share`, `per_prompt`, `notes`.
     """
     names, same = reference.objectives, sampled.is_reference
-    wins = {k: pairwise_win_rate(raw[i], reference.raw[i]) for i, k in enumerate(names)}
-    if same:
-        wins = {k: np.full(raw.shape[1], 0.5) for k in names}
+    half = np.full(raw.shape[1], 0.5)
+    wins = {k: half if same else pairwise_win_rate(raw[i], reference.raw[i]) for i, k in enumerate(names)}
     means = dict(zip(names, reference.calibrated(raw).mean(axis=2), strict=True))
     minima = reference.mean_of_min(raw, is_reference=same)
     longer = sampled.lengths.mean(axis=1) - reference_lengths.mean(axis=1)
@@ -110,7 +109,7 @@ def method_metrics(
         | _wins(wins[k], longer, (raw[i], reference.raw[i]), same, resampling)
         for i, k in enumerate(names)
     }
-    volume = resampling.volume(np.stack([means[k] for k in names])[None])
+    volume = by_definition(0.0, len(minima)) if same else resampling.volume(np.stack([*means.values()])[None])
     notes = [*_length_notes(objectives, wins, longer, resampling), *_kl_notes(sampled)]
     return {
         "objectives": objectives,
@@ -118,7 +117,7 @@ def method_metrics(
         "mean_of_min": resampling.mean(minima).to_json(),
         "cvar_10": resampling.lower_tail(minima).to_json(),
         "dominance": None if same else _dominance(raw, reference.raw, resampling),
-        "hypervolume": with_chance(by_definition(0.0, len(minima)) if same else volume, 0.0),
+        "hypervolume": with_chance(volume, 0.0),
         "kl": _kl(sampled, resampling),
         "length": resampling.mean(sampled.lengths.mean(axis=1)).to_json(),
         "truncated_share": float(1.0 - sampled.finished.mean()),

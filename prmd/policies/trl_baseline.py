@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ def train_trl_dpo(
         held_out: pairs on which the loss is measured at the checkpoints.
 
     Returns:
-        TRL's log rows; keys of held-out numbers begin with `eval_`.
+        TRL's log rows; held-out keys begin with `eval_`.
 
     Raises:
         StoppedError: as `StopRequests.heard`.
@@ -176,10 +177,12 @@ def train_trl_dpo(
     plan = _plan(pairs, training, shared.seed)
     rows, ids = baseline_rows(pairs.tokenized.pairs, plan.batches), [p.id for p in pairs.tokenized.pairs]
     precision = choose_precision(shared.model, shared.paths, tuning, training, "policy")
-    lora, resume, stops = tuning.method == "lora", newest_complete(directory), StopRequests()
+    resume, stops = newest_complete(directory), StopRequests()
     refuse_other_steps(directory, precision, plan, resumed=resume is not None)
     watched = baseline_rows(held_out.pairs, [MicroBatch(tuple(range(len(held_out.pairs))))])
     shares = ShareCheckpoints(checkpoint_steps(training.checkpoints, plan.steps), evaluates=bool(watched))
+    finite = RefuseNotFinite(NAME, [[ids[i] for i in step] for step in plan.pairs])
+    loggers = partial(reporting_callbacks, shared.report_to, log_directory, NAME, task="policy")
     set_seed(shared.seed)
     trainer = _WatchedTrainer(
         model=load_causal_lm(shared.model, shared.paths, master_weights=precision.master_weights),
@@ -187,26 +190,26 @@ def train_trl_dpo(
         train_dataset=dataset_of(rows, directory / DATASET),
         eval_dataset=dataset_of(watched, directory / HELD_OUT) if watched else None,
         processing_class=tokenizer,
-        peft_config=lora_config(tuning.lora, task="CAUSAL_LM") if lora else None,
+        peft_config=lora_config(tuning.lora, task="CAUSAL_LM") if tuning.method == "lora" else None,
         callbacks=[
             _OurColumns(beta, get_runtime().world_size),  # before the loggers: they read its values
-            RefuseUnsharded(),
-            shares,
-            stops,
-            RefuseNotFinite(NAME, [[ids[i] for i in rows] for rows in plan.pairs]),
-            *reporting_callbacks(
-                shared.report_to, log_directory, NAME, task="policy", resumed=resume is not None
-            ),
+            *(RefuseUnsharded(), shares, stops, finite),
+            *loggers(resumed=resume is not None),
         ],
     )
+    with stops.heard(NAME):
+        _train(trainer, resume)
+    _save(trainer, tokenizer, directory)
+    return trainer.state.log_history
+
+
+def _train(trainer: DPOTrainer, resume: Path | None) -> None:
+    """Train from the start or from a checkpoint; what is shown is our own."""
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if resume is not None:
         logger.info("%s: resuming from %s", NAME, resume.name)
-    with stops.heard(NAME):
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    _save(trainer, tokenizer, directory)
-    return trainer.state.log_history
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
 
 def _save(trainer: DPOTrainer, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
