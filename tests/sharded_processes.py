@@ -42,8 +42,11 @@ def tied_policy() -> nn.Module:
 
 
 def reward_model() -> nn.Module:
+    """The first of two layers recomputed."""
     torch.manual_seed(0)
-    return SequenceRewards(LlamaForSequenceClassification(tiny_config(num_labels=1)))
+    model = LlamaForSequenceClassification(tiny_config(num_labels=1))
+    enable_gradient_checkpointing(model, 1)
+    return SequenceRewards(model)
 
 
 def adapters() -> nn.Module:

@@ -282,6 +282,7 @@ class TrainingConfig(Section):
     pairs_per_device: PositiveInt = 4
     gradient_accumulation_steps: PositiveInt = 8
     pairs_per_step: PositiveInt | None = None
+    merge_micro_batches: bool = True
     epochs: PositiveFloat = 3.0
     max_pairs: PositiveInt | None = None
     max_length: PositiveInt = 512

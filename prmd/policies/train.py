@@ -343,6 +343,7 @@ def _distil(
     loaded: list[SequenceLogps] = []
 
     def load(master_weights: bool) -> SequenceLogps:
+        loaded.clear()  # a model whose training did not fit the card
         model = load_causal_lm(shared.model, shared.paths, master_weights=master_weights)
         lora = tuning.method == "lora"
         loaded.append(SequenceLogps(add_lora(model, tuning.lora, task="CAUSAL_LM") if lora else model))
@@ -353,10 +354,8 @@ def _distil(
     loss: LossFunction = partial(policy_loss, policy=policy, kind=kind)
     set_seed(shared.seed)
     if kind == "edpo":
-        choice = {"seed": shared.seed, "pad_id": tokenizer.pad_token_id}
-        inputs, loss = choosing_members(
-            inputs, lambda: loaded[-1], policy=policy, training=training, **choice
-        )
+        own = {"seed": shared.seed, "pad_id": tokenizer.pad_token_id}
+        inputs, loss = choosing_members(inputs, lambda: loaded[-1], policy=policy, training=training, **own)
     run = TrainingRun(
         name=f"policy {method}",
         directory=folder,

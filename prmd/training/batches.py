@@ -1,13 +1,15 @@
 """The plan of a training: first the pairs of every optimizer step, then the micro-batches each step is cut into.
 
 Which pairs share a step follows from the seed and the data alone. How many of them a device takes at once, and how many
-devices there are, only decides how a step is cut, so that other hardware learns the same.
+devices there are, only decides how a step is cut, so that other hardware learns the same. A card with room for more gets the
+same steps in fewer micro-batches (`merging`), whose rows are then limited by their tokens and no longer by their number.
 """
 
+import bisect
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -81,6 +83,8 @@ class TrainingPlan:
     batches: list[MicroBatch]
     pairs: list[list[int]]
     """The rows of every step, whatever it is cut into."""
+    tokens: int = 0
+    """A micro-batch of at most so many, padding included, may hold more than `training.pairs_per_device`; 0: none does."""
 
     @property
     def steps(self) -> int:
@@ -114,6 +118,51 @@ def plan_training(
     return TrainingPlan(size, batches, pairs)
 
 
+def merges(
+    plan: TrainingPlan, lengths: Sequence[int], *, device: int, most_tokens: int
+) -> Iterator[tuple[StepSize, int]]:
+    """What the steps of a plan may be cut into instead: fewer micro-batches for each process, fewest first.
+
+    Each comes with the fewest tokens of a micro-batch, padding included, with which every step can be cut so and at most
+    `MOST_PADDING` of them is padding. Those are left out that need more than `most_tokens`.
+
+    Args:
+        plan: as `plan_training` gives it.
+        device: `training.pairs_per_device`, which a micro-batch may hold whatever its tokens.
+    """
+    full = [step for step in plan.pairs if len(step) == plan.size.pairs]
+    ascending = [np.sort([[lengths[i] for i in step] for step in full])] if full else []
+    ascending += [np.sort([[lengths[i] for i in step]]) for step in plan.pairs if len(step) < plan.size.pairs]
+    for accumulation in range(1, plan.size.accumulation):
+        size = replace(plan.size, accumulation=accumulation)
+
+        def enough(tokens: int, size: StepSize = size) -> bool:
+            """Both become true with more tokens, and stay so."""
+            return all(_cuts_into(rows, size.batches, device, tokens) for rows in ascending) and _pads_little(
+                full[:_LOOKED_AT], lengths, size, device, tokens
+            )
+
+        if enough(most_tokens):
+            yield size, bisect.bisect_left(range(most_tokens), True, key=enough)
+
+
+def merged(
+    plan: TrainingPlan, lengths: Sequence[int], size: StepSize, tokens: int, *, device: int
+) -> TrainingPlan:
+    """The same steps cut as one of `merges` says."""
+    batches = [batch for step in plan.pairs for batch in _cut(step, lengths, size, device, tokens)]
+    return replace(plan, size=size, batches=batches, tokens=tokens)
+
+
+def _cuts_into(ascending: np.ndarray, parts: int, device: int, tokens: int) -> bool:
+    """Whether each row of lengths, int [steps, n], can be cut into so many micro-batches; the longest are taken first."""
+    left = np.full(len(ascending), ascending.shape[1])
+    for _ in range(parts):
+        longest = np.maximum(ascending[np.arange(len(ascending)), left - 1], 1)
+        left = np.maximum(left - np.maximum(device, tokens // longest), 0)
+    return not left.any()
+
+
 def plan_steps(
     lengths: Sequence[int],
     order: Sequence[int],
@@ -142,45 +191,66 @@ def plan_steps(
 def _enough(steps: Sequence[Sequence[int]], lengths: Sequence[int], size: StepSize, device: int) -> int:
     """Fewest micro-batches of each process with which these steps hold little padding, the last of them left aside."""
     full = [step for step in steps if len(step) == size.pairs]
-    dense = sum(lengths[i] for step in full for i in step)
     for accumulation in range(size.accumulation, math.ceil(size.pairs / size.processes)):
-        cut = [_cut(step, lengths, replace(size, accumulation=accumulation), device) for step in full]
-        padded = sum(len(b.rows) * lengths[b.rows[-1]] for batches in cut for b in batches)
-        if dense >= (1 - MOST_PADDING) * padded:
+        if _pads_little(full, lengths, replace(size, accumulation=accumulation), device):
             return accumulation
     return max(size.accumulation, math.ceil(size.pairs / size.processes))
 
 
-def _cut(step: Sequence[int], lengths: Sequence[int], size: StepSize, device: int) -> list[MicroBatch]:
-    """The rows of a step, by length, in micro-batches of at most `device` rows; a short last step in the fewest."""
+def _pads_little(
+    steps: Sequence[Sequence[int]], lengths: Sequence[int], size: StepSize, device: int, tokens: int = 0
+) -> bool:
+    dense = sum(lengths[i] for step in steps for i in step)
+    cut = [_cut(step, lengths, size, device, tokens) for step in steps]
+    padded = sum(len(b.rows) * lengths[b.rows[-1]] for batches in cut for b in batches)
+    return dense >= (1 - MOST_PADDING) * padded
+
+
+def _cut(
+    step: Sequence[int], lengths: Sequence[int], size: StepSize, device: int, tokens: int = 0
+) -> list[MicroBatch]:
+    """The rows of a step, by length, in micro-batches of at most `device` rows, or more of at most so many tokens.
+
+    A short last step is cut into the fewest.
+    """
     rows = sorted(step, key=lambda i: lengths[i])
     count = size.batches
     if len(rows) < size.pairs:
-        count = -(-len(rows) // (device * size.processes)) * size.processes
+        count = -(-_fewest([lengths[i] for i in rows], device, tokens) // size.processes) * size.processes
     parts = min(count, len(rows))
-    bounds = _bounds([lengths[i] for i in rows], parts, device)
+    bounds = _bounds([lengths[i] for i in rows], parts, device, tokens)
     cut = [tuple(rows[a:b]) for a, b in itertools.pairwise(bounds)]
     batches = [MicroBatch(part, weight=len(part) * count / len(rows)) for part in cut]
     return batches + [MicroBatch((rows[0],), weight=0.0)] * (count - parts)
 
 
-def _bounds(lengths: Sequence[int], parts: int, most: int) -> list[int]:
-    """Where to cut ascending `lengths` into `parts` of at most `most` so that least is padded, ends included.
+def _fewest(lengths: Sequence[int], device: int, tokens: int) -> int:
+    """Fewest micro-batches that ascending lengths can be cut into, by the rule of `_cut`."""
+    parts, left = 0, len(lengths)
+    while left > 0:
+        left -= max(device, tokens // max(lengths[left - 1], 1))
+        parts += 1
+    return parts
 
-    Dynamic programme over (parts, end): tokens(p, b) = min_a tokens(p - 1, a) + (b - a) lengths[b - 1].
+
+def _bounds(lengths: Sequence[int], parts: int, most: int, tokens: int = 0) -> list[int]:
+    """Where to cut ascending `lengths` into `parts` by the rule of `_cut` so that least is padded, ends included.
+
+    Dynamic programme over (parts, end): total(p, b) = min_a total(p - 1, a) + (b - a) lengths[b - 1].
     """
     n = len(lengths)
-    if parts in (1, n) or parts * most == n:
+    if parts in (1, n) or (parts * most == n and not tokens):
         return [round(i * n / parts) for i in range(parts + 1)]
     ends = np.arange(n + 1)
     taken = ends[None, :] - ends[:, None]  # [a, b]: rows of a part that begins at a and ends before b
     widest = np.array([0, *lengths], dtype=float)
-    cost = np.where((taken >= 1) & (taken <= most), taken * widest[None, :], np.inf)
-    tokens, chosen = cost[0], []
+    cost = taken * widest[None, :]
+    cost = np.where((taken >= 1) & ((taken <= most) | (cost <= tokens)), cost, np.inf)
+    total, chosen = cost[0], []
     for _ in range(parts - 1):
-        totals = tokens[:, None] + cost
+        totals = total[:, None] + cost
         chosen.append(totals.argmin(axis=0))
-        tokens = totals.min(axis=0)
+        total = totals.min(axis=0)
     bounds = [n]
     for begin in reversed(chosen):
         bounds.append(int(begin[bounds[-1]]))

@@ -25,8 +25,9 @@ from prmd.models.loading import load_model_config, load_tokenizer, model_source
 from prmd.models.tokenization import PrefixRow, tokenize_pairs
 from prmd.pairs import PREPARE_COMMAND, PreferencePair
 from prmd.runtime import GIB, free_disk_bytes
-from prmd.training.batches import step_size
+from prmd.training.batches import plan_training, step_size
 from prmd.training.memory import USABLE, MemoryPlan, device_memory, plan_generation_memory, plan_memory
+from prmd.training.merging import fill_card
 from prmd.training.precision import Precision, eight_bit_precision, resolve_precision
 from prmd.training.rehearsal import Task
 
@@ -36,6 +37,7 @@ PLANNED_CARD = 32 * GIB
 """The card that is planned for besides, where this machine has none."""
 
 _LONGEST_PAIRS = 256
+_SOME_PAIRS = 1024
 _LETTERS_PER_TOKEN = 4
 
 
@@ -55,7 +57,21 @@ class Sampled:
 UNSAMPLED = Sampled()
 
 
-def longest_row(
+@dataclass(frozen=True)
+class KnownRows:
+    """Rows that training will see.
+
+    Attributes:
+        longest: by tokens of prompt and both responses; None where no data is prepared, no tokenizer is on this machine, or
+            no pair fits.
+        some: of pairs evenly spread over the data, and the longest.
+    """
+
+    longest: PrefixRow | None = None
+    some: tuple[PrefixRow, ...] = ()
+
+
+def known_rows(
     model: ModelConfig,
     paths: ArtifactPaths,
     files: Sequence[Path],
@@ -63,21 +79,29 @@ def longest_row(
     task: Task,
     *,
     sample_tokens: int = 0,
-) -> PrefixRow | None:
-    """The longest row that training will see, by tokens of prompt and both responses.
+) -> KnownRows:
+    """The longest row that training will see and some others.
 
-    Only pairs with the most characters are tokenised; all would take minutes.
+    Only pairs with the most characters and a sample are tokenised; all would take minutes.
 
     Args:
         sample_tokens: pairs of reference samples, at most so long, are trained on too, as far as they fit
             `training.max_length` with their prompt; 0: none are.
-
-    Returns:
-        None where no data is prepared, no tokenizer is on this machine, or no pair fits.
     """
     files = [path for path in files if path.is_file()]
     if not files or not _tokenizer_is_here(model, paths):
-        return None
+        return KnownRows()
+
+    def rows_of(pairs: Sequence[PreferencePair]) -> list[PrefixRow]:
+        return list(
+            tokenize_pairs(
+                pairs,
+                load_tokenizer(model, paths),
+                max_length=training.max_length,
+                over_length=training.over_length,
+                keep_suffix=task == "reward_model",
+            ).rows
+        )
 
     try:
         pairs = [
@@ -85,21 +109,16 @@ def longest_row(
             for path in files
             for number, row in enumerate(io.read_jsonl(path), start=1)
         ]
-        tokenized = tokenize_pairs(
-            _longest_pairs(pairs, training.max_length, sample_tokens),
-            load_tokenizer(model, paths),
-            max_length=training.max_length,
-            over_length=training.over_length,
-            keep_suffix=task == "reward_model",
-        )
+        longest = rows_of(_longest_pairs(pairs, training.max_length, sample_tokens))
+        some = rows_of(pairs[:: max(1, len(pairs) // _SOME_PAIRS)])
     except UserError as error:
         logger.info("memory is planned for rows of training.max_length: %s", error)
-        return None
-    rows = list(tokenized.rows)
-    for row in tokenized.rows if sample_tokens else ():
+        return KnownRows()
+    for row in tuple(longest) if sample_tokens else ():
         tokens = min(sample_tokens, training.max_length - len(row.prompt_ids))
-        rows.append(PrefixRow(row.prompt_ids, ((0,) * tokens,) * 2))
-    return max(rows, key=lambda row: row.shared_length, default=None)
+        longest.append(PrefixRow(row.prompt_ids, ((0,) * tokens,) * 2))
+    row = max(longest, key=lambda row: row.shared_length, default=None)
+    return KnownRows(row, (*some, row)) if row else KnownRows()
 
 
 def _longest_pairs(
@@ -152,7 +171,7 @@ def memory_lines(
         model_config = load_model_config(model, paths)
     except UserError as error:
         return [f"memory      not known: {error}"]
-    longest = longest_row(model, paths, trained_on, training, task, sample_tokens=sampled.paired)
+    rows = known_rows(model, paths, trained_on, training, task, sample_tokens=sampled.paired)
     plan = partial(
         plan_memory,
         model_config=model_config,
@@ -163,9 +182,11 @@ def memory_lines(
         sampled=sampled.gamma,
     )
     card = device_memory()
-    lines = [_row_line(longest, training) + _gamma_clause(sampled)]
+    lines = [_row_line(rows.longest, training) + _gamma_clause(sampled)]
+    some = [_with_samples(row, sampled.gamma) for row in rows.some]
     for device_bytes in (card,) if card else (None, PLANNED_CARD):
-        lines += _plan_lines(plan, model, tuning, training, device_bytes=device_bytes, longest=longest)
+        known = {"device_bytes": device_bytes, "longest": rows.longest, "rows": some, "seed": shared.seed}
+        lines += _plan_lines(plan, model, tuning, training, **known)
     if shared.calibration.source == "reference_samples" or sampled != UNSAMPLED:
         dtype, device_bytes = getattr(torch, model.dtype), card or PLANNED_CARD
         lines.append(_sampling_line(shared.calibration, model_config, dtype, training, device_bytes))
@@ -181,6 +202,11 @@ def _row_line(longest: PrefixRow | None, training: TrainingConfig) -> str:
     return f"of batches of the longest pair: {len(longest.prompt_ids)} tokens of prompt, {responses} of responses"
 
 
+def _with_samples(row: PrefixRow, tokens: Sequence[int]) -> PrefixRow:
+    """With reference samples of so many tokens behind its responses."""
+    return PrefixRow(row.prompt_ids, (*row.responses, *((0,) * count for count in tokens)))
+
+
 def _gamma_clause(sampled: Sampled) -> str:
     tokens = " and ".join(map(str, sampled.gamma))
     return f", with {tokens} of reference samples behind each (policy.gamma)" if tokens else ""
@@ -194,8 +220,10 @@ def _plan_lines(
     *,
     device_bytes: int | None,
     longest: PrefixRow | None,
+    rows: Sequence[PrefixRow],
+    seed: int,
 ) -> list[str]:
-    """The precision that a run would choose on such a card, and its plan."""
+    """The precision that a run would choose on such a card, its plan, and what a step would be cut into."""
     where = "this machine, which has no card"
     if device_bytes is not None:
         where = (
@@ -203,10 +231,34 @@ def _plan_lines(
         )
     try:
         precision, problem = precision_on(plan, model, tuning, training, device_bytes)
-        rows = plan(precision=precision, device_bytes=device_bytes, longest=longest).rows()
+        chosen = partial(plan, precision=precision, longest=longest)
+        lines = _filled_lines(chosen, training, rows, device_bytes=device_bytes, seed=seed)
+        lines = lines or chosen(device_bytes=device_bytes).rows()
     except UserError as error:
         return [f"not known: {error}"]
-    return [f"on {where}: {precision.describe()}", *rows, *([f"before that: {problem}"] if problem else [])]
+    return [f"on {where}: {precision.describe()}", *lines, *([f"before that: {problem}"] if problem else [])]
+
+
+def _filled_lines(
+    plan: Callable[..., MemoryPlan],
+    training: TrainingConfig,
+    rows: Sequence[PrefixRow],
+    *,
+    device_bytes: int | None,
+    seed: int,
+) -> list[str]:
+    """The plan of the largest micro-batch and what a step is cut into; nothing where that is not known or does not fit."""
+    if not device_bytes or not rows:
+        return []
+    lengths = [row.shared_length for row in rows]
+    cut = plan_training(lengths, range(len(rows)), training, seed=seed, processes=1)
+    filling = fill_card(cut, rows, training, planned=plan, device_bytes=device_bytes)
+    if filling.memory is None or not filling.memory.fits:
+        return []
+    return [
+        *filling.memory.rows(),
+        f"a step of {filling.describe()}, as far as {len(rows)} of the pairs show",
+    ]
 
 
 def precision_on(

@@ -18,7 +18,7 @@ Keys = tuple[dict[str, Any], dict[str, Any]]
 
 def training_keys(training: TrainingConfig) -> Keys:
     """What decides the result; of the batch it is the pairs of a step, which `StepSize` cuts."""
-    values = training.model_dump(mode="json")
+    values = _without(training.model_dump(mode="json"), ("merge_micro_batches",))  # which no version counted
     product = training.pairs_per_device * training.gradient_accumulation_steps
     step = training.pairs_per_step or product
     earlier = values if step != product else _without(values, ("pairs_per_step",))

@@ -5,9 +5,10 @@ Weights, gradients and optimizer states are counted parameter by parameter on th
 makes it fit.
 """
 
+import bisect
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -20,7 +21,7 @@ from prmd.errors import ConfigError
 from prmd.models.card import sampling_bytes
 from prmd.models.sequence_models import supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
-from prmd.runtime import GIB, get_device
+from prmd.runtime import GIB, get_device, get_runtime
 from prmd.training.precision import Precision, eight_bit_precision, lora_precision
 from prmd.training.rehearsal import (
     BatchShape,
@@ -29,7 +30,9 @@ from prmd.training.rehearsal import (
     meta_model,
     rehearse_scoring,
     rehearse_training,
+    separate_layers,
 )
+from prmd.training.sharding import requested_sharding
 
 USABLE = 0.92
 """Share of a card that tensors may fill; the driver's context and the allocator's fragments take the rest."""
@@ -50,7 +53,7 @@ class MemoryPlan:
         rest: what the peak has above these (a recomputed layer, bfloat16 copies of master weights, the embedding's
             gradient, float32 moments inside the 8-bit step).
         device_bytes: memory of the card; None without one.
-        gradient_checkpointing: as resolved from `auto`.
+        layers, recomputed: layers of the model, and how many of them, the first ones, are run again in the backward pass.
         first_change: what to set first where it does not fit, else empty.
     """
 
@@ -65,7 +68,8 @@ class MemoryPlan:
     mask: int = 0
     rest: int = 0
     device_bytes: int | None = None
-    gradient_checkpointing: bool = False
+    layers: int = 0
+    recomputed: int = 0
     first_change: str = ""
 
     @property
@@ -87,7 +91,9 @@ class MemoryPlan:
         lines = [
             f"{self.parameters / 1e6:,.1f} million parameters, {self.trainable / 1e6:,.1f} million of them trained"
         ]
-        recompute = "layers recomputed" if self.gradient_checkpointing else "layers kept"
+        recompute = (
+            f"{self.recomputed} of {self.layers} layers recomputed" if self.recomputed else "layers kept"
+        )
         parts = {
             "weights": self.weights,
             "gradients": self.gradients,
@@ -98,8 +104,8 @@ class MemoryPlan:
             "mask": self.mask,
             "rest of the peak": self.rest,
         }
-        lines += [f"{name:<32}{size / GIB:9.2f} GiB" for name, size in parts.items() if size]
-        lines.append(f"{'total':<32}{self.total / GIB:9.2f} GiB{self._verdict()}")
+        lines += [f"{name:<42}{size / GIB:9.2f} GiB" for name, size in parts.items() if size]
+        lines.append(f"{'total':<42}{self.total / GIB:9.2f} GiB{self._verdict()}")
         return lines + ([f"first change: {self.first_change}"] if self.first_change else [])
 
     def _verdict(self) -> str:
@@ -135,32 +141,36 @@ def plan_memory(
     device_bytes: int | None,
     longest: PrefixRow | None = None,
     sampled: Sequence[int] = (),
+    rows: Sequence[PrefixRow] = (),
 ) -> MemoryPlan:
     """Plan the peak of one training step.
 
     Args:
         model_config: transformers configuration of the base model, as `models.loading.load_model_config` gives it.
         tuning: sizes of the adapters, and what may be changed to.
-        training: `max_length` and `gradient_checkpointing` (`auto` recomputes layers on a card).
+        training: `max_length` and `gradient_checkpointing` (`auto` recomputes as few layers as a card allows; where it does
+            not hold even all of them recomputed, and in families that know no single ones, all).
         precision: as `precision.resolve_precision` chose it.
         pairs_per_device: pairs per micro-batch.
         device_bytes: memory of the card, or None.
         longest: the longest row of the tokenised data; without it two responses of `max_length` are assumed.
         sampled: tokens of each response that every row holds behind these (reference samples).
+        rows: those of the largest micro-batch where they are known, whole as they are trained on.
 
     Returns:
-        The plan, with `first_change` where it does not fit.
+        The plan, with `first_change` where it does not fit and `rows` are not known.
 
     Raises:
         ConfigError: the family's own code does not run on tensors without storage.
     """
     setting = _Setting(
         *(model_config, tuning, training, precision, task, pairs_per_device, device_bytes, longest),
-        tuple(sampled),
+        *(tuple(sampled), tuple(rows)),
     )
     try:
         plan = setting.plan
-        return plan if plan.fits in (None, True) else replace(plan, first_change=_first_change(setting))
+        asked = plan.fits is False and not rows
+        return replace(plan, first_change=_first_change(setting)) if asked else plan
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # by code of any family
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise ConfigError(
@@ -182,11 +192,11 @@ class _Setting:
     device_bytes: int | None
     longest: PrefixRow | None
     sampled: tuple[int, ...]
+    rows: tuple[PrefixRow, ...] = ()
 
     @property
-    def checkpointing(self) -> bool:
-        chosen = self.training.gradient_checkpointing
-        return self.device_bytes is not None if chosen == "auto" else chosen
+    def layers(self) -> int:
+        return self.model_config.num_hidden_layers
 
     @property
     def lora(self) -> LoraConfig | None:
@@ -202,10 +212,10 @@ class _Setting:
             parameters=sum(p.numel() for p in model.parameters()),
             trainable=sum(p.numel() for p in trained),
             weights=_weight_bytes(model),
-            gradients=sum(p.numel() * p.element_size() for p in trained),
+            gradients=_gradient_copies() * sum(p.numel() * p.element_size() for p in trained),
             optimizer=sum(state_bytes(p, precision.optimizer) for p in trained),
             device_bytes=self.device_bytes,
-            gradient_checkpointing=self.checkpointing,
+            layers=self.layers,
         )
 
     @cached_property
@@ -220,22 +230,56 @@ class _Setting:
         return 2 * torch.float32.itemsize * max(p.numel() for p in model.parameters())
 
     @cached_property
-    def plan(self) -> MemoryPlan:
-        step = rehearse_training(
+    def step(self) -> Callable[[int], StepBytes]:
+        return rehearse_training(
             self.model_config,
-            _batch_shape(self.model_config, self.pairs, self.training.max_length, self.longest, self.sampled),
+            self.batch,
             task=self.task,
             dtype=self.precision.weights_dtype,
             lora=self.lora,
             autocast=self.precision.autocast,
-            gradient_checkpointing=self.checkpointing,
         )
-        return _add_step(self.states, step, self.scratch)
+
+    @property
+    def batch(self) -> BatchShape:
+        """The largest micro-batch."""
+        if self.rows:
+            return _shape(self.model_config, self.rows)
+        return _batch_shape(
+            self.model_config, self.pairs, self.training.max_length, self.longest, self.sampled
+        )
+
+    def recomputing(self, layers: int) -> MemoryPlan:
+        """The plan with so many layers recomputed."""
+        return replace(_add_step(self.states, self.step(layers), self.scratch), recomputed=layers)
+
+    @cached_property
+    def plan(self) -> MemoryPlan:
+        """With the layers recomputed that `training` says, for `auto` the fewest that fit a card."""
+        chosen, card = self.training.gradient_checkpointing, self.device_bytes is not None
+        if chosen is not True and (chosen is False or not card):
+            return self.recomputing(0)
+        most = self.recomputing(self.layers)
+        if chosen is True or not most.fits:
+            return most
+        if (none := self.recomputing(0)).fits:
+            return none
+        some = meta_model(self.model_config, task=self.task, dtype=torch.float32, lora=None, layers=1)
+        if not separate_layers(some):
+            return most
+        numbers = range(1, self.layers)
+        fewest = bisect.bisect_left(numbers, True, key=lambda layers: bool(self.recomputing(layers).fits))
+        return self.recomputing(numbers[fewest]) if fewest < len(numbers) else most
 
     @property
     def fits(self) -> bool:
         """Whether it fits; a step is not rehearsed where the states alone do not."""
         return bool(self.states.fits) and bool(self.plan.fits)
+
+
+def _gradient_copies() -> int:
+    """Data parallelism holds gradients a second time, in the buckets it sends."""
+    return 2 if get_runtime().world_size > 1 and not requested_sharding() else 1
 
 
 def _weight_bytes(model: nn.Module) -> int:
@@ -260,13 +304,18 @@ def _batch_shape(
     """The largest micro-batch: rows of one prompt token and two full responses, or of the longest row given."""
     row = longest or PrefixRow((0,), ((0,) * (max_length - 1),) * 2)
     row = PrefixRow(row.prompt_ids, (*row.responses, *((0,) * tokens for tokens in sampled)))
-    responses = len(row.responses)
-    predicted = pairs * (row.shared_length - len(row.prompt_ids))
+    return _shape(model_config, [row] * pairs)
+
+
+def _shape(model_config: Any, rows: Sequence[PrefixRow]) -> BatchShape:
+    """Sizes of the micro-batch of these rows."""
+    longest, responses = max(row.longest for row in rows), sum(len(row.responses) for row in rows)
+    predicted = sum(row.shared_length - len(row.prompt_ids) for row in rows)
     loaded = copy.deepcopy(model_config)
     loaded._attn_implementation = _attention(model_config)
-    if supports_shared_prompts(loaded, row.longest):
-        return BatchShape(pairs, row.shared_length, pairs * responses, predicted)
-    return BatchShape(pairs * responses, row.longest, pairs * responses, predicted)
+    if supports_shared_prompts(loaded, longest):
+        return BatchShape(len(rows), max(row.shared_length for row in rows), responses, predicted)
+    return BatchShape(responses, longest, responses, predicted)
 
 
 def _attention(model_config: Any) -> str:
@@ -300,7 +349,7 @@ def _first_change(setting: _Setting) -> str:
 
 def _changes(setting: _Setting) -> Iterator[tuple[str, _Setting]]:
     training, precision = setting.training, setting.precision
-    if not setting.checkpointing:
+    if setting.plan.recomputed < setting.layers:
         yield (
             "training.gradient_checkpointing: true",
             replace(setting, training=training.model_copy(update={"gradient_checkpointing": True})),

@@ -1,7 +1,7 @@
 """A training step or scoring pass run on tensors without storage, to learn the bytes it would hold.
 
-Two and three layers of the configured model are run forward and backward through `models.sequence_models`, on fake tensors
-that have shapes and no data, and the count is continued linearly to all layers. So attention masks, autocast copies,
+A few layers of the configured model are run forward and backward through `models.sequence_models`, on fake tensors that have
+shapes and no data, two and three of each kind (recomputed, kept), and the count is continued linearly to all layers. So attention masks, autocast copies,
 recomputed layers, blocks of logits and gradients of tied embeddings are counted as they happen, whatever the family of
 the model. `peak_tensor_bytes` counts live tensors while any code runs: a dispatch mode sees every tensor an operator returns
 and forgets it when its storage is freed, so the count has no allocator's rounding in it; scratch space inside one operator
@@ -12,6 +12,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -20,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prmd.config.shared import LoraConfig
 from prmd.models.attention import or_eager, plain_attention
@@ -106,7 +108,7 @@ def peak_tensor_bytes(existing: Iterable[Tensor] = ()) -> TensorBytes:
 Task = Literal["reward_model", "policy"]
 
 _FEW_LAYERS = 2
-"""The first layer may save less than the others (nothing before it is trained), so two layers are the least."""
+"""The first layer may save less than the others (nothing before it is trained), so two layers of a kind are the least."""
 
 
 @dataclass(frozen=True)
@@ -191,13 +193,33 @@ def meta_model(
         )
 
 
-def enable_gradient_checkpointing(model: nn.Module) -> None:
-    """Recompute each layer in the backward pass; adapters, if any, are already in the model."""
+def separate_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a model in their order, each of which can be recomputed or kept by itself; empty where none can.
+
+    Families that decide it elsewhere than in their layers, or layers inside layers, recompute all or none.
+    """
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    return layers if len(layers) == getattr(model.config, "num_hidden_layers", None) else []
+
+
+def enable_gradient_checkpointing(model: nn.Module, recomputed: int | None = None) -> None:
+    """Recompute layers in the backward pass; adapters, if any, are already in the model.
+
+    Args:
+        model: a transformers or PEFT model.
+        recomputed: how many, the first ones: what the last ones keep is gone again when the first are recomputed, so that
+            the layer that is recomputed adds nothing to the peak. None: all of them.
+    """
+    if recomputed == 0:
+        return
     arguments = {"use_reentrant": False}
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
     else:  # its name before transformers renamed it
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    if recomputed is not None:
+        for layer in separate_layers(model)[recomputed:]:
+            layer.gradient_checkpointing = False
 
 
 def rehearse_training(
@@ -208,25 +230,24 @@ def rehearse_training(
     dtype: torch.dtype,
     lora: LoraConfig | None,
     autocast: bool,
-    gradient_checkpointing: bool,
-) -> StepBytes:
-    """Bytes of forward and backward of one micro-batch, gradients that are kept not included.
+) -> Callable[[int], StepBytes]:
+    """Bytes of forward and backward of one micro-batch by the number of recomputed layers, gradients that are kept not included.
 
     Args:
         dtype: precision the model's weights are held in.
         autocast: forward passes compute in bfloat16.
     """
 
-    def run(layers: int) -> StepBytes:
-        model = meta_model(model_config, task=task, dtype=dtype, lora=lora, layers=layers)
+    @cache
+    def run(recomputed: int, kept: int) -> StepBytes:
+        model = meta_model(model_config, task=task, dtype=dtype, lora=lora, layers=recomputed + kept)
         with FakeTensorMode():
             _give_fake_storage(model)
             model.train()
-            if gradient_checkpointing:
-                enable_gradient_checkpointing(model)
+            enable_gradient_checkpointing(model, recomputed if kept else None)
             return _step(_wrapped(model, task), batch, autocast=autocast)
 
-    return _all_layers(run, model_config.num_hidden_layers)
+    return lambda recomputed: _all_layers(run, recomputed, model_config.num_hidden_layers - recomputed)
 
 
 def rehearse_scoring(model_config: Any, batch: BatchShape, *, task: Task, dtype: torch.dtype) -> StepBytes:
@@ -241,13 +262,19 @@ def rehearse_scoring(model_config: Any, batch: BatchShape, *, task: Task, dtype:
     return run(min(_FEW_LAYERS, model_config.num_hidden_layers))
 
 
-def _all_layers(run: Callable[[int], StepBytes], layers: int) -> StepBytes:
-    """Continue the bytes of a few layers to all of them; every field grows by the same amount with each layer."""
-    if layers <= _FEW_LAYERS + 1:
-        return run(layers)
-    few, more = run(_FEW_LAYERS), run(_FEW_LAYERS + 1)
-    values = {f.name: (getattr(few, f.name), getattr(more, f.name)) for f in fields(StepBytes)}
-    return StepBytes(**{name: a + (layers - _FEW_LAYERS) * (b - a) for name, (a, b) in values.items()})
+def _all_layers(run: Callable[[int, int], StepBytes], recomputed: int, kept: int) -> StepBytes:
+    """Continue the bytes of a few layers of both kinds to all; every field grows by the same amount with each of a kind."""
+    counts = (recomputed, kept)
+    few = tuple(min(_FEW_LAYERS, count) for count in counts)
+    total = run(*few)
+    bytes_of = {f.name: getattr(total, f.name) for f in fields(StepBytes)}
+    for kind, count in enumerate(counts):
+        if count > _FEW_LAYERS:
+            more = run(*(n + (kind == i) for i, n in enumerate(few)))
+            for name in bytes_of:
+                grown = getattr(more, name) - getattr(total, name)
+                bytes_of[name] += (count - _FEW_LAYERS) * grown
+    return StepBytes(**bytes_of)
 
 
 def _give_fake_storage(model: nn.Module) -> None:

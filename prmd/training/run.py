@@ -5,10 +5,13 @@ trained, logged, checkpointed and resumed alike. The optimiser step itself is in
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
@@ -33,6 +36,7 @@ from prmd.training.checkpoints import (
     newest_complete,
 )
 from prmd.training.memory import device_memory, plan_memory, state_bytes
+from prmd.training.merging import MOST_TOKENS, Filling, fill_card, least_memory, recomputing
 from prmd.training.precision import Precision, refuse_if_stuck, resolve_precision
 from prmd.training.rehearsal import enable_gradient_checkpointing, meta_model
 from prmd.training.sharding import requested_sharding
@@ -166,6 +170,7 @@ def run_training(
         ConfigError: as `refuse_if_stuck`, here on the model's own weights, and `check_agreement`.
         StoppedError: as `StopRequests.heard`.
         NotFiniteError: a loss or gradient is NaN or infinite.
+        ConfigError: the card's memory is full, in the first step of one process also without what it need not hold.
     """
     training, runtime = run.training, get_runtime()
     shared = run.shared
@@ -180,19 +185,7 @@ def run_training(
     steps = checkpoint_steps(training.checkpoints, plan.steps)
     resume = newest_complete(run.directory)
     refuse_other_steps(run.directory, precision, plan, resumed=resume is not None)
-    model = _load(run, precision, on_card=runtime.device.type == "cuda")
-    stops = StopRequests()
-    guard = RefuseNotFinite(run.name, [[run.data.name(i) for i in rows] for rows in plan.pairs])
-    trainer = _trainer(
-        run, model, precision, plan, tokenizer, [ShareCheckpoints(steps), stops, guard], resume
-    )
-    logger.info(
-        "%s: %d pairs, %d optimizer steps of %s, learning rate %g, %s, logs in %s",
-        *(run.name, len(run.stream), plan.steps, plan.size.describe()),
-        *(precision.learning_rate, precision.optimizer, run.log_directory),
-    )
-    with stops.heard(run.name):
-        history = _train(trainer, run, resume, from_start=0 in steps)
+    history = _trained(run, tokenizer, precision, plan, steps, resume)
     kept = {step: name for step, name in steps.items() if (run.directory / f"{PREFIX}{step}").is_dir()}
     wait_for_everyone()  # before the main process moves a checkpoint that another is still writing to
     return history, kept
@@ -225,8 +218,101 @@ def refuse_other_steps(directory: Path, precision: Precision, plan: TrainingPlan
         io.write_json(file, own)
 
 
-def _load(run: TrainingRun, precision: Precision, *, on_card: bool) -> SequenceRewards | SequenceLogps:
-    """The model to train, which the optimiser moves, with layers recomputed where the YAML or a card asks for it."""
+def _trained(
+    run: TrainingRun,
+    tokenizer: PreTrainedTokenizerBase,
+    precision: Precision,
+    plan: TrainingPlan,
+    steps: dict[int, str],
+    resume: Path | None,
+) -> list[dict[str, float]]:
+    """Train; where the first step does not fit the card, once more from the same start with half as much merged."""
+    training, most, before = run.training, MOST_TOKENS, _random_states()
+    first = int(resume.name.removeprefix(PREFIX)) if resume else 0
+    with_start = 0 in steps and resume is None
+    while True:
+        model = _load(run, precision)
+        filling = _fill(run, precision, plan, training, most)
+        enable_gradient_checkpointing(model.unwrapped, filling.recomputed)
+        stops = StopRequests()
+        guard = RefuseNotFinite(run.name, [[run.data.name(i) for i in rows] for rows in plan.pairs])
+        callbacks = [ShareCheckpoints(steps), stops, guard]
+        trainer = _trainer(run, model, precision, filling.plan, tokenizer, callbacks, resume)
+        logger.info(
+            "%s: %d pairs, %d optimizer steps of %s, learning rate %g, %s, logs in %s",
+            *(run.name, len(run.stream), plan.steps, filling.describe()),
+            *(precision.learning_rate, precision.optimizer, run.log_directory),
+        )
+        with stops.heard(run.name):
+            if with_start:
+                _start(trainer, run)
+            try:
+                return _train(trainer, run, resume)
+            except torch.OutOfMemoryError as error:
+                may_take_less = filling.merged or (
+                    filling.keeps and training.gradient_checkpointing == "auto"
+                )
+                in_first = trainer.state.global_step == first
+                if not (in_first and may_take_less) or get_runtime().world_size > 1:
+                    raise _does_not_fit(run, filling, trainer.state.global_step + 1, error) from error
+        del model, trainer, callbacks  # before the model is loaded again
+        with_start, most, training = False, filling.plan.tokens // 2, recomputing(run.training)
+        _set_random_states(before)
+        logger.warning(
+            "%s: the first step does not fit the card; the same training begins again with every layer recomputed and "
+            "nothing merged beyond %d tokens",
+            *(run.name, most),
+        )
+
+
+def _fill(
+    run: TrainingRun, precision: Precision, plan: TrainingPlan, training: TrainingConfig, most: int
+) -> Filling:
+    """How the card is filled; behind `check_agreement`, which may find that this model shares no prompts."""
+    planned = partial(
+        plan_memory,
+        model_config=load_model_config(run.shared.model, run.shared.paths),
+        tuning=run.tuning,
+        precision=precision,
+        task=run.task,
+        pairs_per_device=training.pairs_per_device,
+    )
+    return fill_card(
+        plan, run.data.rows, training, planned=planned, device_bytes=least_memory(), most_tokens=most
+    )
+
+
+def _does_not_fit(
+    run: TrainingRun, filling: Filling, step: int, error: torch.OutOfMemoryError
+) -> ConfigError:
+    """What to change; whatever it is, the training goes on from what is saved."""
+    device = run.training.pairs_per_device
+    remedies = ["training.merge_micro_batches: false"] if filling.merged else []
+    remedies += ["training.gradient_checkpointing: true"] if filling.keeps else []
+    if not remedies and device > 1:
+        accumulation = math.ceil(filling.plan.size.pairs / (device // 2 * filling.plan.size.processes))
+        remedies = [
+            f"training.pairs_per_device: {device // 2} and gradient_accumulation_steps: {accumulation}"
+        ]
+    remedy = " and ".join(remedies) or "a smaller training.max_length, tuning.method: lora, or a larger card"
+    return ConfigError(
+        f"{run.name}: the card's memory is full at step {step} ({str(error).strip().splitlines()[0][:100]}); set {remedy}"
+    )
+
+
+def _random_states() -> tuple[torch.Tensor, list[torch.Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _set_random_states(states: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+    """Have what is made at random on loading, a head or adapters, made as before."""
+    torch.set_rng_state(states[0])
+    if states[1]:
+        torch.cuda.set_rng_state_all(states[1])
+
+
+def _load(run: TrainingRun, precision: Precision) -> SequenceRewards | SequenceLogps:
+    """The model to train, which the optimiser moves."""
     free_memory()  # of the model trained before this one
     model = run.load_model(precision.master_weights)
     progress = refuse_if_stuck(precision, model)
@@ -239,9 +325,6 @@ def _load(run: TrainingRun, precision: Precision, *, on_card: bool) -> SequenceR
     if not requested_sharding():  # before a sharded model is wrapped, no process holds it whole
         rows = [*run.data.rows, *(run.eval_data.rows if run.eval_data else ())]
         check_agreement(model.model, model, longest=max(row.longest for row in rows))
-    checkpointing = run.training.gradient_checkpointing
-    if on_card if checkpointing == "auto" else checkpointing:
-        enable_gradient_checkpointing(model.unwrapped)
     return model
 
 
@@ -287,18 +370,19 @@ def _trainer(
     )
 
 
-def _train(
-    trainer: PairTrainer, run: TrainingRun, resume: Path | None, *, from_start: bool
-) -> list[dict[str, float]]:
-    """Train from a checkpoint or, after its evaluation where that is asked for, from the start."""
+def _start(trainer: PairTrainer, run: TrainingRun) -> None:
+    """Evaluate and save the untrained model."""
+    metrics = trainer.evaluate()
+    trainer.save_start(run.directory / f"{PREFIX}0")
+    if is_main_process():
+        io.write_json(run.directory / START_FILE, {"step": 0, **metrics})
+
+
+def _train(trainer: PairTrainer, run: TrainingRun, resume: Path | None) -> list[dict[str, float]]:
+    """Train, from a checkpoint if there is one."""
     start_file = run.directory / START_FILE
     if resume is not None:
         logger.info("%s: resuming from %s", run.name, resume.name)
-    elif from_start:
-        metrics = trainer.evaluate()
-        trainer.save_start(run.directory / f"{PREFIX}0")
-        if is_main_process():
-            io.write_json(start_file, {"step": 0, **metrics})
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     start = [io.read_json(start_file)] if start_file.is_file() else []
     return start + trainer.state.log_history

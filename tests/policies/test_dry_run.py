@@ -1,6 +1,7 @@
 """What `--dry-run` says: files and rows, steps, memory, disk; no model loaded, nothing written."""
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from prmd.policies.train import train_baseline_dpo, train_hierarchical, train_pe
 from prmd.rewards.train import train_reward_model
 from prmd.runtime import GIB
 from prmd.training import dry_run
-from prmd.training.dry_run import describe_inputs, longest_row, memory_lines
+from prmd.training.dry_run import describe_inputs, known_rows, memory_lines
 
 TRAINING = TrainingConfig(epochs=3.0, pairs_per_device=2, gradient_accumulation_steps=2, max_length=128)
 
@@ -140,7 +141,9 @@ def test_without_a_card_one_of_32_gib_is_planned_besides(
     text = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy"))
     here, there = text.split("on a card of 32 GiB, which is not here: ")
     assert "layers kept" in here and "which has no card" in here and "a card of" not in here
-    assert "layers recomputed" in there and "fits a card of 32.0 GiB" in there
+    assert (
+        "layers kept" in there and "fits a card of 32.0 GiB" in there
+    )  # as few are recomputed as the card allows
     for part in ("weights", "gradients", "optimizer", "activations", "logits", "mask", "total"):
         assert f"memory      {part}" in here and f"memory      {part}" in there
     assert "sampling 32 responses at once, 384 tokens" in there and "cache " in there  # 128 + 256
@@ -182,6 +185,32 @@ def test_what_fits_32_gib_of_a_model_of_3b(
     assert all("tuning.optimizer: adamw_8bit_stochastic" in line for line in advice)
 
 
+def test_what_a_step_is_cut_into_on_a_card_is_said(
+    config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_prepared(config.paths, pairs=6)
+    file = config.paths.split("helpful", "train")
+    training = TRAINING.model_copy(update={"pairs_per_device": 1, "gradient_accumulation_steps": 4})
+    monkeypatch.setattr(dry_run, "device_memory", lambda: 32 * GIB)
+    said = []
+    for merge in (True, False):
+        merging = training.model_copy(update={"merge_micro_batches": merge})
+        *_, line = (
+            line
+            for line in memory_lines(config, TuningConfig(), merging, "policy", trained_on=[file])
+            if "a step of" in line
+        )
+        said.append(line)
+    rows = known_rows(config.model, config.paths, [file], training, "policy").some
+    size = r"\((4 of 1 pairs merged: )?\d+\.\d of 29\.4 GiB, all layers kept\), as far as"
+    for line in said:
+        assert re.search(
+            rf"a step of 4 pairs, in [1-4] micro-batches {size} {len(rows)} of the pairs show$", line
+        )
+    assert "in 4 micro-batches" not in said[0] and "merged" in said[0]
+    assert "in 4 micro-batches" in said[1] and "merged" not in said[1]
+
+
 # ------------------------------------------------------------------ the longest row
 def test_the_longest_prepared_pair_is_planned_for(config: RewardModelConfig) -> None:
     write_prepared(config.paths, pairs=6)
@@ -197,7 +226,10 @@ def test_the_longest_prepared_pair_is_planned_for(config: RewardModelConfig) -> 
             keep_suffix=task == "reward_model",
         ).rows
         expected[task] = max(row.shared_length for row in rows)
-        assert longest_row(config.model, config.paths, [file], TRAINING, task).shared_length == expected[task]
+        assert (
+            known_rows(config.model, config.paths, [file], TRAINING, task).longest.shared_length
+            == expected[task]
+        )
     assert expected["reward_model"] > expected["policy"]
     planned = memory_lines(config, TuningConfig(), TRAINING, "policy", trained_on=[file])
     assert "longest pair: " in planned[0]
@@ -217,7 +249,9 @@ def test_pairs_of_samples_may_be_the_longest(config: RewardModelConfig) -> None:
     labelled = max(row.shared_length for row in rows)
     for tokens in (1, 60, 1000):
         pairs = [len(row.prompt_ids) + 2 * min(tokens, 128 - len(row.prompt_ids)) for row in rows]
-        found = longest_row(config.model, config.paths, [file], TRAINING, "policy", sample_tokens=tokens)
+        found = known_rows(
+            config.model, config.paths, [file], TRAINING, "policy", sample_tokens=tokens
+        ).longest
         assert found.shared_length == max(labelled, *pairs)
         assert (found.shared_length > labelled) == (tokens > 1)
 
@@ -247,8 +281,10 @@ def test_without_data_tokenizer_or_a_pair_that_fits_the_longest_row_is_not_known
 ) -> None:
     write_prepared(config.paths, pairs=2)
     file = config.paths.split("honest", "train")
-    assert longest_row(config.model, config.paths, [tmp_path / "none.jsonl"], TRAINING, "policy") is None
+    assert (
+        known_rows(config.model, config.paths, [tmp_path / "none.jsonl"], TRAINING, "policy").longest is None
+    )
     far = config.model_copy(update={"model": ModelConfig(name="nobody/nothing-at-all", revision=None)})
-    assert longest_row(far.model, config.paths, [file], TRAINING, "policy") is None
+    assert known_rows(far.model, config.paths, [file], TRAINING, "policy").longest is None
     short = TRAINING.model_copy(update={"max_length": 16, "over_length": "drop"})
-    assert longest_row(config.model, config.paths, [file], short, "policy") is None
+    assert known_rows(config.model, config.paths, [file], short, "policy").longest is None

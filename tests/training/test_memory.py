@@ -72,7 +72,7 @@ def _plan(config: Any, precision: Precision, *, task: str = "policy", **changes:
 
 
 # ------------------------------------------------------------------ real steps
-def _sequence_model(config: Any, precision: Precision, task: str, checkpointing: bool) -> nn.Module:
+def _sequence_model(config: Any, precision: Precision, task: str, checkpointing: bool | int) -> nn.Module:
     config = copy.deepcopy(config)
     auto: Any = AutoModelForCausalLM
     if task == "reward_model":
@@ -81,7 +81,7 @@ def _sequence_model(config: Any, precision: Precision, task: str, checkpointing:
     if precision.trained == "lora":
         model = add_lora(model, TUNING.lora, task="SEQ_CLS" if task == "reward_model" else "CAUSAL_LM")
     if checkpointing:
-        enable_gradient_checkpointing(model)
+        enable_gradient_checkpointing(model, None if checkpointing is True else checkpointing)
     return (SequenceRewards if task == "reward_model" else SequenceLogps)(model).train()
 
 
@@ -93,7 +93,9 @@ def _eight_bit_states(parameters: list[nn.Parameter]) -> list[torch.Tensor]:
     return [optimizer._new_buffer(p, signed) for p in parameters for signed in (True, False)]
 
 
-def _measured(config: Any, precision: Precision, task: str, checkpointing: bool, row: PrefixRow = ROW) -> int:
+def _measured(
+    config: Any, precision: Precision, task: str, checkpointing: bool | int, row: PrefixRow = ROW
+) -> int:
     """Peak bytes of two optimiser steps of two micro-batches each."""
     model = _sequence_model(config, precision, task, checkpointing)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -142,6 +144,36 @@ def test_plan_is_that_of_a_real_step(
         pytest.skip("torchao is not installed (pip install torchao)")
     plan = _plan(config, precision, task=task, checkpointing=checkpointing)
     assert plan.total == pytest.approx(_measured(config, precision, task, checkpointing), rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "precision", "task", "shares"),
+    [
+        (LLAMA, FLOAT32, "policy", (0.15, 0.5, 0.9)),
+        (LLAMA, MASTER, "reward_model", (0.5,)),
+        (LLAMA, LORA, "policy", (0.5,)),
+        (QWEN2, MASTER, "policy", (0.5,)),
+        (QWEN2, EIGHT_BIT, "policy", (0.5,)),
+    ],
+    ids=["float32", "masters", "lora", "tied", "8-bit"],
+)
+def test_plan_with_some_layers_recomputed_is_that_of_a_real_step(
+    config: Any, precision: Precision, task: str, shares: tuple[float, ...]
+) -> None:
+    """On cards that hold so large a share of what lies between all layers recomputed and none."""
+    if precision is EIGHT_BIT and importlib.util.find_spec("torchao") is None:
+        pytest.skip("torchao is not installed (pip install torchao)")
+    none, every = (_plan(config, precision, task=task, checkpointing=c).total for c in (False, True))
+    numbers = []
+    for share in shares:
+        card = _card_for(round(every + share * (none - every)))
+        plan = _plan(config, precision, task=task, checkpointing="auto", device_bytes=card)
+        numbers.append(plan.recomputed)
+        assert plan.total == pytest.approx(_measured(config, precision, task, plan.recomputed), rel=0.03)
+        assert every <= plan.total < none and plan.fits
+    assert numbers == sorted(set(numbers), reverse=True)
+    assert 0 < numbers[-1] <= numbers[0] < config.num_hidden_layers
 
 
 @pytest.mark.parametrize(
@@ -279,9 +311,21 @@ def test_eight_bit_states_are_those_of_torchao() -> None:
 
 
 # ------------------------------------------------------------------ what to change
-def test_auto_recomputes_layers_on_a_card_alone() -> None:
-    assert not _plan(LLAMA, FLOAT32, checkpointing="auto").gradient_checkpointing
-    assert _plan(LLAMA, FLOAT32, checkpointing="auto", device_bytes=2**33).gradient_checkpointing
+@pytest.mark.slow
+def test_auto_recomputes_as_few_layers_as_a_card_allows() -> None:
+    """The cards hold what no recomputation takes, a byte less, half of what it spares, and a byte less than with all of it."""
+    assert _plan(LLAMA, FLOAT32, checkpointing="auto").recomputed == 0, "there is no card"
+    none, every = (_plan(LLAMA, FLOAT32, checkpointing=all_layers).total for all_layers in (False, True))
+    recomputed = []
+    for total in (none, none - 1, (none + every) // 2, every - 1):
+        plan = _plan(LLAMA, FLOAT32, checkpointing="auto", device_bytes=_card_for(total))
+        recomputed.append(plan.recomputed)
+        assert plan.fits == (total >= every)
+        if 0 < plan.recomputed < 6:  # the layer more was needed
+            less = _plan(LLAMA, FLOAT32, checkpointing="auto", device_bytes=_card_for(plan.total - 1))
+            assert less.recomputed == plan.recomputed + 1
+            assert f"activations ({plan.recomputed} of 6 layers recomputed)" in "\n".join(plan.rows())
+    assert recomputed[0] == 0 and 1 <= recomputed[1] < recomputed[2] < recomputed[3] == 6
 
 
 def test_first_change_is_the_first_that_fits() -> None:
@@ -312,6 +356,11 @@ def test_first_change_of_a_model_too_large_for_the_card() -> None:
     assert _advice(lora, **common).startswith("tuning.method: lora")
     hopeless = _plan(QWEN3, LORA, device_bytes=lora.weights // 2, **common)
     assert hopeless.first_change.startswith("a smaller model.name")
+
+
+def _card_for(total: int) -> int:
+    """Bytes of a card whose usable share just holds so many."""
+    return math.ceil(total / USABLE)
 
 
 def _advice(card: MemoryPlan, **changes: Any) -> str:
