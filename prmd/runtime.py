@@ -154,7 +154,7 @@ def progress(
 @contextmanager
 def said_if_slow(what: str) -> Iterator[None]:
     """Log `what` once the block has taken five seconds: a bar for what has no parts to count."""
-    timer = threading.Timer(_PROGRESS_AFTER_SECONDS, logger.info, (f"{what} ...",))
+    timer = threading.Timer(_PROGRESS_AFTER_SECONDS, logger.info, ("%s ...", what))
     timer.daemon = True
     timer.start()
     try:

@@ -85,6 +85,22 @@ def test_progress_shows_itself_when_slow_on_process_zero_only(
     assert "generating" not in capsys.readouterr().err
 
 
+def test_what_takes_long_is_said_and_what_is_quick_is_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with runtime.said_if_slow("loading quick"):
+        pass
+    monkeypatch.setattr(runtime, "_PROGRESS_AFTER_SECONDS", 0.05)
+    with runtime.said_if_slow("loading 100% of it"):
+        time.sleep(0.5)
+        assert caplog.messages == ["loading 100% of it ..."]
+    with pytest.raises(OSError, match="gone"), runtime.said_if_slow("loading what is not there"):
+        raise OSError("gone")
+    time.sleep(0.2)
+    assert caplog.messages == ["loading 100% of it ..."]
+
+
 def test_progress_in_a_file_speaks_after_five_seconds_and_then_seldom(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -238,10 +238,19 @@ def notes(reads: Reads, folder: Path) -> set[str]:
 
 
 def files_of(folder: Path) -> set[str]:
-    """Every file of a finished folder but its record, and checkpoints: those were hashed when they were saved."""
+    """Every file of a finished folder but its record, checkpoints and copies of them: those were hashed when they were saved."""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    saved = tuple(f"checkpoints/{name}/" for name in ("33", "66", "end"))
-    return {name for name in found if name != "run.json" and not name.startswith(saved)}
+    return {name for name in found if name != "run.json" and not is_copied(folder, name)}
+
+
+def is_copied(folder: Path, name: str) -> bool:
+    """Whether a file was copied from a checkpoint: a policy is its last one, a member of a reward model its best one."""
+    if name.startswith("members/"):
+        return "/adapter/" in name and not name.endswith("adapter_config.json")  # written anew
+    if name.startswith(tuple(f"checkpoints/{kept}/" for kept in ("33", "66", "end", "best"))):
+        return True
+    policy = not (folder / "backbone.json").is_file()
+    return policy and (folder / "checkpoints" / "end" / name).is_file()
 
 
 def _evaluation(root: Path) -> EvaluationConfig:

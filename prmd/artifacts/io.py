@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prmd.errors import DataError
-from prmd.runtime import free_disk_bytes, progress
+from prmd.runtime import GIB, free_disk_bytes, progress, said_if_slow
 
 _MIB = 1 << 20
 _DIGITS = 16
@@ -119,9 +119,21 @@ def publish_directory(source: Path, target: Path) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file so that `target` is whole or absent."""
-    with atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)
+    """Copy a file so that `target` is whole or absent.
+
+    The sha256 of both is known afterwards: a copy of weights is not read again to be hashed, and what its source had is what
+    it has to have.
+    """
+    before, digest = _identity(source), hashlib.sha256()
+    known, mebibytes = _digests.get(before), -(-before[2] // _MIB)
+    with atomic_path(target) as temporary, source.open("rb") as read, temporary.open("wb") as written:
+        blocks = iter(lambda: read.read(_MIB), b"")
+        for block in progress(blocks, mebibytes, f"copying {source.parent.name}/{source.name}", unit="MiB"):
+            written.write(block)
+            if known is None:
+                digest.update(block)
+    if _identity(source) == before:  # else it was changed in the meantime
+        _digests[before] = _digests[_identity(target)] = known or digest.hexdigest()
 
 
 def write_text(path: Path, text: str) -> Path:
@@ -305,9 +317,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def make_durable(files: Iterable[Path]) -> None:
     """Have the system put files, and their names in their folders, on the disk: they then outlast a loss of power."""
     files = list(files)
-    for path in files:
-        with path.open("r+b") as stream:
-            os.fsync(stream.fileno())
+    size = sum(path.stat().st_size for path in files) / GIB
+    named = ", ".join(dict.fromkeys(path.absolute().parent.name for path in files))
+    with said_if_slow(f"waiting for the disk to have written {size:.1f} GiB of {named}"):
+        for path in files:
+            with path.open("r+b") as stream:
+                os.fsync(stream.fileno())
     folders = {folder for path in files for folder in (path.parent, path.parent.parent)}
     for folder in folders if os.name == "posix" else ():  # Windows has no descriptors of folders
         descriptor = os.open(folder, os.O_RDONLY)

@@ -435,8 +435,9 @@ def save_merged(model: PeftModel, tokenizer: PreTrainedTokenizerBase, directory:
     """
     model.save_pretrained(directory / "adapter")
     forget_local_base(directory / "adapter" / "adapter_config.json")
-    merged = model.merge_and_unload().to(getattr(torch, dtype))
-    merged.save_pretrained(directory)
+    with said_if_slow(f"merging the adapter into its base, and saving {directory}"):
+        merged = model.merge_and_unload().to(getattr(torch, dtype))
+        merged.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
 
 

@@ -221,6 +221,7 @@ def _right(margins: Tensor) -> Tensor:
 
 def _save_best(task: RewardTask, tokenizer: PreTrainedTokenizerBase, partial: Path, best: Path) -> None:
     """Put the best checkpoint into the folder itself: merged where it is an adapter, else its own files."""
+    logger.info("%s: writing its best checkpoint to %s", task.name, partial)
     if (best / "adapter_config.json").is_file():
         config = task.config
         base = load_base_classifier(  # a card that holds the base in bfloat16 need not hold it in float32

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prmd.errors import DataError, NotFiniteError
 from prmd.models.prefix_rows import collate_rows, on_device, padding_share, plan_scoring
 from prmd.models.tokenization import PrefixRow
 from prmd.pairs import PreferencePair
 from prmd.pessimism.losses import learning_measures
-from prmd.runtime import get_device
+from prmd.runtime import get_device, said_if_slow
 from prmd.training.batches import MicroBatch
 from prmd.training.sharding import RefuseUnsharded, in_step, prepare_fsdp
 from prmd.training.stopping import named_rows
@@ -306,6 +307,10 @@ class PairTrainer(Trainer):
         return metrics
 
     # -------------------------------------------------------------- saving and resuming
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with said_if_slow(f"saving {PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
+            super()._save_checkpoint(model, trial)
+
     def save_start(self, directory: Path) -> None:
         """Save the model before `train` has prepared it: every process still holds all of it, nothing is gathered."""
         self._save(str(directory))

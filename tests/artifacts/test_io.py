@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -185,6 +186,51 @@ def test_a_file_is_hashed_again_only_when_it_has_changed(tmp_path: Path, read: l
     assert io.files_sha256([a, b]) == [sha256("six"), sha256("two")] and read == ["a", "b", "a"]
     with pytest.raises(FileNotFoundError):
         io.file_sha256(tmp_path / "c")
+
+
+def test_a_copy_is_known_by_its_source(
+    tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = bytes(range(256)) * 9000  # of several blocks
+    for name in ("known", "new", "turned"):
+        (tmp_path / name).write_bytes(content)
+    digest = hashlib.sha256(content).hexdigest()
+    io.file_sha256(tmp_path / "known")
+    for name in ("known", "new"):  # the other is hashed as it passes
+        io.copy_file(tmp_path / name, tmp_path / "copies" / name)
+        assert (tmp_path / "copies" / name).read_bytes() == content
+        assert io.file_sha256(tmp_path / "copies" / name) == io.file_sha256(tmp_path / name) == digest
+    assert read == ["known"]
+
+    def while_copying(blocks: Iterator[bytes], *arguments: Any, **options: Any) -> Iterator[bytes]:
+        for block in blocks:
+            (tmp_path / "turned").write_text("other", encoding="utf-8")
+            yield block
+
+    with monkeypatch.context() as patch:
+        patch.setattr(io, "progress", while_copying)
+        io.copy_file(tmp_path / "turned", tmp_path / "copies" / "turned")
+    assert io.file_sha256(tmp_path / "turned") == sha256("other") and read == ["known", "turned"]
+    found = hashlib.sha256((tmp_path / "copies" / "turned").read_bytes()).hexdigest()
+    assert io.file_sha256(tmp_path / "copies" / "turned") == found
+
+
+def test_a_copy_that_fails_leaves_nothing_and_is_not_known(
+    tmp_path: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, target = io.write_text(tmp_path / "a", "one"), io.write_text(tmp_path / "b", "two")
+
+    def fails(blocks: Iterator[bytes], *arguments: Any, **options: Any) -> Iterator[bytes]:
+        yield next(blocks)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(io, "progress", fails)
+    with pytest.raises(OSError, match="No space left on device") as error:
+        io.copy_file(source, target)
+    assert error.value.filename == str(target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    monkeypatch.undo()
+    assert io.file_sha256(target) == sha256("two")
 
 
 def test_what_was_hashed_before_its_folder_was_published_is_known_there(
