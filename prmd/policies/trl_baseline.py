@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,9 +163,6 @@ def train_trl_dpo(
 ) -> list[dict[str, float]]:
     """Train with TRL and save the policy (adapter or full weights) to `directory`; resumes what was interrupted.
 
-    Args:
-        held_out: pairs on which the loss is measured at the checkpoints.
-
     Returns:
         TRL's log rows; held-out keys begin with `eval_`.
 
@@ -181,8 +177,8 @@ def train_trl_dpo(
     refuse_other_steps(directory, precision, plan, resumed=resume is not None)
     watched = baseline_rows(held_out.pairs, [MicroBatch(tuple(range(len(held_out.pairs))))])
     shares = ShareCheckpoints(checkpoint_steps(training.checkpoints, plan.steps), evaluates=bool(watched))
-    finite = RefuseNotFinite(NAME, [[ids[i] for i in step] for step in plan.pairs])
-    loggers = partial(reporting_callbacks, shared.report_to, log_directory, NAME, task="policy")
+    guard = RefuseNotFinite(NAME, [[ids[i] for i in rows] for rows in plan.pairs])
+    reporting = {"shared": shared, "log_directory": log_directory, "resumed": resume is not None}
     set_seed(shared.seed)
     trainer = _WatchedTrainer(
         model=load_causal_lm(shared.model, shared.paths, master_weights=precision.master_weights),
@@ -191,16 +187,21 @@ def train_trl_dpo(
         eval_dataset=dataset_of(watched, directory / HELD_OUT) if watched else None,
         processing_class=tokenizer,
         peft_config=lora_config(tuning.lora, task="CAUSAL_LM") if tuning.method == "lora" else None,
-        callbacks=[
-            _OurColumns(beta, get_runtime().world_size),  # before the loggers: they read its values
-            *(RefuseUnsharded(), shares, stops, finite),
-            *loggers(resumed=resume is not None),
-        ],
+        callbacks=_callbacks(shares, stops, guard, beta=beta, **reporting),
     )
     with stops.heard(NAME):
         _train(trainer, resume)
     _save(trainer, tokenizer, directory)
     return trainer.state.log_history
+
+
+def _callbacks(
+    *own: TrainerCallback, beta: float, shared: SharedConfig, log_directory: Path, resumed: bool
+) -> list[TrainerCallback]:
+    """The callbacks of a training; our columns come before the loggers, which read their values."""
+    columns = _OurColumns(beta, get_runtime().world_size)
+    reporting = reporting_callbacks(shared.report_to, log_directory, NAME, task="policy", resumed=resumed)
+    return [columns, RefuseUnsharded(), *own, *reporting]
 
 
 def _train(trainer: DPOTrainer, resume: Path | None) -> None:

@@ -85,24 +85,29 @@ def headline_section(paths: ArtifactPaths) -> Section:
         "judge_warnings": judge_warnings(cards, judging),
         "tables": _tables(paths, comparison, metrics),
         "folded": [*win_matrix_tables(comparison), _OUTCOMES],
-        "measures": [
-            measure
-            for group in (headline_measures, judge_measures, outcome_measures, proxy_measures)
-            for measure in group(metrics)
-        ]
-        + [worst_at_equal_length(rows)],
+        "measures": [m for group in _MEASURES for m in group(metrics)] + [worst_at_equal_length(rows)],
         "samples_per_prompt": evaluation.get("samples_per_prompt"),
-        "notes": [
-            *(f"{one['method']}: not evaluated: {one['reason']}" for one in left_out),
-            *(
-                f"{row['method']}: not trained here: {', '.join(f'{k} {v}' for k, v in row['elsewhere'].items())}"
-                for row in rows
-                if row.get("elsewhere")
-            ),
-            *(f"{name}: {note}" for name, m in metrics.items() for note in m.get("notes") or []),
-        ],
+        "notes": _notes(rows, left_out, metrics),
         "truncated": {n: m["truncated_share"] for n, m in metrics.items() if m.get("truncated_share")},
     }
+
+
+_MEASURES = (headline_measures, judge_measures, outcome_measures, proxy_measures)
+
+
+def _notes(
+    rows: list[dict[str, Any]], left_out: list[dict[str, str]], metrics: dict[str, dict[str, Any]]
+) -> list[str]:
+    """Who was not evaluated or not trained here, and what the methods' files say."""
+    return [
+        *(f"{one['method']}: not evaluated: {one['reason']}" for one in left_out),
+        *(
+            f"{row['method']}: not trained here: {', '.join(f'{k} {v}' for k, v in row['elsewhere'].items())}"
+            for row in rows
+            if row.get("elsewhere")
+        ),
+        *(f"{name}: {note}" for name, m in metrics.items() for note in m.get("notes") or []),
+    ]
 
 
 def _made_of(paths: ArtifactPaths, evaluation: dict[str, Any]) -> list[str]:
