@@ -47,5 +47,5 @@ def plot_members(path: Path, worlds: Sequence[Mapping[str, Any]]) -> Path:
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(f"correlation with length, ρ = .9\nlarge: one world; pale: {len(worlds) - 1} more")
         told, labels = nearest(worlds, "strengths"), nearest(worlds, "bootstrap")
-        axes.set_title(f"Off the truth: {told:.2f}, bootstrap {labels:.2f}")
+        axes.set_title(f"Nearest member off the truth by\nstrengths {told:.2f}, bootstrap {labels:.2f}")
     return path
