@@ -32,7 +32,7 @@ from prmd.pessimism.losses import (
     offset_dpo_loss,
     target_margins,
 )
-from prmd.policies.methods import aggregation, method_of
+from prmd.policies.methods import method_of
 from prmd.policies.notes import cvar_atoms, method_notes
 from prmd.policies.pairs import PairScores, ScaleResponses
 from prmd.policies.robust_reward import (
@@ -42,17 +42,6 @@ from prmd.policies.robust_reward import (
     weighted_objectives,
 )
 from prmd.training.trainer import PAIR_WEIGHT, Columns, PairLoss
-
-__all__ = [
-    "Targets",
-    "aggregation",
-    "clipping_warning",
-    "describe_targets",
-    "method_targets",
-    "policy_loss",
-    "refuse_signs",
-    "with_clip",
-]
 
 AUTO_CLIP = 3.0
 """Root mean squares of the unclipped training targets at which `margin_clip: auto` cuts: 0.3 % of Gaussian ones."""
