@@ -1,4 +1,4 @@
-"""What a training, a scoring pass or a generation takes of a card's memory, planned without loading the model.
+"""What a training or a generation takes of a card's memory, planned without loading the model.
 
 Weights, gradients and optimizer states are counted parameter by parameter on the meta device; the rest is taken from
 `rehearsal`, which runs a few layers on tensors without storage. A plan that does not fit names the first change that
@@ -28,7 +28,6 @@ from prmd.training.rehearsal import (
     StepBytes,
     Task,
     meta_model,
-    rehearse_scoring,
     rehearse_training,
     separate_layers,
 )
@@ -386,30 +385,7 @@ def _smallest(setting: _Setting) -> _Setting:
     return replace(setting, training=training, precision=precision, pairs=1)
 
 
-# ------------------------------------------------------------------ passes without gradients
-def plan_scoring_memory(
-    *,
-    model_config: Any,
-    dtype: torch.dtype,
-    task: Task,
-    tokens_per_batch: int,
-    max_length: int,
-    device_bytes: int | None,
-    longest: PrefixRow | None = None,
-) -> MemoryPlan:
-    """Plan a scoring pass: weights, and one layer's activations or one block of logits.
-
-    Args:
-        tokens_per_batch: as given to `models.prefix_rows.plan_scoring`.
-        longest: as for `plan_memory`.
-    """
-    one = _batch_shape(model_config, 1, max_length, longest)
-    rows = max(1, tokens_per_batch // (one.length * one.sequences))
-    batch = _batch_shape(model_config, rows, max_length, longest)
-    step = rehearse_scoring(model_config, batch, task=task, dtype=dtype)
-    return replace(_add_step(_untrained(model_config, task, dtype), step), device_bytes=device_bytes)
-
-
+# ------------------------------------------------------------------ generation
 def plan_generation_memory(
     *, model_config: Any, dtype: torch.dtype, sequences: int, tokens: int, device_bytes: int | None
 ) -> MemoryPlan:

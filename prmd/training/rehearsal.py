@@ -1,4 +1,4 @@
-"""A training step or scoring pass run on tensors without storage, to learn the bytes it would hold.
+"""A training step run on tensors without storage, to learn the bytes it would hold.
 
 A few layers of the configured model are run forward and backward through `models.sequence_models`, on fake tensors that have
 shapes and no data, two and three of each kind (recomputed, kept), and the count is continued linearly to all layers. So attention masks, autocast copies,
@@ -138,7 +138,7 @@ class StepBytes:
 
     Attributes:
         mask: the attention mask and the batch.
-        kept: what stays between the forward and the backward pass; without gradients the layers' most at once.
+        kept: what stays between the forward and the backward pass.
         forward: most at once in the layers' forward pass; autocast holds bfloat16 copies of master weights until its end.
         head: most at once from the last hidden states to the loss.
         head_backward: most at once from there to the gradient of the last hidden states.
@@ -248,18 +248,6 @@ def rehearse_training(
             return _step(_wrapped(model, task), batch, autocast=autocast)
 
     return lambda recomputed: _all_layers(run, recomputed, model_config.num_hidden_layers - recomputed)
-
-
-def rehearse_scoring(model_config: Any, batch: BatchShape, *, task: Task, dtype: torch.dtype) -> StepBytes:
-    """Bytes of one forward pass without gradients."""
-
-    def run(layers: int) -> StepBytes:
-        model = meta_model(model_config, task=task, dtype=dtype, lora=None, layers=layers)
-        with FakeTensorMode():
-            _give_fake_storage(model)
-            return _forward(_wrapped(model.eval(), task), batch)
-
-    return run(min(_FEW_LAYERS, model_config.num_hidden_layers))
 
 
 def _all_layers(run: Callable[[int, int], StepBytes], recomputed: int, kept: int) -> StepBytes:
@@ -378,11 +366,3 @@ def _step(model: nn.Module, shape: BatchShape, *, autocast: bool) -> StepBytes:
         loss.backward()
         phases.end("embedding")
         return StepBytes(phases.mask, kept, **phases.peaks)
-
-
-def _forward(model: nn.Module, shape: BatchShape) -> StepBytes:
-    with peak_tensor_bytes([*model.parameters(), *model.buffers()]) as count, torch.no_grad():
-        phases = model.phases = _Phases(count)
-        model(**_batch(shape))
-        phases.end("head")
-        return StepBytes(phases.mask, phases.peaks["forward"] - phases.mask, **phases.peaks)
