@@ -146,7 +146,10 @@ def test_without_a_card_one_of_32_gib_is_planned_besides(
     )  # as few are recomputed as the card allows
     for part in ("weights", "gradients", "optimizer", "activations", "logits", "mask", "total"):
         assert f"memory      {part}" in here and f"memory      {part}" in there
-    assert "sampling 32 responses at once, 384 tokens" in there and "cache " in there  # 128 + 256
+    assert "sampling 1024 responses at once, 384 tokens" in there and "cache " in there  # 128 + 256; auto
+    fixed = config.calibration.model_copy(update={"batch_size": 32})
+    lines = memory_lines(config.model_copy(update={"calibration": fixed}), TuningConfig(), TRAINING, "policy")
+    assert "sampling 32 responses at once, 384 tokens" in "\n".join(lines)
 
 
 SHAPE = {
