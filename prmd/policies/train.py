@@ -62,12 +62,12 @@ from prmd.policies.pairs import PairTokens, PolicyPairs, Split, read_splits
 from prmd.policies.preview import describe_gate, describe_policies, gamma_lengths, preview_gate
 from prmd.policies.soup import average_policies
 from prmd.policies.targets import describe_targets, policy_loss, with_clip
-from prmd.policies.trl_baseline import train_trl_dpo, unweighted_notes
+from prmd.policies.trl_baseline import kept_steps, train_trl_dpo, unweighted_notes
 from prmd.report import figures
 from prmd.report.policy_sections import training_outcome
 from prmd.rewards.reward_model import Scorer, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
-from prmd.training.checkpoints import Trained, copy_model, drop_checkpoints, name_checkpoints, trained_once
+from prmd.training.checkpoints import Trained, copy_model, name_checkpoints, trained_once
 from prmd.training.run import TrainingRun, check_training, run_training
 from prmd.training.trainer import LossFunction
 
@@ -319,11 +319,11 @@ def _train_baseline(
             directory=folder,
             log_directory=log_directory,
         )
-        return curve, {}
+        return curve, kept_steps(pairs, training, shared.seed, folder)
 
-    curve, _ = trained_once(folder, train)
+    curve, steps = trained_once(folder, train)
     if is_main_process():
-        drop_checkpoints(folder)
+        name_checkpoints(folder, steps)  # the reward-KL frontier has points of every method
     return {"curve": curve, "notes": notes}
 
 

@@ -28,7 +28,7 @@ from prmd.policies.pairs import PolicyPairs, TokenizedPairs
 from prmd.runtime import get_device, get_runtime, is_main_process, set_seed, wait_for_everyone
 from prmd.training.arguments import on_one_gpu, reporting_callbacks
 from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_training
-from prmd.training.checkpoints import ShareCheckpoints, checkpoint_steps, newest_complete
+from prmd.training.checkpoints import PREFIX, ShareCheckpoints, checkpoint_steps, newest_complete
 from prmd.training.precision import Precision
 from prmd.training.run import choose_precision, refuse_other_steps
 from prmd.training.sharding import RefuseUnsharded, requested_sharding
@@ -211,6 +211,12 @@ def _train(trainer: DPOTrainer, resume: Path | None) -> None:
     if resume is not None:
         logger.info("%s: resuming from %s", NAME, resume.name)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+
+
+def kept_steps(pairs: PolicyPairs, training: TrainingConfig, seed: int, directory: Path) -> dict[int, str]:
+    """The names by step of the checkpoints that TRL left in `directory` at the shares of `training.checkpoints`."""
+    steps = checkpoint_steps(training.checkpoints, _plan(pairs, training, seed).steps)
+    return {step: name for step, name in steps.items() if (directory / f"{PREFIX}{step}").is_dir()}
 
 
 def _save(trainer: DPOTrainer, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -19,16 +19,18 @@ from transformers import TrainerCallback
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError, StoppedError
+from prmd.evaluation.frontier import checkpoint_candidates
+from prmd.inference.candidates import Candidate
 from prmd.models.loading import load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
 from prmd.pairs import PreferencePair
 from prmd.policies import trl_baseline
 from prmd.policies.pairs import PolicyPairs, TokenizedPairs
 from prmd.policies.targets import policy_loss
-from prmd.policies.trl_baseline import baseline_rows, equal_batches, train_trl_dpo
+from prmd.policies.trl_baseline import baseline_rows, equal_batches, kept_steps, train_trl_dpo
 from prmd.training import run as training_run
 from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_training
-from prmd.training.checkpoints import trained_once
+from prmd.training.checkpoints import TRAINER_FILES, name_checkpoints, trained_once
 from prmd.training.run import TrainingRun, run_training
 from prmd.training.trainer import PairData
 
@@ -319,6 +321,28 @@ def test_the_held_out_loss_is_that_of_the_saved_policy(
     batches = [-torch.nn.functional.logsigmoid(part).mean() for part in margins.split(PER_DEVICE)]
     assert logged["eval_loss"] == pytest.approx(float(torch.stack(batches).mean()), abs=2e-3)
     assert abs(logged["eval_loss"] - 0.693147) > 0.02
+
+
+def test_its_checkpoints_are_kept_by_their_shares(
+    config: PolicyConfig, pairs: PolicyPairs, tmp_path: Path
+) -> None:
+    shared = config.training.model_copy(update={"checkpoints": (0.5, 1.0)})
+    folder = tmp_path / "policy"
+    train(config.model_copy(update={"training": shared}), pairs, folder, tmp_path / "logs")
+    steps = kept_steps(pairs, shared, config.seed, folder)
+    assert list(steps.values()) == ["50", "end"]
+    name_checkpoints(folder, steps)
+    half, end, policy = (
+        load_file(place / "adapter_model.safetensors")
+        for place in (folder / "checkpoints" / "50", folder / "checkpoints" / "end", folder)
+    )
+    assert all(torch.equal(end[key], policy[key]) for key in policy)
+    assert any(not torch.equal(half[key], policy[key]) for key in policy)
+    left = [path.name for path in (folder / "checkpoints").rglob("*") if path.is_file()]
+    assert not {*TRAINER_FILES} & set(left) and not list(folder.glob("checkpoint-*"))
+    assert not [name for name in left if name.startswith("rng_state")]
+    between = checkpoint_candidates(Candidate("baseline_dpo", folder, "key", "embedded"))
+    assert [candidate.method for candidate in between] == ["baseline_dpo@50", "baseline_dpo"]
 
 
 class _Halts(TrainerCallback):
