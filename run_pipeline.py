@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths
 from prmd.objectives import OBJECTIVES
+from prmd.setup_check import check_needs
 from utils import config_file_of, load_stage, stage_parser, start_run_log, user_errors_exit
 
 if TYPE_CHECKING:
@@ -125,6 +126,11 @@ def main() -> None:
 
         configs = load_pipeline(arguments.config, arguments.overrides)
         start_run_log(configs[RewardModelConfig].paths)
+        if (
+            arguments.dry_run or not configs[RewardModelConfig].paths.processed.is_dir()
+        ):  # before any download
+            for check in check_needs(configs):
+                say(f"{check.name}: {check.detail}")
     seconds = run_stages(configs, force=arguments.force, dry_run=arguments.dry_run)
     if not arguments.dry_run:
         with user_errors_exit():

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from prmd.artifacts.paths import PROJECT_ROOT, ArtifactPaths
 
@@ -28,7 +28,6 @@ NEWEST_PYTHON = (3, 14)
 """transformers and TRL ask for the oldest; the torch of constraints-cpu.txt, and that for CUDA, have wheels up to the newest."""
 GIB = 1024**3
 _ENOUGH_MEMORY_GIB = 8
-_ENOUGH_DISK_GIB = 20
 _HUB_SECONDS = 3.0
 _DISTRIBUTIONS = {"yaml": "pyyaml", "PIL": "pillow", "dateutil": "python-dateutil"}
 """What is imported under another name than it is installed by."""
@@ -58,10 +57,11 @@ def check_everything(config: Path, overrides: Sequence[str]) -> list[Check]:
     """
     checks = [*check_torch_for_gpu(), *check_packages(), *check_machine(), check_hub()]
     try:
-        from prmd.config.loading import load_config
-        from prmd.config.shared import RewardModelConfig
+        from prmd.config.loading import RewardModelConfig, load_pipeline
 
-        checks += check_directories(load_config(config, RewardModelConfig, overrides).paths.root)
+        configs = load_pipeline(config, overrides)
+        checks += check_directories(configs[RewardModelConfig].paths.root)
+        checks += check_needs(configs)
     except ModuleNotFoundError as error:
         checks.append(Check("fail", "directories", f"not made: {error.name} is not installed"))
     return checks
@@ -281,9 +281,87 @@ def check_directories(root: Path) -> Iterator[Check]:
         yield Check("fail", "directories", f"{error}; set artifact_root to a folder you can write to")
         return
     yield Check("ok", "directories", f"{len(folders)} below {root}: data models logs outputs")
-    free = shutil.disk_usage(root).free / GIB
-    status = "ok" if free >= _ENOUGH_DISK_GIB else "warn"
-    yield Check(status, "disk", f"{free:.1f} GiB free (a 3B model wants {_ENOUGH_DISK_GIB} and more)")
+    yield Check("ok", "disk", f"{shutil.disk_usage(root).free / GIB:.1f} GiB free")
+
+
+# ------------------------------------------------------------------ what a configuration needs
+def check_needs(configs: "dict[type, Any]") -> list[Check]:
+    """Memory, where there is no GPU, and disk that a whole configuration needs, computed without its weights.
+
+    Args:
+        configs: as `config.loading.load_pipeline` gives them.
+
+    Returns:
+        A line each, with NOT ENOUGH where the machine has less; why not where the model's configuration is not at hand.
+    """
+    import torch
+
+    from prmd.config.shared import RewardModelConfig
+    from prmd.errors import UserError
+    from prmd.training.run import planned_sizes
+
+    paths, model = configs[RewardModelConfig].paths, configs[RewardModelConfig].model
+    if model.source == "pypi_wheel":  # a small model, which must be fetched to be known
+        return []
+    try:
+        sizes = [
+            (what, planned_sizes(base, paths, tuning, training, task=task), count)
+            for what, base, tuning, training, task, count in _trainings(configs)
+            if count
+        ]
+    except UserError as error:
+        return [Check("warn", "needs", f"not known: {error}")]
+    checks = [_disk_need(sizes, paths.root)]
+    return checks if torch.cuda.is_available() else [_memory_need(sizes), *checks]
+
+
+def _trainings(configs: "dict[type, Any]") -> "list[tuple[str, Any, Any, Any, Any, int]]":
+    """(what, base, tuning, training, task, how many) of every training of a configuration."""
+    from prmd.config.loading import EvaluationConfig, PolicyConfig, RewardModelConfig
+
+    rewards, policies, evaluation = (configs[k] for k in (RewardModelConfig, PolicyConfig, EvaluationConfig))
+    judges, objectives = evaluation.judges, rewards.paths.objectives
+    members = rewards.ensemble.members if rewards.ensemble.kind == "adapters" else 1
+    trained = (len(objectives) - len(rewards.data.brought)) * members
+    judged = len([objective for objective in objectives if objective not in judges.paths])
+    methods = 2 + len([method for method in policies.policy.methods if method != "soup"])
+    base = rewards.model
+    return [
+        ("reward model", base, rewards.tuning, rewards.training, "reward_model", trained),
+        ("policy", base, policies.tuning, policies.training, "policy", methods),
+        ("judge", judges.model or base, judges.tuning, judges.training, "reward_model", judged),
+    ]
+
+
+def _memory_need(sizes: "list[tuple[str, Any, int]]") -> Check:
+    import psutil
+
+    needed, what = max((size.memory, what) for what, size, _ in sizes)
+    has = psutil.virtual_memory().total
+    said = (
+        f"training a {what} on this CPU needs {needed / GIB:.1f} GiB and more (weights, gradients, optimizer), the machine "
+        f"has {has / GIB:.1f} GiB"
+    )
+    if needed <= has:
+        return Check("ok", "memory", said)
+    return Check(
+        "warn", "memory", f"{said}: NOT ENOUGH; use a GPU, a smaller model.name or configs/quickstart"
+    )
+
+
+def _disk_need(sizes: "list[tuple[str, Any, int]]", root: Path) -> Check:
+    from prmd.runtime import free_disk_bytes
+
+    kept = sum(size.kept * count for _, size, count in sizes)
+    most = kept + max(size.most - size.kept for _, size, _ in sizes)
+    free = free_disk_bytes(root)
+    said = (
+        f"the trainings need {most / GIB:.0f} GiB at most and keep {kept / GIB:.0f} GiB (nothing finished yet; model, data "
+        f"and samples beside them), {free / GIB:.0f} GiB are free"
+    )
+    if most <= free:
+        return Check("ok", "disk", said)
+    return Check("warn", "disk", f"{said}: NOT ENOUGH; set artifact_root, or fewer training.checkpoints")
 
 
 def artifact_directories(root: Path) -> list[Path]:

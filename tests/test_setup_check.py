@@ -4,11 +4,14 @@ import re
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from transformers import Qwen2Config
 
 from prmd import setup_check
-from prmd.artifacts.paths import PROJECT_ROOT
+from prmd.artifacts.paths import CONFIG_DIR, PROJECT_ROOT
+from prmd.config.loading import load_pipeline
 from prmd.runtime import TRITON_WINDOWS
 from prmd.setup_check import INSTALL_BESIDE_CUDA, INSTALL_CUDA_TORCH, INSTALL_PINNED
 from prmd.training.precision import TORCHAO
@@ -204,6 +207,58 @@ def test_directories_are_made_twice_without_complaint(tmp_path: Path) -> None:
         *(f"outputs/{n}" for n in ("step_results", "visualizations", "reward_analysis", "metrics")),
         *(f"outputs/{name}" for name in ("benchmarks", "report")),
     }
+
+
+QWEN_3B = {
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("held_as", "overrides"),
+    [
+        ("bfloat16, 8-bit AdamW", ["tuning.optimizer=adamw_8bit_stochastic"]),
+        ("LoRA, r = 64", ["tuning.method=lora"]),
+        ("float32 masters, AdamW", ["tuning.optimizer=adamw_float32"]),
+    ],
+)
+def test_the_pages_say_the_disk_that_the_configuration_needs(
+    held_as: str, overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("prmd.training.precision._require_8bit", lambda *, asked: None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    Qwen2Config(**QWEN_3B).save_pretrained(tmp_path / "base")
+    own = [f"model.name={(tmp_path / 'base').as_posix()}", f"artifact_root={tmp_path.as_posix()}"]
+    memory, disk = setup_check.check_needs(load_pipeline(CONFIG_DIR, [*own, *overrides]))
+    most, kept = re.findall(r"(\d+) GiB at most and keep (\d+) GiB", disk.detail)[0]
+    page = (PROJECT_ROOT / "docs" / "hardware.md").read_text(encoding="utf-8")
+    assert f"| {held_as} | {most} | {kept} |" in page
+    if "float32" not in held_as:
+        readme = " ".join((PROJECT_ROOT / "README.md").read_text(encoding="utf-8").split())
+        assert re.search(rf"{most}( GiB at most)? and {kept} GiB", readme)
+    weights = 3.086e9  # of the model; a reward model has no head on them, with which its embedding is tied
+    least = {"bfloat16, 8-bit AdamW": 6, "LoRA, r = 64": 2, "float32 masters, AdamW": 16}[held_as] * weights
+    needed = float(re.findall(r"needs ([\d.]+) GiB and more", memory.detail)[0])
+    assert least < needed * 1024**3 < 1.35 * least
+
+
+def test_a_machine_that_is_too_small_is_told_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("prmd.runtime.free_disk_bytes", lambda path: 1024**2)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=1024))
+    small = QWEN_3B | {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 300}
+    Qwen2Config(**small).save_pretrained(tmp_path / "base")
+    configs = load_pipeline(CONFIG_DIR, [f"model.name={(tmp_path / 'base').as_posix()}"])
+    memory, disk = setup_check.check_needs(configs)
+    for check in (memory, disk):
+        assert check.status == "warn" and "NOT ENOUGH" in check.detail
+    assert setup_check.check_needs(load_pipeline(CONFIG_DIR / "quickstart", [])) == []
 
 
 def test_a_root_that_cannot_be_made_is_a_failure(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from prmd.training.arguments import reporting_callbacks, training_arguments
 from prmd.training.batches import TrainingPlan, plan_training, step_size
 from prmd.training.checkpoints import (
     PREFIX,
+    RESUMABLE,
     START_FILE,
     STEPS_FILE,
     ShareCheckpoints,
@@ -38,7 +39,7 @@ from prmd.training.checkpoints import (
 from prmd.training.memory import device_memory, plan_memory, state_bytes
 from prmd.training.merging import MOST_TOKENS, Filling, fill_card, least_memory, recomputing
 from prmd.training.precision import Precision, refuse_if_stuck, resolve_precision
-from prmd.training.rehearsal import enable_gradient_checkpointing, meta_model
+from prmd.training.rehearsal import Task, enable_gradient_checkpointing, meta_model
 from prmd.training.sharding import requested_sharding
 from prmd.training.stopping import RefuseNotFinite, StopRequests
 from prmd.training.trainer import LossFunction, PairData, PairTrainer
@@ -149,7 +150,46 @@ def _files_bytes(skeleton: nn.Module, optimizer: str, *, checkpoints: int, train
         # FSDP and ZeRO-3 resume from a copy of their own: frozen weights too, tied ones twice
         resumable += sum(tensor.numel() * tensor.element_size() for tensor in skeleton.state_dict().values())
     finished = trained * (checkpoints + 1)  # the models at its checkpoints, and the last one beside them
-    return resumable * (checkpoints + 2) + held + finished * (trainings - 1)
+    # the newest `RESUMABLE` keep their state while one more is written; two of other steps may lie there after stops
+    state = (resumable - trained) * (RESUMABLE + 1)
+    return trained * (checkpoints + 2) + state + held + finished * (trainings - 1)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes of a training, computed from the shapes of its weights alone.
+
+    Attributes:
+        memory: weights, gradients and optimizer states; activations come on top.
+        most: its files at their largest moment.
+        kept: its files that stay: the models at its checkpoints and the last one; a reward model's last one merged.
+    """
+
+    memory: int
+    most: int
+    kept: int
+
+
+def planned_sizes(
+    model: ModelConfig, paths: ArtifactPaths, tuning: TuningConfig, training: TrainingConfig, *, task: Task
+) -> Sizes:
+    """What a training takes at least in memory, and on the disk."""
+    if device_memory():
+        precision = choose_precision(model, paths, tuning, training, task)
+    else:  # without a card to fit nothing needs to be rehearsed
+        precision = resolve_precision(tuning, learning_rate=training.learning_rate, model=model)
+    lora = tuning.lora if tuning.method == "lora" else None
+    config = load_model_config(model, paths)
+    skeleton = meta_model(config, task=task, dtype=precision.weights_dtype, lora=lora)
+    moved = [p for p in skeleton.parameters() if p.requires_grad]
+    held = sum(p.numel() * p.element_size() for p in skeleton.parameters())
+    trained = sum(p.numel() * p.element_size() for p in moved)
+    count = len(training.checkpoints)
+    return Sizes(
+        memory=held + trained + sum(state_bytes(p, precision.optimizer) for p in moved),
+        most=_files_bytes(skeleton, precision.optimizer, checkpoints=count, trainings=1),
+        kept=trained * (count + 1) + (held if task == "reward_model" else 0),
+    )
 
 
 def _written(folder: Path) -> int:
