@@ -34,6 +34,10 @@ TRITON_WINDOWS = "triton-windows==3.6.0.post26"
 """What `torch.compile` needs on Windows beside the torch that `setup_check` names; docs/hardware.md has the pairs."""
 _PROGRESS_AFTER_SECONDS = 5.0
 _PROGRESS_INTERVAL_IN_FILES = 30.0
+_TALKATIVE = ("torchao", "torch.utils._pytree")
+"""Libraries that warn at their import of kernels that nothing here uses, and of their own deprecations."""
+for _name in _TALKATIVE:
+    logging.getLogger(_name).setLevel(logging.ERROR)
 Item = TypeVar("Item")
 
 

@@ -137,3 +137,11 @@ def test_accelerate_files_are_understood_by_accelerate(path: Path) -> None:
     first_lines = path.read_text(encoding="utf-8")
     launched = re.search(r"accelerate launch --config_file (\S+) (\S+)", first_lines)
     assert launched and all((PROJECT_ROOT / part).exists() for part in launched.groups())
+
+
+def test_the_citation_names_title_version_and_date() -> None:
+    text = (CONFIG_DIR.parent / "CITATION.cff").read_text(encoding="utf-8")
+    citation = yaml.safe_load(text)
+    readme = (CONFIG_DIR.parent / "README.md").read_text(encoding="utf-8")
+    assert citation["title"] in readme and f"year   = {{{citation['date-released'].year}}}" in readme
+    assert citation["version"] and "repository-code" in text

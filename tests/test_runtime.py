@@ -135,3 +135,9 @@ def test_other_processes_only_report_errors(
     logging.getLogger("prmd.inference.scoring").error("failed")
     (line,) = capsys.readouterr().err.splitlines()
     assert "failed" in line
+
+
+def test_libraries_say_nothing_of_themselves_at_their_import() -> None:
+    for name in ("torchao", "torch.utils._pytree"):
+        assert not logging.getLogger(name).isEnabledFor(logging.WARNING)
+        assert logging.getLogger(name).isEnabledFor(logging.ERROR)

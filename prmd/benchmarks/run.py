@@ -142,7 +142,8 @@ def _run_one(
                 vouch_again(io.write_jsonl(path.with_name(f"{method}.{kind}.jsonl"), rows))
     seconds = time.monotonic() - started
     said = f"done, n = {len(result.items)}" if result.reason is None else f"not run: {result.reason}"
-    logger.info("%s on %s: %s, %.0f s", result.label or name, method, said, seconds)
+    level = logging.INFO if result.reason is None else logging.DEBUG  # the stage says once what did not run
+    logger.log(level, "%s on %s: %s, %.0f s", result.label or name, method, said, seconds)
     record = {
         "benchmark": result.label or name,
         "name": name,

@@ -231,8 +231,9 @@ def _benchmark(config: EvaluationConfig, target: Path, *, force: bool) -> None:
         key = io.fingerprint([result["fingerprint"] for result in results if result["name"] == name])
         finish_run(config.paths.benchmark(name), config=config, inputs=inputs, fingerprint=key, clock=clock)
     _log_table(_benchmark_table(results))
-    for name, reason in dict.fromkeys((r["benchmark"], r["reason"]) for r in results if r["reason"]):
-        logger.info("%s: not run: %s", name, reason)
+    not_run = dict.fromkeys((r["benchmark"], r["reason"]) for r in results if r["reason"])
+    if not_run:
+        logger.info("%s", "; ".join(f"{name}: not run: {reason}" for name, reason in not_run))
     with locks.held(config.paths.benchmark_comparison, wait=True):
         _compare_benchmarks(config.paths, Resampling(config.bootstrap_resamples, config.shared.seed))
     summary = {"results": results, "seconds": round(clock.seconds(), 1)}

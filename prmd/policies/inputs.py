@@ -159,8 +159,8 @@ def prepare(
     held_out = PolicyPairs(watched, list(range(len(watched.rows))))
     tokenized = pairs.tokenized
     logger.info(
-        "policies: %d distinct pairs of %s, %d dropped and %d with a shortened prompt at max_length %d",
-        *(len(tokenized.rows), source, tokenized.dropped, tokenized.truncated, tokens.max_length),
+        "policies: %d distinct pairs of %s (an epoch draws %d by weight, some again), %d dropped and %d with a shortened prompt",
+        *(len(tokenized.rows), source, mixture.total, tokenized.dropped, tokenized.truncated),
     )
     say_one_prompt(tokenized.rows, "policies")
     biases = named_biases(methods, shared.paths)

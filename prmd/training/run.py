@@ -357,7 +357,7 @@ def _load(run: TrainingRun, precision: Precision) -> SequenceRewards | SequenceL
     model = run.load_model(precision.master_weights)
     progress = refuse_if_stuck(precision, model)
     logger.info(
-        "%s: the optimiser makes %.3f of float32's progress at %g",
+        "%s: optimizer check passed: its steps move these weights (%.3f of float32's progress at learning rate %g)",
         run.name,
         progress,
         precision.learning_rate,
