@@ -241,10 +241,10 @@ def plot_policy_training(metrics_json: Path, directory: Path | None = None) -> l
 
 def _draw_policy_curve(path: Path, metrics: dict[str, Any]) -> None:
     curve = metrics["curve"]
-    with page_canvas(path, height=4.6, rows=2, share_x=True) as (top, bottom):
+    with page_canvas(path, height=5.2, rows=2, share_x=True) as (top, bottom):
         draw_line(top, curve, ("loss", "train_loss"), colour=BLUE, label="training loss")
         draw_line(top, curve, ("eval_loss",), colour=ORANGE, label="held-out loss")
-        draw_line(bottom, curve, _IMPLICIT, colour=BLUE, label="implicit Δθ")
+        draw_line(bottom, curve, _IMPLICIT, colour=GREEN, label="implicit Δθ")
         draw_line(bottom, curve, _TARGET, colour=VERMILION, label="target Δ*")
         top.set_ylabel("loss")
         bottom.set_ylabel("mean margin (β · nats)")

@@ -10,7 +10,7 @@ from typing import Any
 from prmd.artifacts.paths import ArtifactPaths, stage_command
 from prmd.pessimism.losses import UNDER_TRAINED
 from prmd.report.artifact_sections import Section, folders, load, missing
-from prmd.report.tables import NOTHING, Table, format_number, format_seconds, listed, with_mark
+from prmd.report.tables import NOTHING, Table, format_estimate, format_number, format_seconds, listed
 
 
 def policy_metrics(paths: ArtifactPaths) -> dict[str, dict[str, Any]]:
@@ -121,7 +121,7 @@ def _learning(paths: ArtifactPaths, policies: dict[str, dict[str, Any]]) -> Tabl
         expected, short = training_outcome(metrics).get("kl_expected"), found["sd_ratio"] < UNDER_TRAINED
         numbers = (found["sd_ratio"], found["slope"], found["explained"], metrics.get("kl_target"), expected)
         called = "under-trained" if short else "reached"
-        rows.append((name, called, *(format_number(value) for value in numbers), with_mark(reached)))
+        rows.append((name, called, *(format_number(value) for value in numbers), format_estimate(reached)))
     if not rows:
         return None
     columns = (
