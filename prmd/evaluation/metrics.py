@@ -110,7 +110,7 @@ def method_metrics(
         for i, k in enumerate(names)
     }
     volume = by_definition(0.0, len(minima)) if same else resampling.volume(np.stack([*means.values()])[None])
-    notes = [*_length_notes(objectives, wins, longer, resampling), *_kl_notes(sampled)]
+    own = [] if same else [*_length_notes(objectives, wins, longer, resampling), *_kl_notes(sampled)]
     return {
         "objectives": objectives,
         "worst_objective": _worst_objective(wins, same, resampling),
@@ -128,7 +128,7 @@ def method_metrics(
             "kl": sampled.kl.mean(axis=1).tolist(),
             "length": sampled.lengths.mean(axis=1).tolist(),
         },
-        "notes": [_REFERENCE_NOTE] if same else notes,
+        "notes": [_REFERENCE_NOTE] if same else own,
     }
 
 
