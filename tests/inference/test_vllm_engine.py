@@ -162,7 +162,7 @@ def test_each_kind_of_policy_is_served_from_its_own_folder(config: EvaluationCon
         candidate(config, method).samples(prompts)
     base, full, adapted = fake.models
     common = {"revision": None, "dtype": "float32", "trust_remote_code": False, "max_model_len": 96 + 6}
-    common |= {"skip_tokenizer_init": True, "generation_config": "vllm"}
+    common |= {"skip_tokenizer_init": True, "generation_config": "vllm", "download_dir": None}
     assert base == common | {"model": config.shared.model.name}
     assert full == common | {"model": str(config.paths.policy("baseline_dpo"))}
     assert adapted == common | {"model": config.shared.model.name, "enable_lora": True, "max_lora_rank": 8}

@@ -189,6 +189,7 @@ def test_the_baseline_stops_at_its_step_instead_of_training_on_nan(tmp_path: Pat
     with pytest.raises(NotFiniteError) as stop:
         train_trl_dpo(
             pairs,
+            pairs.tokenized,
             load_tokenizer(shared.model, shared.paths),
             shared=shared,
             beta=0.1,
