@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from prmd.artifacts import paths
-from prmd.benchmarks.base import content_key
+from prmd.benchmarks.base import NotRunError, content_key
 from prmd.benchmarks.jailbreakbench import jailbreak_rubric
 from prmd.benchmarks.jailbreakbench_data import Behavior, read_attacks
 from prmd.benchmarks.mt_bench import run_mt_bench
@@ -66,7 +66,10 @@ def benchmark_data(text: str) -> str:
 
 def mt_bench_folder(text: str) -> str:
     config = evaluation(benchmarks={"mt_bench": {"path": text}})
-    reason = run_mt_bench(config, None).reason or ""  # type: ignore[arg-type]  # no policy before its files
+    try:
+        run_mt_bench(config, None)  # type: ignore[arg-type]  # no policy before its files
+    except NotRunError as error:
+        reason = str(error)
     if not reason.endswith("question.jsonl"):
         raise ConfigError(reason)
     return Path(reason.removeprefix("data missing at ")).parent.as_posix()

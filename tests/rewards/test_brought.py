@@ -11,7 +11,7 @@ from prmd.config.shared import BroughtConfig
 from prmd.errors import ConfigError, DataError, NotFiniteError
 from prmd.inference.cache import ScoreTable
 from prmd.pairs import PreferencePair
-from prmd.pessimism.aggregation import METHODS, robust_rewards
+from prmd.pessimism.aggregation import Aggregation, Parameters, robust_rewards
 from prmd.pessimism.calibration import calibrate, fit_calibration
 from prmd.rewards.brought import BroughtReward
 from prmd.rewards.functions import RewardFunction, load_function
@@ -146,7 +146,7 @@ def test_in_cvar_a_brought_reward_weighs_as_its_objective_does() -> None:
     copies = torch.tensor(one.T).expand(-1, 4)
     calibrated = calibrate(copies, scale=calibration.scale, offset=calibration.offset).T
     rewards = torch.stack([torch.tensor(members), calibrated])
-    cvar = METHODS["cvar"].__class__("none", "cvar", alpha=0.3)
+    cvar = Aggregation("none", "cvar", Parameters(alpha=0.3))
     found = robust_rewards(rewards, aggregation=cvar, weights=torch.tensor([0.6, 0.4]))
     unit = (one[0] - one.mean()) / one.std(ddof=1)
     for j in range(6):
