@@ -206,12 +206,19 @@ def _figures(draw: Callable[..., Path | list[Path]], source: Path, *directory: P
 
 
 def embed(path: Path) -> Figure:
-    """The drawing beside this PNG as data URIs with its texts; a name like helpful_margins is told by its last part."""
+    """The drawing beside this PNG as data URIs with its texts; a name like helpful_margins is told by its last part.
+
+    Where there is no such drawing that could be read, the PNG itself.
+    """
     key = path.stem if path.stem in _FIGURE_TEXTS else path.stem.rpartition("_")[2]
     shows, reading = _FIGURE_TEXTS[key]
     owner = "" if key == path.stem else path.stem.removesuffix(f"_{key}").removeprefix("policy_") + ": "
-    svg, told = _rounded(path.with_suffix(".svg").read_text(encoding="utf-8")), f"{owner}{shows}. {reading}"
-    sources = (f"data:image/svg+xml;base64,{_base64(text)}" for text in (svg, for_dark_pages(svg)))
+    told = f"{owner}{shows}. {reading}"
+    try:
+        svg = _rounded(path.with_suffix(".svg").read_text(encoding="utf-8"))
+        sources = [_uri("svg+xml", text.encode("utf-8")) for text in (svg, for_dark_pages(svg))]
+    except (OSError, UnicodeDecodeError):
+        sources = [_uri("png", path.read_bytes())] * 2
     return Figure(path.stem, *sources, told, told)
 
 
@@ -220,5 +227,5 @@ def _rounded(svg: str) -> str:
     return re.sub(r' d="[^"]*"', lambda outline: re.sub(r"(\.\d\d)\d+", r"\1", outline[0]), svg)
 
 
-def _base64(text: str) -> str:
-    return base64.b64encode(text.encode("utf-8")).decode("ascii")
+def _uri(kind: str, image: bytes) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(image).decode('ascii')}"

@@ -3,6 +3,7 @@
 import hashlib
 import io as streams
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from tiny_workspace import benchmarks_config, candidate, evaluation_config, writ
 
 from prmd.artifacts import io
 from prmd.benchmarks import mt_bench_data
+from prmd.benchmarks.base import NotRunError
 from prmd.benchmarks.costs import cost_of
 from prmd.benchmarks.jailbreakbench import run_jailbreakbench
 from prmd.benchmarks.mt_bench import run_mt_bench
@@ -110,8 +112,10 @@ def shared_mt_bench() -> Path:
 def test_nothing_is_fetched_for_a_judge_that_cannot_rate(
     workspace: EvaluationConfig, upstream: list[str]
 ) -> None:
-    result = run_mt_bench(fetched_by_default(workspace), candidate(workspace, "reference"))
-    assert "text_judge.kind is strings, wanted local_model, endpoint or replay" in str(result.reason)
+    with pytest.raises(
+        NotRunError, match=r"text_judge\.kind is strings, wanted local_model, endpoint or replay"
+    ):
+        run_mt_bench(fetched_by_default(workspace), candidate(workspace, "reference"))
     assert upstream == []
 
 
@@ -139,9 +143,8 @@ def test_without_a_connection_they_are_not_run_with_the_reason(
         (run_jailbreakbench, "benchmarks.jailbreakbench.path"),
         (run_mt_bench, "benchmarks.mt_bench.path"),
     ):
-        result = run(config, candidate(config, "reference"))
-        assert result.status == "not run" and f"{key}: cannot get " in str(result.reason)
-        assert str(result.reason).startswith("data missing at ")
+        with pytest.raises(NotRunError, match=rf"^data missing at .*{re.escape(key)}: cannot get "):
+            run(config, candidate(config, "reference"))
 
 
 def test_a_bug_of_ours_is_no_lost_connection(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 import logging
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,9 +171,8 @@ def test_tokens_that_cannot_be_said_are_no_fault() -> None:
 
 def test_every_process_hears_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process whose batch is whole must not wait for the others in the next turn."""
-    decoding = SimpleNamespace()
-    monkeypatch.setattr(generation, "_sample", lambda *_: [("key", [[1]])])
-    monkeypatch.setattr(generation, "gather", lambda items: ["policy: not finite"] if items == [] else items)
-    turns = generation._sample_in_turns(None, [[("key", (1,))]], decoding, "policy")
+    heard = NotFiniteError("policy: not finite")
+    monkeypatch.setattr(generation, "gather", lambda items: [heard] if items == [] else items)
+    turns = generation._sample_in_turns(lambda batch: [("key", [[1]])], [[("key", (1,))]], "policy")
     with pytest.raises(NotFiniteError, match="policy: not finite"):
         next(turns)

@@ -159,7 +159,7 @@ def test_a_judge_that_cannot_be_found_names_the_key(monkeypatch: pytest.MonkeyPa
 
 def test_a_hub_id_is_fetched_once_to_a_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr(
-        "prmd.judges.reward_model.snapshot_download", lambda name, allow_patterns: str(folder)
+        "prmd.judges.reward_model.snapshot_download", lambda name, allow_patterns, cache_dir: str(folder)
     )
     assert judge_folder("some/judge", "honest") == folder
 

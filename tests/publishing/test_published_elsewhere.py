@@ -261,7 +261,7 @@ def test_the_card_of_a_hub_base_is_fetched_at_its_revision(
     (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n", encoding="utf-8")
     asked = []
 
-    def fetch(name: str, file: str, *, revision: str | None) -> str:
+    def fetch(name: str, file: str, *, revision: str | None, cache_dir: str | None) -> str:
         asked.append((name, file, revision))
         return str(tmp_path / "README.md")
 

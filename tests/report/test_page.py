@@ -21,7 +21,7 @@ from prmd.artifacts.paths import ArtifactPaths
 from prmd.objectives import OBJECTIVES
 from prmd.report.evaluation_sections import approaches_section, headline_section
 from prmd.report.figures import INK
-from prmd.report.page import build_report
+from prmd.report.page import build_report, embed
 from prmd.report.tables import (
     Table,
     cell_parts,
@@ -406,3 +406,14 @@ def run_chromium(page: Path, profile: Path, scheme: str) -> subprocess.Completed
         page.as_uri(),
     ]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=120, check=True)
+
+
+def test_a_drawing_that_cannot_be_read_is_shown_as_its_png(tmp_path: Path) -> None:
+    png = b"\x89PNG\r\n\x1a\n"
+    path = tmp_path / "win_rates.png"
+    path.write_bytes(png)
+    shown = f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
+    for damage in (None, png):
+        if damage:
+            path.with_suffix(".svg").write_bytes(damage)
+        assert (embed(path).source, embed(path).dark) == (shown, shown)
