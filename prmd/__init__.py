@@ -10,7 +10,10 @@ Read five files first, in this order: `pairs.py` (a preference pair), `pessimism
 """
 
 import os
+import warnings
 
 # Read when the Hugging Face libraries are imported, and by every worker process: no telemetry, no forked tokenizers.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Where numpy is missing, one line says so; torch, which works without, need not say it as well.
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")

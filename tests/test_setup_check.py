@@ -106,6 +106,7 @@ def test_the_driver_s_files_tell_of_a_gpu_where_no_program_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")  # by which the tests hide a card
     folder = tmp_path / "gpus"
     monkeypatch.setattr(setup_check, "_DRIVER_GPUS", folder)
     assert setup_check.nvidia_gpus() == []

@@ -32,7 +32,11 @@ UNIX_NAMES = {
     },
     "time": {"tzset"},
 }
-BESIDE_A_CHECK = {"prmd/runtime.py: resource", "prmd/runtime.py: /proc/cpuinfo"}
+BESIDE_A_CHECK = {
+    "prmd/runtime.py: resource",
+    "prmd/runtime.py: /proc/cpuinfo",
+    "prmd/setup_check.py: /proc/driver/nvidia/gpus",
+}
 """Used behind a look at the system, with another way for Windows."""
 RESERVED = {"con", "prn", "aux", "nul", *(f"{name}{n}" for name in ("com", "lpt") for n in range(1, 10))}
 REFUSED = re.compile(r'[<>:"\\|?*\x00-\x1f]')
