@@ -39,7 +39,7 @@ def verdict(
     baseline = baseline_of(comparison)
     others = [name for name in rows if name not in (REFERENCE, baseline)]
     if not rows:
-        return "Nothing has been evaluated yet"
+        return "No verdict yet: no methods have been compared"
     if faults := judge_faults(cards, judging):
         return f"No verdict: {'; '.join(f'{_judges(names)} {what}' for what, names in faults.items())}"
     if not others:
