@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
+from prmd.artifacts.hub import is_offline
 from prmd.artifacts.paths import PROJECT_ROOT, ArtifactPaths
 
 INSTALL_PINNED = "pip install -r requirements.txt -c constraints-cpu.txt"
@@ -258,7 +259,7 @@ def check_architecture(name: str, capability: tuple[int, int], memory: int, buil
 def check_hub() -> Check:
     """Whether the Hugging Face hub answers; without it, models and data must be local."""
     local = "set model.name and data.*.path to local folders, or use configs/quickstart"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+    if is_offline():
         return Check("warn", "hub", f"switched off by HF_HUB_OFFLINE; {local}")
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     try:

@@ -25,6 +25,11 @@ def use_project_cache(folder: Path) -> None:
         _project[:] = [folder]
 
 
+def is_offline() -> bool:
+    """Whether the user switched the hub off, read as its client reads it."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
 def cache_of(repository: str, revision: str | None = None) -> str | None:
     """The user's own cache where it holds this model whole; None: the client's, which is the project's or the user's choice.
 
@@ -36,8 +41,7 @@ def cache_of(repository: str, revision: str | None = None) -> str | None:
     held = _snapshot(own, repository, revision, "model")
     if held is None:
         return None
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
-    unknown = offline and _snapshot(_project[0], repository, revision, "model") is None
+    unknown = is_offline() and _snapshot(_project[0], repository, revision, "model") is None
     return str(own) if unknown or _is_whole_model(held) else None
 
 

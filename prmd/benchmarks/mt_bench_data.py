@@ -4,7 +4,6 @@ The files are not part of this project; every mistake in one names file, row and
 """
 
 import hashlib
-import os
 import re
 import string
 import urllib.request
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prmd.artifacts import io
+from prmd.artifacts.hub import is_offline
 from prmd.artifacts.paths import ArtifactPaths, find_user_path
 from prmd.benchmarks.truthfulqa import strided
 from prmd.config.evaluation import MtBenchConfig
@@ -214,7 +214,7 @@ def fetch_files(revision: str, paths: ArtifactPaths) -> Path:
 
 def _fetched(address: str) -> bytes:
     problem = "switched off by HF_HUB_OFFLINE"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in {"1", "ON", "YES", "TRUE"}:
+    if not is_offline():
         try:
             with urllib.request.urlopen(address, timeout=_FETCH_SECONDS) as reply:
                 return reply.read()

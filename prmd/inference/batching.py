@@ -13,14 +13,11 @@ from torch import nn
 from prmd.config.shared import BatchSize
 from prmd.errors import ConfigError
 from prmd.inference.scoring import gather
-from prmd.models.card import MOST_SEQUENCES, SEQUENCES_WITHOUT_CARD, sampling_bytes
+from prmd.models.card import MOST_SEQUENCES, SEQUENCES_WITHOUT_CARD, USABLE, sampling_bytes
 from prmd.models.tokenization import Tokens
 from prmd.runtime import free_memory
 
 logger = logging.getLogger(__name__)
-
-USABLE = 0.92
-"""Share of a card that is filled, the same as `training.memory` plans with."""
 
 Batch = Sequence[tuple[str, Tokens]]
 Sampled = tuple[str, list[list[int]]]

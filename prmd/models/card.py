@@ -17,6 +17,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+USABLE = 0.92
+"""Share of a card that tensors may fill; the driver's context and the allocator's fragments take the rest."""
+
+
 # ------------------------------------------------------------------ reading weights
 Loaded = tuple[PreTrainedModel, dict[str, Any]]
 """A model and what transformers says of its loading."""

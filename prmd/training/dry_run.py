@@ -20,13 +20,13 @@ from prmd.artifacts import hub, io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import CalibrationConfig, ModelConfig, SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import UserError
-from prmd.models.card import sampling_bytes
+from prmd.models.card import USABLE, sampling_bytes
 from prmd.models.loading import load_model_config, load_tokenizer, model_source
 from prmd.models.tokenization import PrefixRow, tokenize_pairs
 from prmd.pairs import PREPARE_COMMAND, PreferencePair
 from prmd.runtime import GIB, free_disk_bytes
 from prmd.training.batches import plan_training, step_size
-from prmd.training.memory import USABLE, MemoryPlan, device_memory, plan_generation_memory, plan_memory
+from prmd.training.memory import MemoryPlan, device_memory, plan_generation_memory, plan_memory
 from prmd.training.merging import fill_card
 from prmd.training.precision import Precision, eight_bit_precision, resolve_precision
 from prmd.training.rehearsal import Task

@@ -18,7 +18,7 @@ from torch import nn
 
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
-from prmd.models.card import sampling_bytes
+from prmd.models.card import USABLE, sampling_bytes
 from prmd.models.sequence_models import supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import GIB, get_device, get_runtime
@@ -32,9 +32,6 @@ from prmd.training.rehearsal import (
     separate_layers,
 )
 from prmd.training.sharding import requested_sharding
-
-USABLE = 0.92
-"""Share of a card that tensors may fill; the driver's context and the allocator's fragments take the rest."""
 
 
 @dataclass(frozen=True)

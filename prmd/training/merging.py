@@ -18,10 +18,11 @@ import torch.distributed as dist
 
 from prmd.config.shared import TrainingConfig
 from prmd.errors import ConfigError
+from prmd.models.card import USABLE
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import GIB, get_device
 from prmd.training.batches import MicroBatch, TrainingPlan, merged, merges
-from prmd.training.memory import USABLE, MemoryPlan, device_memory
+from prmd.training.memory import MemoryPlan, device_memory
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ from prmd.inference.noise import gumbel, sample_key, splitmix64
 from prmd.models.card import MOST_SEQUENCES, sampling_bytes
 from prmd.models.loading import load_tokenizer_from
 from prmd.models.tokenization import Tokens, tokenize_prompt
-from prmd.training import memory
 from prmd.training.rehearsal import peak_tensor_bytes
 
 PROMPTS = [(5, 6, 7, 8, 9, 10, 11, 12), (20,), (30, 31, 32), (9, 8, 7, 6, 5, 4, 3)]
@@ -148,10 +147,6 @@ def test_auto_takes_a_fixed_number_without_a_card_and_an_integer_means_itself() 
         batches = BatchPlan(4, 9, given).batches(sampler, prompts)
         assert {len(batch) for batch in batches[:-1]} == {count}
         assert [key for batch in batches for key, _ in batch] == list(prompts)
-
-
-def test_the_usable_share_is_that_of_every_memory_plan() -> None:
-    assert batching.USABLE == memory.USABLE
 
 
 @pytest.mark.parametrize(("prompts", "length", "samples"), [(6, 40, 4), (24, 90, 1)])

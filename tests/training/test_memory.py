@@ -20,6 +20,7 @@ from transformers import (
 from prmd.config.policy import PolicySection
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
 from prmd.models import sequence_models
+from prmd.models.card import USABLE
 from prmd.models.loading import add_lora
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
@@ -27,7 +28,7 @@ from prmd.models.tokenization import PrefixRow
 from prmd.policies.pairs import ReferenceSamples
 from prmd.policies.sample_pairs import GAMMA_SAMPLES, with_gamma_samples
 from prmd.policies.targets import policy_loss
-from prmd.training.memory import USABLE, MemoryPlan, plan_generation_memory, plan_memory
+from prmd.training.memory import MemoryPlan, plan_generation_memory, plan_memory
 from prmd.training.precision import Precision, eight_bit_precision, lora_precision
 from prmd.training.rehearsal import enable_gradient_checkpointing, peak_tensor_bytes
 

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from prmd.config.shared import DataConfig, ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
+from prmd.models.card import USABLE
 from prmd.models.tokenization import PrefixRow
 from prmd.training import memory, merging
 from prmd.training import run as training_run
 from prmd.training.batches import TrainingPlan, plan_training
 from prmd.training.checkpoints import name_checkpoints
-from prmd.training.memory import USABLE, MemoryPlan, plan_memory
+from prmd.training.memory import MemoryPlan, plan_memory
 from prmd.training.merging import Filling, fill_card
 from prmd.training.precision import Precision, lora_precision
 from prmd.training.rehearsal import BatchShape, rehearse_training
