@@ -18,7 +18,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
-from matplotlib.ticker import AutoLocator, MaxNLocator
+from matplotlib.ticker import AutoLocator, LogLocator, MaxNLocator, NullFormatter
 
 from prmd.artifacts import io
 from prmd.objectives import OBJECTIVES
@@ -214,6 +214,9 @@ def _draw_lengths(path: Path, unit: str, objectives: dict[str, dict[str, list[in
                     axes.step(values + 1, share, where="post", color=colour, label=part)
                     medians.append(f"{np.median(values):.0f}")
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())  # its labels would lie on each other
             axes.set_ylabel("share ≤ length")
             told = f", medians {', '.join(medians)}" if medians else ""
             axes.set_title(f"{objective} (n = {len(parts.get('chosen', [])):,}{told})")

@@ -120,7 +120,7 @@ def _learning(paths: ArtifactPaths, policies: dict[str, dict[str, Any]]) -> Tabl
         reached = ((load(paths.metrics / f"{name}.json") or {}).get("kl") or {}).get("per_response")
         expected, short = training_outcome(metrics).get("kl_expected"), found["sd_ratio"] < UNDER_TRAINED
         numbers = (found["sd_ratio"], found["slope"], found["explained"], metrics.get("kl_target"), expected)
-        called = "under-trained" if short else "reached"
+        called = "under-trained" if short else "spread reached"
         rows.append((name, called, *(format_number(value) for value in numbers), format_estimate(reached)))
     if not rows:
         return None
@@ -137,8 +137,8 @@ def _learning(paths: ArtifactPaths, policies: dict[str, dict[str, Any]]) -> Tabl
     caption = (
         "Held-out pairs at the end of training: spread of implicit margins in that of their targets, slope of the former on the "
         "latter, 1 − squared error / mean squared target. All are 0 before training; under-trained: a sd ratio below 0.5, less than "
-        "half of the targets' spread. A low slope beside a high ratio is a training that repeated its pairs. For Gaussian margins the KL is about "
-        "kl_target times the squared ratio."
+        "half of the targets' spread. A low slope beside a high ratio: margins moved, but not towards the targets of pairs that were "
+        "not trained on. For Gaussian margins the KL is about kl_target times the squared ratio."
     )
     return Table(columns, tuple(rows), caption)
 

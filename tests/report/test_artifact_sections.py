@@ -51,7 +51,7 @@ def test_a_policy_far_from_its_targets_is_called_under_trained(tmp_path: Path) -
         io.write_json(paths.policy(name) / "metrics.json", metrics)
         io.write_json(paths.policy(name) / "run.json", run_record(75.0))
     section = policies_section(paths)
-    assert [row[1] for row in section["learning"].rows] == ["under-trained", "reached"]
+    assert [row[1] for row in section["learning"].rows] == ["under-trained", "spread reached"]
     assert section["under_trained"] == (
         "Under-trained: cvar reached 49% of the spread of its target margins, less than half."
     )
@@ -108,7 +108,7 @@ def test_draws_and_how_far_targets_were_reached_stand_beside_the_kl(tmp_path: Pa
     io.write_json(paths.metrics / "cvar.json", {"kl": {"per_response": kl}})
     section = policies_section(paths)
     (row,) = section["learning"].rows
-    assert row[:-1] == ("cvar", "reached", "0.60", "0.50", "0.40", "4.00", "1.44") and row[-1].startswith(
-        "1.40"
-    )
+    assert row[:-1] == ("cvar", "spread reached", "0.60", "0.50", "0.40", "4.00", "1.44") and row[
+        -1
+    ].startswith("1.40")
     assert {r[0]: r[-1] for r in section["table"].rows}["dpo"] == "helpful 90% (2.50)"
