@@ -27,7 +27,7 @@ study goes on where it was. `--quick` runs two seeds at two biases and writes to
 import os
 
 # Read when the libraries below are imported; worker processes import this file too.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
+os.environ["CUDA_VISIBLE_DEVICES"] = "-1"  # as in the tests: an empty value would unset it on Windows
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
