@@ -89,13 +89,27 @@ class RewardPairs:
     fit: list[PreferencePair]
     val: list[PreferencePair]
     test: list[PreferencePair]
+    available: int
+    """Pairs of the split, `training.max_pairs` or not."""
+
+    def describe(self, task: RewardTask) -> str:
+        """How the pairs of the split became those of the trainings, with the settings that decide it."""
+        used = len(self.train) + len(self.fit)
+        line = f"{task.name}: {self.available} {task.split} pairs"
+        if used < self.available:
+            line += f", {used} of them used (training.max_pairs)"
+        if self.fit:
+            line += (
+                f": {len(self.train)} train the model, {len(self.fit)} fit its heads (ensemble.fit_fraction)"
+            )
+        return line
 
 
 def read_reward_pairs(task: RewardTask) -> RewardPairs:
     """Everything the task reads, refused here where it does not suffice, before a model is trained."""
     paths, config = task.config.paths, task.config
     pairs = read_pairs(paths, task.objective, task.split)
-    limit = config.training.max_pairs
+    available, limit = len(pairs), config.training.max_pairs
     if limit is not None:
         pairs = sorted(pairs, key=lambda pair: hash_share(f"max_pairs-{config.seed}", pair.id))[:limit]
     share = config.ensemble.fit_fraction if task.has_heads else 0.0
@@ -113,7 +127,7 @@ def read_reward_pairs(task: RewardTask) -> RewardPairs:
     for objective in paths.objectives:
         read_pairs(paths, objective, "val")  # calibration needs the prompts of all
     val, test = (read_pairs(paths, task.objective, split) for split in ("val", "test"))
-    return RewardPairs(train, fit, val, test)
+    return RewardPairs(train, fit, val, test, available)
 
 
 def _refuse_empty_resamples(task: RewardTask, train: Sequence[PreferencePair]) -> None:

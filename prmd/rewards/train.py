@@ -120,6 +120,7 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
         refuse_replacing(task.directory, *fingerprints, what=task.name)
     config = task.config
     logger.info("%s: %s", config.model.name, describe_template(tokenizer))
+    logger.info("%s", data.describe(task))
     if task.split == "train":
         check_engine(config.calibration)
     check_training(

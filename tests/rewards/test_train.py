@@ -56,12 +56,17 @@ def test_heads_are_fit_on_pairs_the_backbone_never_sees(config: RewardModelConfi
 def test_one_member_leaves_all_pairs_to_the_backbone(config: RewardModelConfig) -> None:
     data = read_reward_pairs(task_of(changed(config, "ensemble", members=1)))
     assert len(data.train) == 20 and data.fit == []
+    assert data.describe(task_of(config)) == "helpful reward model: 20 train pairs"
 
 
 def test_max_pairs_limits_and_a_judge_reads_its_own_split(config: RewardModelConfig) -> None:
     limited = changed(config, "training", max_pairs=9)
     data = read_reward_pairs(task_of(limited))
     assert len(data.train) + len(data.fit) == 9
+    assert data.describe(task_of(limited)) == (
+        f"helpful reward model: 20 train pairs, 9 of them used (training.max_pairs): {len(data.train)} train the model, "
+        f"{len(data.fit)} fit its heads (ensemble.fit_fraction)"
+    )
     alone = changed(limited, "ensemble", members=1)
     judge = read_reward_pairs(task_of(alone, "judge"))
     assert {p.id for p in judge.train} < {p.id for p in read_pairs(config.paths, "helpful", "judge")}
