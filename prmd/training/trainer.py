@@ -25,7 +25,7 @@ from prmd.models.prefix_rows import collate_rows, on_device, padding_share, plan
 from prmd.models.tokenization import PrefixRow
 from prmd.pairs import PreferencePair
 from prmd.pessimism.losses import learning_measures
-from prmd.runtime import get_device, said_if_slow
+from prmd.runtime import get_device, progress, said_if_slow
 from prmd.training.batches import MicroBatch
 from prmd.training.sharding import RefuseUnsharded, in_step, prepare_fsdp
 from prmd.training.stopping import named_rows
@@ -290,7 +290,8 @@ class PairTrainer(Trainer):
         groups = plan_scoring(rows, tokens_per_batch=self.eval_tokens, share_prompt=self.share_prompt)
         means, unread = _Means(), _Unread()
         self.model.eval()
-        for group, counts in in_step(groups, rank=self.args.process_index, processes=self.args.world_size):
+        own = in_step(groups, rank=self.args.process_index, processes=self.args.world_size)
+        for group, counts in progress(own, len(own), "held-out pairs"):
             batch = self.eval_data.batch(group, pad_id=self.pad_id, share_prompt=self.share_prompt)
             with torch.no_grad():
                 result = self.pair_loss(self.model, self._prepare_inputs(batch))
