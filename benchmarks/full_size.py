@@ -231,9 +231,8 @@ def _planned(
         training=training,
         precision=choose_precision(model, paths, how.tuning, training, task),
         task=task,
-        pairs_per_device=largest.pairs,
         device_bytes=memory.device_memory(),
-        longest=largest.row(),
+        rows=[largest.row()] * largest.pairs,
     )
     return plan.total
 

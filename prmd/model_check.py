@@ -403,7 +403,6 @@ def _plan(base: _Base, name: str, task: Task, tuning: TuningConfig, training: Tr
         tuning=tuning,
         training=training,
         task=task,
-        pairs_per_device=training.pairs_per_device,
     )
     try:
         precision, lacking = precision_on(plan, base.settings, tuning, training, card)

@@ -299,17 +299,18 @@ def check_needs(configs: "dict[type, Any]") -> list[Check]:
 
     from prmd.config.shared import RewardModelConfig
     from prmd.errors import UserError
-    from prmd.training.run import planned_sizes
+    from prmd.training.run import choose_precision, planned_sizes
 
     paths, model = configs[RewardModelConfig].paths, configs[RewardModelConfig].model
     if model.source == "pypi_wheel":  # a small model, which must be fetched to be known
         return []
+    sizes = []
     try:
-        sizes = [
-            (what, planned_sizes(base, paths, tuning, training, task=task), count)
-            for what, base, tuning, training, task, count in _trainings(configs)
-            if count
-        ]
+        for what, base, tuning, training, task, count in _trainings(configs):
+            if count:
+                precision = choose_precision(base, paths, tuning, training, task)
+                size = planned_sizes(base, paths, tuning, training, precision, task=task)
+                sizes.append((what, size, count))
     except UserError as error:
         return [Check("warn", "needs", f"not known: {error}")]
     checks = [_disk_need(sizes, paths.root)]

@@ -32,7 +32,7 @@ from prmd.errors import ConfigError
 from prmd.model_check import COLUMNS, check_model, report
 from prmd.runtime import GIB
 from prmd.setup_check import Check
-from prmd.training import dry_run
+from prmd.training import memory
 from prmd.training.memory import plan_memory
 from prmd.training.precision import lora_precision, resolve_precision
 
@@ -476,7 +476,6 @@ def test_memory_is_the_plan_of_the_dry_runs(tmp_path: Path, monkeypatch: pytest.
             training=training,
             precision=precision,
             task=task,
-            pairs_per_device=training.pairs_per_device,
             device_bytes=32 * GIB,
         )
         return plan.total / GIB
@@ -520,7 +519,7 @@ def test_8_bit_without_its_package_is_a_warning_that_names_it(
             "tuning.optimizer: auto needs the package torchao, which is missing; run: pip install torchao"
         )
 
-    monkeypatch.setattr(dry_run, "resolve_precision", missing)
+    monkeypatch.setattr(memory, "resolve_precision", missing)
     full = found(base(tmp_path / "base"), tmp_path, dtype="bfloat16")["policy, full"]
     assert full.status == "warn" and "pip install torchao" in full.remedy
     assert "all weights in bfloat16 by 8-bit AdamW" in full.detail

@@ -13,7 +13,7 @@ from torch import nn
 from prmd.config.shared import BatchSize
 from prmd.errors import ConfigError
 from prmd.inference.scoring import gather
-from prmd.models.card import MOST_SEQUENCES, SEQUENCES_WITHOUT_CARD, USABLE, sampling_bytes
+from prmd.models.card import MOST_SEQUENCES, USABLE, prompts_at_once, sampling_bytes
 from prmd.models.tokenization import Tokens
 from prmd.runtime import free_memory
 
@@ -64,19 +64,14 @@ class BatchPlan:
 
     def _prompts_at_once(self, model: object) -> Callable[[int], int]:
         """Prompts of a batch by the tokens of its longest."""
-        if self.batch_size != "auto":
-            return lambda length: max(1, self.batch_size // self.samples)
-        if not isinstance(model, nn.Module):
-            return lambda length: max(1, MOST_SEQUENCES // self.samples)
-        free = [size for size in gather([free_on_card(model)]) if size is not None]
-        try:
+        batch_size, sizes, free = self.batch_size, None, []
+        if batch_size == "auto" and not isinstance(model, nn.Module):
+            batch_size = MOST_SEQUENCES
+        elif batch_size == "auto":
+            free = [size for size in gather([free_on_card(model)]) if size is not None]
             sizes = sampling_bytes(model.config, next(model.parameters()).dtype)
-        except AttributeError:  # no attention heads to count
-            free = []
-        if not free:
-            return lambda length: max(1, SEQUENCES_WITHOUT_CARD // self.samples)
         of_prompt = {"samples": self.samples, "new_tokens": self.new_tokens}
-        return lambda length: sizes.prompts_in(min(free), length, **of_prompt)
+        return prompts_at_once(batch_size, sizes, min(free, default=None), **of_prompt)
 
 
 class Halving:

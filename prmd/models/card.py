@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prmd.config.shared import BatchSize
+
 USABLE = 0.92
 """Share of a card that tensors may fill; the driver's context and the allocator's fragments take the rest."""
 
@@ -107,18 +109,34 @@ class SamplingBytes:
         return max(1, min(fitting, MOST_SEQUENCES // samples))
 
 
-def sampling_bytes(model_config: Any, dtype: torch.dtype) -> SamplingBytes:
-    """Count from a transformers configuration.
+def prompts_at_once(
+    batch_size: BatchSize, sizes: SamplingBytes | None, free: int | None, *, samples: int, new_tokens: int
+) -> Callable[[int], int]:
+    """Prompts of a batch by the tokens of its longest.
 
-    Raises:
-        AttributeError: the family has no attention heads that could be counted.
+    Args:
+        batch_size: responses at once, or `auto` for as many as fit.
+        sizes: None where nothing is known of the family.
+        free: bytes for them; None without a card.
+        samples, new_tokens: of each prompt, and at most of each sample.
     """
-    config = model_config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return SamplingBytes(
-        cached=2 * config.num_hidden_layers * heads * width * dtype.itemsize,
-        logits=config.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize),
-        read=(3 * inner + 8 * config.hidden_size) * dtype.itemsize,
-    )
+    if batch_size == "auto" and sizes is not None and free is not None:
+        return lambda length: sizes.prompts_in(free, length, samples=samples, new_tokens=new_tokens)
+    responses = SEQUENCES_WITHOUT_CARD if batch_size == "auto" else batch_size
+    return lambda length: max(1, responses // samples)
+
+
+def sampling_bytes(model_config: Any, dtype: torch.dtype) -> SamplingBytes | None:
+    """Count from a transformers configuration; None where the family has no attention heads that could be counted."""
+    try:
+        config = model_config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        return SamplingBytes(
+            cached=2 * config.num_hidden_layers * heads * width * dtype.itemsize,
+            logits=config.vocab_size * (dtype.itemsize + 2 * torch.float32.itemsize),
+            read=(3 * inner + 8 * config.hidden_size) * dtype.itemsize,
+        )
+    except AttributeError:
+        return None

@@ -184,6 +184,14 @@ def _epoch_size(sizes: Mapping[str, int], mixture: Mixture) -> int:
     return min(mixture.total, sum(draws.values()))
 
 
+def drawn_pairs(sizes: Mapping[str, int], mixture: Mixture) -> list[tuple[str, int]]:
+    """The (objective, index) of every pair over all epochs, in the order of training."""
+    drawn: list[tuple[str, int]] = []
+    for epoch in range(-int(-mixture.epochs // 1)):
+        drawn += pool_order(sizes, mixture.weights, mixture.total, mixture.seed + epoch, mixture.max_repeats)
+    return drawn[: round(mixture.epochs * _epoch_size(sizes, mixture))]
+
+
 def split_sizes(split: Split) -> dict[str, int]:
     """Pairs of each objective."""
     return {objective: len(pairs) for objective, pairs in split.items()}
@@ -191,10 +199,7 @@ def split_sizes(split: Split) -> dict[str, int]:
 
 def pooled_pairs(split: Split, mixture: Mixture, tokens: "PairTokens") -> PolicyPairs:
     """Pool the pairs of a split by the objective weights and tokenize each once."""
-    sizes, drawn = split_sizes(split), []
-    for epoch in range(-int(-mixture.epochs // 1)):
-        drawn += pool_order(sizes, mixture.weights, mixture.total, mixture.seed + epoch, mixture.max_repeats)
-    drawn = drawn[: round(mixture.epochs * _epoch_size(sizes, mixture))]
+    drawn = drawn_pairs(split_sizes(split), mixture)
     tokenized = tokens.of_pairs([split[k][i] for k, i in dict.fromkeys(drawn)])
     position = {pair.id: i for i, pair in enumerate(tokenized.pairs)}
     ids = [split[k][i].id for k, i in drawn]

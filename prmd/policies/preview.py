@@ -8,6 +8,7 @@ training ensemble's mean members, a proxy: they say what the operator trades, no
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from prmd.policies.pairs import (
     ScaleResponses,
     Split,
     describe_draws,
+    drawn_pairs,
     draws_line,
     read_splits,
     split_sizes,
@@ -52,7 +54,7 @@ from prmd.policies.scores import (
 from prmd.rewards.brought import BroughtReward
 from prmd.rewards.reward_model import Scorer, load_reward_models
 from prmd.runtime import is_main_process
-from prmd.training.dry_run import Sampled, describe_training
+from prmd.training.dry_run import Sampled, describe_training, read_if_there
 
 logger = logging.getLogger(__name__)
 
@@ -68,35 +70,36 @@ def describe_policies(
     run_name: str | None,
 ) -> None:
     """Log what training these methods would read, do and write."""
-    paths, max_new_tokens = shared.paths, shared.calibration.max_new_tokens
-    train, val = ([paths.split(k, split) for k in paths.objectives] for split in ("train", "val"))
+    paths, calibration = shared.paths, shared.calibration
+    files = [paths.split(k, split) for split in ("train", "val") for k in paths.objectives]
     if any(method_of(method).reads_rewards for method in methods):
         describe_reward_models(paths)
-    drawn_from = {
-        k: io.read_jsonl(file) for k, file in zip(paths.objectives, train, strict=True) if file.is_file()
-    }
-    for method in methods:
-        directory = paths.policy(method, run_name)
+    splits = read_if_there(files, partial(read_splits, paths))
+    train = splits["train"] if splits else {}
+    sizes, count = split_sizes(train), reference_sample_count(sample_pairs, calibration)
+    how: dict[str, Any] = {"tuning": tuning, "training": training, "task": "policy", "read": files}
+    drawing = {"policy": policy, "sample_pairs": sample_pairs, "training": training, "seed": shared.seed}
+    for method in dict.fromkeys(methods):
+        directory, reads = paths.policy(method, run_name), method_of(method).reads_rewards
         if method == SOUP:
             members = ", ".join(soup_members(paths.objectives))
             logger.info("would average %s to %s; nothing is trained", members, directory)
             continue
-        sampled = _sampled(method, policy, sample_pairs, max_new_tokens)
+        sampled = _sampled(method, policy, sample_pairs, calibration.max_new_tokens)
+        mixture = method_mixture(method, train, **drawing)
+        drawn = drawn_pairs(sizes, mixture) if train else []
         describe_training(
             shared,
             name=f"policy {method}",
-            trained_on=train,
-            also_read=val,
-            tuning=tuning,
-            training=training,
-            task="policy",
+            pairs=[train[k][i] for k, i in dict.fromkeys(drawn)],
+            drawn=len(drawn),
             output=directory,
             sampled=sampled,
+            sampling=with_sample_count(shared, count).calibration if count and reads else None,
+            **how,
         )
-        if len(drawn_from) == len(paths.objectives) and all(drawn_from.values()):
-            how = {"policy": policy, "sample_pairs": sample_pairs, "training": training}
-            mixture = method_mixture(method, drawn_from, **how, seed=shared.seed)
-            logger.info("%s", draws_line(describe_draws(split_sizes(drawn_from), mixture)))
+        if train:
+            logger.info("%s", draws_line(describe_draws(sizes, mixture)))
         if method == BASELINE:
             logger.info(
                 "TRL trains it: prompts twice, padded, all logits at once; the memory above is too low"

@@ -30,7 +30,7 @@ from prmd.artifacts.runs import (
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import ConfigError
-from prmd.inference.reference import check_engine
+from prmd.inference.reference import calibration_sampling, check_engine
 from prmd.models.bases import base_record
 from prmd.models.chat_templates import describe_template
 from prmd.models.loading import load_tokenizer
@@ -41,7 +41,7 @@ from prmd.rewards.fitting import calibrate_reward_model, fit_heads, measure
 from prmd.rewards.reward_model import CALIBRATION_FILE, ENSEMBLE_FILE, load_reward_model
 from prmd.rewards.task import RewardPairs, RewardTask, read_reward_pairs
 from prmd.runtime import is_main_process, wait_for_everyone
-from prmd.training.dry_run import describe_training
+from prmd.training.dry_run import describe_training, read_if_there
 from prmd.training.run import check_training
 
 logger = logging.getLogger(__name__)
@@ -137,15 +137,21 @@ def _run(task: RewardTask, force: bool, dry_run: bool) -> Path:
 
 def _say_what_would_be_trained(task: RewardTask) -> None:
     config = task.config
+    files = [config.paths.split(task.objective, split) for split in (task.split, "val", "test")]
+    data = read_if_there(files, lambda: read_reward_pairs(task))
+    train = data.train if data else []
+    calibrated = task.split == "train" and config.calibration.source == "reference_samples"
     describe_training(
         config,
         name=task.name,
-        trained_on=[config.paths.split(task.objective, task.split)],
-        also_read=[config.paths.split(task.objective, split) for split in ("val", "test")],
+        read=files,
+        pairs=train,
+        drawn=round(config.training.epochs * len(train)),
         tuning=config.tuning,
         training=config.training,
         task="reward_model",
         output=task.directory,
+        sampling=calibration_sampling(config).calibration if calibrated else None,
     )
     if features := config.debias.of(task.objective):
         logger.info("would keep out of it what these features predict of the labels: %s", ", ".join(features))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import try_to_load_from_cache
@@ -20,18 +20,19 @@ from prmd.artifacts import hub, io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import CalibrationConfig, ModelConfig, SharedConfig, TrainingConfig, TuningConfig
 from prmd.errors import UserError
-from prmd.models.card import USABLE, sampling_bytes
+from prmd.models.card import USABLE, prompts_at_once, sampling_bytes
 from prmd.models.loading import load_model_config, load_tokenizer, model_source
 from prmd.models.tokenization import PrefixRow, tokenize_pairs
 from prmd.pairs import PREPARE_COMMAND, PreferencePair
 from prmd.runtime import GIB, free_disk_bytes
 from prmd.training.batches import plan_training, step_size
-from prmd.training.memory import MemoryPlan, device_memory, plan_generation_memory, plan_memory
+from prmd.training.memory import MemoryPlan, device_memory, plan_memory, precision_for, weight_bytes
 from prmd.training.merging import fill_card
-from prmd.training.precision import Precision, eight_bit_precision, resolve_precision
-from prmd.training.rehearsal import Task
+from prmd.training.precision import Precision, eight_bit_precision
+from prmd.training.rehearsal import Task, meta_model
 
 logger = logging.getLogger(__name__)
+Read = TypeVar("Read")
 
 PLANNED_CARD = 32 * GIB
 """The card that is planned for besides, where this machine has none."""
@@ -71,10 +72,20 @@ class KnownRows:
     some: tuple[PrefixRow, ...] = ()
 
 
+def read_if_there(files: Sequence[Path], read: Callable[[], Read]) -> Read | None:
+    """What a stage reads to begin with; None where one of its files is missing, or where it refuses them, which is said."""
+    if all(path.is_file() for path in files):
+        try:
+            return read()
+        except UserError as error:
+            logger.info("the data would be refused: %s", error)
+    return None
+
+
 def known_rows(
     model: ModelConfig,
     paths: ArtifactPaths,
-    files: Sequence[Path],
+    pairs: Sequence[PreferencePair],
     training: TrainingConfig,
     task: Task,
     *,
@@ -85,11 +96,11 @@ def known_rows(
     Only pairs with the most characters and a sample are tokenised; all would take minutes.
 
     Args:
+        pairs: those that are trained on.
         sample_tokens: pairs of reference samples, at most so long, are trained on too, as far as they fit
             `training.max_length` with their prompt; 0: none are.
     """
-    files = [path for path in files if path.is_file()]
-    if not files or not _tokenizer_is_here(model, paths):
+    if not pairs or not _tokenizer_is_here(model, paths):
         return KnownRows()
 
     def rows_of(pairs: Sequence[PreferencePair]) -> list[PrefixRow]:
@@ -104,11 +115,6 @@ def known_rows(
         )
 
     try:
-        pairs = [
-            PreferencePair.from_row(row, objective=path.parent.name, where=f"{path}:{number}")
-            for path in files
-            for number, row in enumerate(io.read_jsonl(path), start=1)
-        ]
         longest = rows_of(_longest_pairs(pairs, training.max_length, sample_tokens))
         some = rows_of(pairs[:: max(1, len(pairs) // _SOME_PAIRS)])
     except UserError as error:
@@ -160,10 +166,16 @@ def memory_lines(
     training: TrainingConfig,
     task: Task,
     *,
-    trained_on: Sequence[Path] = (),
+    pairs: Sequence[PreferencePair] = (),
     sampled: Sampled = UNSAMPLED,
+    sampling: CalibrationConfig | None = None,
 ) -> list[str]:
-    """The memory plan for this machine as lines, or why there is none; without a card also that for one of 32 GiB."""
+    """The memory plan for this machine as lines, or why there is none; without a card also that for one of 32 GiB.
+
+    Args:
+        pairs: those that are trained on, as far as they are known.
+        sampling: how the stage samples the reference; None: it does not.
+    """
     model, paths = shared.model, shared.paths
     if model.source == "pypi_wheel" and not paths.base_model(model.name).is_dir():
         return [f"memory      not known before {model.name} is fetched once"]
@@ -171,14 +183,13 @@ def memory_lines(
         model_config = load_model_config(model, paths)
     except UserError as error:
         return [f"memory      not known: {error}"]
-    rows = known_rows(model, paths, trained_on, training, task, sample_tokens=sampled.paired)
+    rows = known_rows(model, paths, pairs, training, task, sample_tokens=sampled.paired)
     plan = partial(
         plan_memory,
         model_config=model_config,
         tuning=tuning,
         training=training,
         task=task,
-        pairs_per_device=training.pairs_per_device,
         sampled=sampled.gamma,
     )
     card = device_memory()
@@ -187,9 +198,9 @@ def memory_lines(
     for device_bytes in (card,) if card else (None, PLANNED_CARD):
         known = {"device_bytes": device_bytes, "longest": rows.longest, "rows": some, "seed": shared.seed}
         lines += _plan_lines(plan, model, tuning, training, **known)
-    if shared.calibration.source == "reference_samples" or sampled != UNSAMPLED:
+    if sampling:
         dtype, device_bytes = getattr(torch, model.dtype), card or PLANNED_CARD
-        lines.append(_sampling_line(shared.calibration, model_config, dtype, training, device_bytes))
+        lines.append(_sampling_line(sampling, model_config, dtype, training.max_length, device_bytes))
     return [f"memory      {line}" for line in lines]
 
 
@@ -277,12 +288,8 @@ def precision_on(
         ConfigError: none can be chosen.
     """
 
-    def fits(precision: Precision) -> bool:
-        return plan(precision=precision, device_bytes=device_bytes).fits is not False
-
     try:
-        rate, chosen = training.learning_rate, fits if device_bytes else None
-        return resolve_precision(tuning, learning_rate=rate, model=model, plan_fits=chosen), ""
+        return precision_for(plan, model, tuning, training, device_bytes), ""
     except UserError as error:
         if model.dtype != "bfloat16":
             raise
@@ -290,77 +297,66 @@ def precision_on(
 
 
 def _sampling_line(
-    calibration: CalibrationConfig,
-    model_config: Any,
-    dtype: torch.dtype,
-    training: TrainingConfig,
-    device_bytes: int,
+    sampling: CalibrationConfig, model_config: Any, dtype: torch.dtype, length: int, device_bytes: int
 ) -> str:
-    tokens, sequences = training.max_length + calibration.max_new_tokens, calibration.batch_size
-    plan = partial(
-        plan_generation_memory,
-        model_config=model_config,
-        dtype=dtype,
-        tokens=tokens,
-        device_bytes=device_bytes,
-    )
-    if sequences == "auto":
-        free = int(USABLE * device_bytes) - plan(sequences=0).total
-        numbers = {"samples": calibration.samples_per_prompt, "new_tokens": calibration.max_new_tokens}
-        prompts = sampling_bytes(model_config, dtype).prompts_in(free, training.max_length, **numbers)
-        sequences = prompts * calibration.samples_per_prompt
-    plan = plan(sequences=sequences)
+    """As `inference.batching.BatchPlan` samples on a card that holds nothing but the model.
+
+    Args:
+        length: most tokens of a prompt.
+    """
+    sizes, samples = sampling_bytes(model_config, dtype), sampling.samples_per_prompt
+    if sizes is None:
+        return "of sampling not known: the family has no attention heads that could be counted"
+    weights = weight_bytes(meta_model(model_config, task="policy", dtype=dtype, lora=None))
+    free, numbers = int(USABLE * device_bytes) - weights, {"new_tokens": sampling.max_new_tokens}
+    at_once = prompts_at_once(sampling.batch_size, sizes, free, samples=samples, **numbers)
+    sequences, tokens = at_once(length) * samples, length + sampling.max_new_tokens
+    cache, logits = sequences * tokens * sizes.cached, sequences * sizes.logits
     return (
         f"of sampling {sequences} responses at once, {tokens} tokens with their prompts: weights "
-        f"{plan.weights / GIB:.2f} GiB, cache {plan.cache / GIB:.2f} GiB, logits {plan.logits / GIB:.2f} GiB"
+        f"{weights / GIB:.2f} GiB, cache {cache / GIB:.2f} GiB, logits {logits / GIB:.2f} GiB"
     )
 
 
-def describe_inputs(files: Sequence[Path], command: str) -> int:
-    """Log size and rows of each JSON Lines file, or the command that makes it.
-
-    Returns:
-        Rows of all files together.
-    """
-    total = 0
+def describe_inputs(files: Sequence[Path]) -> None:
+    """Log size and rows of each prepared file, or the command that makes it."""
     for path in files:
         if path.is_file():
             rows = len(io.read_jsonl(path))
-            total += rows
             logger.info("would read  %s (%d rows, %.1f MB)", path, rows, path.stat().st_size / 1e6)
         else:
-            logger.info("would read  %s: missing; make it with `%s`", path, command)
-    return total
+            logger.info("would read  %s: missing; make it with `%s`", path, PREPARE_COMMAND)
 
 
 def describe_training(
     shared: SharedConfig,
     *,
     name: str,
-    trained_on: Sequence[Path],
-    also_read: Sequence[Path],
+    read: Sequence[Path],
+    pairs: Sequence[PreferencePair],
+    drawn: int,
     tuning: TuningConfig,
     training: TrainingConfig,
     task: Task,
     output: Path,
     sampled: Sampled = UNSAMPLED,
+    sampling: CalibrationConfig | None = None,
 ) -> None:
     """Log what one training would do.
 
     Args:
-        trained_on: files whose rows are pooled and trained on.
-        also_read: the held-out ones.
+        read: the files that it reads.
+        pairs: those that are trained on; none where they are not known.
+        drawn: how often one of them is trained on, over all epochs.
+        sampling: as for `memory_lines`.
     """
-    rows = describe_inputs(trained_on, PREPARE_COMMAND)
-    describe_inputs(also_read, PREPARE_COMMAND)
-    if training.max_pairs:
-        rows = min(rows, training.max_pairs)
-    step_pairs = step_size(training, 1).pairs
+    describe_inputs(read)
+    step_pairs, epochs = step_size(training, 1).pairs, training.epochs
     logger.info(
         "would train %s on about %d pairs x %g epochs = %d optimiser steps of %d pairs (%s, %s)",
-        *(name, rows, training.epochs, math.ceil(rows * training.epochs / step_pairs), step_pairs),
+        *(name, round(drawn / epochs), epochs, math.ceil(drawn / step_pairs), step_pairs),
         *(shared.model.name, tuning.method),
     )
-    for line in memory_lines(shared, tuning, training, task, trained_on=trained_on, sampled=sampled):
+    for line in memory_lines(shared, tuning, training, task, pairs=pairs, sampled=sampled, sampling=sampling):
         logger.info("%s", line)
     logger.info("would write %s (%.1f GiB free on this disk)", output, free_disk_bytes(output) / GIB)

@@ -1,4 +1,4 @@
-"""What a training or a generation takes of a card's memory, planned without loading the model.
+"""What a training takes of a card's memory, planned without loading the model, and the precision that fits it.
 
 Weights, gradients and optimizer states are counted parameter by parameter on the meta device; the rest is taken from
 `rehearsal`, which runs a few layers on tensors without storage. A plan that does not fit names the first change that
@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
+from prmd.config.shared import LoraConfig, ModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
-from prmd.models.card import USABLE, sampling_bytes
+from prmd.models.card import USABLE
 from prmd.models.sequence_models import supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import GIB, get_device, get_runtime
-from prmd.training.precision import Precision, eight_bit_precision, lora_precision
+from prmd.training.precision import Precision, eight_bit_precision, lora_precision, resolve_precision
 from prmd.training.rehearsal import (
     BatchShape,
     StepBytes,
@@ -42,9 +42,8 @@ class MemoryPlan:
         parameters, trainable: numbers of weights, not bytes.
         weights, gradients, optimizer: gradients are counted throughout, as in every micro-batch of an optimiser step
             but its first.
-        activations: what the layers keep for the backward pass; in a forward pass the most at once.
+        activations: what the layers keep for the backward pass.
         logits: copies of one block of logits and of the head's gradient.
-        cache: keys and values while generating.
         mask: attention mask and batch.
         rest: what the peak has above these (a recomputed layer, bfloat16 copies of master weights, the embedding's
             gradient, float32 moments inside the 8-bit step).
@@ -60,7 +59,6 @@ class MemoryPlan:
     optimizer: int = 0
     activations: int = 0
     logits: int = 0
-    cache: int = 0
     mask: int = 0
     rest: int = 0
     device_bytes: int | None = None
@@ -75,7 +73,7 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.states + self.activations + self.logits + self.cache + self.mask + self.rest
+        return self.states + self.activations + self.logits + self.mask + self.rest
 
     @property
     def fits(self) -> bool | None:
@@ -94,9 +92,8 @@ class MemoryPlan:
             "weights": self.weights,
             "gradients": self.gradients,
             "optimizer": self.optimizer,
-            f"activations ({recompute})" if self.trainable else "activations": self.activations,
+            f"activations ({recompute})": self.activations,
             "logits": self.logits,
-            "cache": self.cache,
             "mask": self.mask,
             "rest of the peak": self.rest,
         }
@@ -133,7 +130,6 @@ def plan_memory(
     training: TrainingConfig,
     precision: Precision,
     task: Task,
-    pairs_per_device: int,
     device_bytes: int | None,
     longest: PrefixRow | None = None,
     sampled: Sequence[int] = (),
@@ -144,10 +140,9 @@ def plan_memory(
     Args:
         model_config: transformers configuration of the base model, as `models.loading.load_model_config` gives it.
         tuning: sizes of the adapters, and what may be changed to.
-        training: `max_length` and `gradient_checkpointing` (`auto` recomputes as few layers as a card allows; where it does
-            not hold even all of them recomputed, and in families that know no single ones, all).
-        precision: as `precision.resolve_precision` chose it.
-        pairs_per_device: pairs per micro-batch.
+        training: `pairs_per_device`, `max_length` and `gradient_checkpointing` (`auto` recomputes as few layers as a card
+            allows; where it does not hold even all of them recomputed, and in families that know no single ones, all).
+        precision: as `precision_for` chose it.
         device_bytes: memory of the card, or None.
         longest: the longest row of the tokenised data; without it two responses of `max_length` are assumed.
         sampled: tokens of each response that every row holds behind these (reference samples).
@@ -160,7 +155,7 @@ def plan_memory(
         ConfigError: the family's own code does not run on tensors without storage.
     """
     setting = _Setting(
-        *(model_config, tuning, training, precision, task, pairs_per_device, device_bytes, longest),
+        *(model_config, tuning, training, precision, task, device_bytes, longest),
         *(tuple(sampled), tuple(rows)),
     )
     try:
@@ -175,6 +170,30 @@ def plan_memory(
         ) from error
 
 
+def precision_for(
+    plan: Callable[..., MemoryPlan],
+    model: ModelConfig,
+    tuning: TuningConfig,
+    training: TrainingConfig,
+    device_bytes: int | None,
+) -> Precision:
+    """The optimiser and number formats of a training: what the YAML says, or for `auto` what fits the card.
+
+    Args:
+        plan: `plan_memory` of this model and training, all but precision and card.
+        device_bytes: memory of the card, or None, without which nothing need be planned.
+
+    Raises:
+        ConfigError: as `resolve_precision` and `plan_memory`.
+    """
+
+    def fits(precision: Precision) -> bool:
+        return plan(precision=precision, device_bytes=device_bytes).fits is not False
+
+    chosen = fits if device_bytes else None
+    return resolve_precision(tuning, learning_rate=training.learning_rate, model=model, plan_fits=chosen)
+
+
 @dataclass(frozen=True)
 class _Setting:
     """The arguments of `plan_memory`, to be changed one at a time."""
@@ -184,11 +203,13 @@ class _Setting:
     training: TrainingConfig
     precision: Precision
     task: Task
-    pairs: int
     device_bytes: int | None
     longest: PrefixRow | None
     sampled: tuple[int, ...]
     rows: tuple[PrefixRow, ...] = ()
+
+    def training_with(self, **changes: Any) -> "_Setting":
+        return replace(self, training=self.training.model_copy(update=changes))
 
     @property
     def layers(self) -> int:
@@ -207,7 +228,7 @@ class _Setting:
         return MemoryPlan(
             parameters=sum(p.numel() for p in model.parameters()),
             trainable=sum(p.numel() for p in trained),
-            weights=_weight_bytes(model),
+            weights=weight_bytes(model),
             gradients=_gradient_copies() * sum(p.numel() * p.element_size() for p in trained),
             optimizer=sum(state_bytes(p, precision.optimizer) for p in trained),
             device_bytes=self.device_bytes,
@@ -238,12 +259,12 @@ class _Setting:
 
     @property
     def batch(self) -> BatchShape:
-        """The largest micro-batch."""
+        """The largest micro-batch: where its rows are not known, of the longest one, or of a prompt token and full responses."""
         if self.rows:
             return _shape(self.model_config, self.rows)
-        return _batch_shape(
-            self.model_config, self.pairs, self.training.max_length, self.longest, self.sampled
-        )
+        row = self.longest or PrefixRow((0,), ((0,) * (self.training.max_length - 1),) * 2)
+        row = PrefixRow(row.prompt_ids, (*row.responses, *((0,) * tokens for tokens in self.sampled)))
+        return _shape(self.model_config, [row] * self.training.pairs_per_device)
 
     def recomputing(self, layers: int) -> MemoryPlan:
         """The plan with so many layers recomputed."""
@@ -278,7 +299,8 @@ def _gradient_copies() -> int:
     return 2 if get_runtime().world_size > 1 and not requested_sharding() else 1
 
 
-def _weight_bytes(model: nn.Module) -> int:
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
     return sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
 
@@ -288,19 +310,6 @@ def state_bytes(parameter: nn.Parameter, optimizer: str) -> int:
     if optimizer == "adamw_8bit_stochastic" and count >= _MIN_8BIT and count % _BLOCK_8BIT == 0:
         return 2 * (count + 4 * count // _BLOCK_8BIT + _MAP_8BIT) + 4
     return 2 * count * parameter.element_size() + 4
-
-
-def _batch_shape(
-    model_config: Any,
-    pairs: int,
-    max_length: int,
-    longest: PrefixRow | None,
-    sampled: Sequence[int] = (),
-) -> BatchShape:
-    """The largest micro-batch: rows of one prompt token and two full responses, or of the longest row given."""
-    row = longest or PrefixRow((0,), ((0,) * (max_length - 1),) * 2)
-    row = PrefixRow(row.prompt_ids, (*row.responses, *((0,) * tokens for tokens in sampled)))
-    return _shape(model_config, [row] * pairs)
 
 
 def _shape(model_config: Any, rows: Sequence[PrefixRow]) -> BatchShape:
@@ -346,17 +355,14 @@ def _first_change(setting: _Setting) -> str:
 def _changes(setting: _Setting) -> Iterator[tuple[str, _Setting]]:
     training, precision = setting.training, setting.precision
     if setting.plan.recomputed < setting.layers:
-        yield (
-            "training.gradient_checkpointing: true",
-            replace(setting, training=training.model_copy(update={"gradient_checkpointing": True})),
-        )
-    for pairs in _halvings(setting.pairs, 1):
-        steps = math.ceil(training.gradient_accumulation_steps * setting.pairs / pairs)
+        yield "training.gradient_checkpointing: true", setting.training_with(gradient_checkpointing=True)
+    for pairs in _halvings(training.pairs_per_device, 1):
+        steps = math.ceil(training.gradient_accumulation_steps * training.pairs_per_device / pairs)
         change = f"training.pairs_per_device: {pairs} with training.gradient_accumulation_steps: {steps}"
-        yield change, replace(setting, pairs=pairs)
+        yield change, setting.training_with(pairs_per_device=pairs)
     for length in _halvings(training.max_length, _LEAST_LENGTH):
-        shorter = training.model_copy(update={"max_length": length})
-        yield f"training.max_length: {length}", replace(setting, training=shorter, longest=None)
+        shorter = setting.training_with(max_length=length)
+        yield f"training.max_length: {length}", replace(shorter, longest=None)
     if precision.trained == "full" and precision.optimizer == "adamw_float32" and _bfloat16(precision):
         eight_bit = eight_bit_precision(precision.learning_rate)
         yield "tuning.optimizer: adamw_8bit_stochastic", replace(setting, precision=eight_bit)
@@ -377,27 +383,6 @@ def _bfloat16(precision: Precision) -> bool:
 
 
 def _smallest(setting: _Setting) -> _Setting:
-    training = setting.training.model_copy(update={"gradient_checkpointing": True})
     precision = lora_precision(setting.tuning, bfloat16=_bfloat16(setting.precision))
-    return replace(setting, training=training, precision=precision, pairs=1)
-
-
-# ------------------------------------------------------------------ generation
-def plan_generation_memory(
-    *, model_config: Any, dtype: torch.dtype, sequences: int, tokens: int, device_bytes: int | None
-) -> MemoryPlan:
-    """Plan batched sampling: weights, keys and values of every token, and the logits of one token per sequence.
-
-    Args:
-        sequences: sequences sampled at once.
-        tokens: longest prompt and response together.
-    """
-    plain = _untrained(model_config, "policy", dtype)
-    sizes = sampling_bytes(model_config, dtype)
-    cache, logits = sequences * tokens * sizes.cached, sequences * sizes.logits
-    return replace(plain, cache=cache, logits=logits, device_bytes=device_bytes)
-
-
-def _untrained(model_config: Any, task: Task, dtype: torch.dtype) -> MemoryPlan:
-    model = meta_model(model_config, task=task, dtype=dtype, lora=None)
-    return MemoryPlan(sum(p.numel() for p in model.parameters()), 0, _weight_bytes(model))
+    smallest = setting.training_with(gradient_checkpointing=True, pairs_per_device=1)
+    return replace(smallest, precision=precision)

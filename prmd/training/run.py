@@ -6,13 +6,12 @@ trained, logged, checkpointed and resumed alike. The optimiser step itself is in
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from prmd.artifacts import io
@@ -36,9 +35,9 @@ from prmd.training.checkpoints import (
     checkpoint_steps,
     newest_complete,
 )
-from prmd.training.memory import device_memory, plan_memory, state_bytes
+from prmd.training.memory import device_memory, plan_memory, precision_for, state_bytes
 from prmd.training.merging import MOST_TOKENS, Filling, fill_card, least_memory, recomputing
-from prmd.training.precision import Precision, refuse_if_stuck, resolve_precision
+from prmd.training.precision import Precision, refuse_if_stuck
 from prmd.training.rehearsal import Task, enable_gradient_checkpointing, meta_model
 from prmd.training.sharding import requested_sharding
 from prmd.training.stopping import RefuseNotFinite, StopRequests
@@ -83,22 +82,15 @@ def choose_precision(
     sampled: Sequence[int] = (),
 ) -> Precision:
     """The optimiser and number formats of a training: what the YAML says, or for `auto` what fits the card."""
-    model_config = load_model_config(model, paths)
-
-    def fits(precision: Precision) -> bool:
-        plan = plan_memory(
-            model_config=model_config,
-            tuning=tuning,
-            training=training,
-            precision=precision,
-            task=task,
-            pairs_per_device=training.pairs_per_device,
-            device_bytes=device_memory(),
-            sampled=sampled,
-        )
-        return plan.fits is not False
-
-    return resolve_precision(tuning, learning_rate=training.learning_rate, model=model, plan_fits=fits)
+    plan = partial(
+        plan_memory,
+        model_config=load_model_config(model, paths),
+        tuning=tuning,
+        training=training,
+        task=task,
+        sampled=sampled,
+    )
+    return precision_for(plan, model, tuning, training, device_memory())
 
 
 def check_training(
@@ -123,36 +115,12 @@ def check_training(
     Raises:
         ConfigError: as `attention_implementation`, `step_size`, `choose_precision`, `refuse_if_stuck`, `require_disk`.
     """
-    model_config = load_model_config(model, paths)
-    attention_implementation(model.attention, model_config)
+    attention_implementation(model.attention, load_model_config(model, paths))
     step_size(training, get_runtime().world_size)
     precision = choose_precision(model, paths, tuning, training, task, sampled)
     refuse_if_stuck(precision)
-    skeleton = meta_model(
-        model_config,
-        task=task,
-        dtype=precision.weights_dtype,
-        lora=tuning.lora if tuning.method == "lora" else None,
-    )
-    wanted = _files_bytes(
-        skeleton, precision.optimizer, checkpoints=len(training.checkpoints), trainings=trainings
-    )
-    require_disk(directory, wanted - _written(partial_path(directory)))
-
-
-def _files_bytes(skeleton: nn.Module, optimizer: str, *, checkpoints: int, trainings: int) -> int:
-    """Bytes on the disk at the end of the last of so many trainings, the largest moment: what it goes on from is still there."""
-    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in skeleton.parameters()]
-    held = sum(size for size, _ in sizes)
-    trained = sum(size for size, requires_grad in sizes if requires_grad)
-    resumable = trained + sum(state_bytes(p, optimizer) for p in skeleton.parameters() if p.requires_grad)
-    if requested_sharding():
-        # FSDP and ZeRO-3 resume from a copy of their own: frozen weights too, tied ones twice
-        resumable += sum(tensor.numel() * tensor.element_size() for tensor in skeleton.state_dict().values())
-    finished = trained * (checkpoints + 1)  # the models at its checkpoints, and the last one beside them
-    # the newest `RESUMABLE` keep their state while one more is written; two of other steps may lie there after stops
-    state = (resumable - trained) * (RESUMABLE + 1)
-    return trained * (checkpoints + 2) + state + held + finished * (trainings - 1)
+    sizes = planned_sizes(model, paths, tuning, training, precision, task=task, trainings=trainings)
+    require_disk(directory, sizes.most - _written(partial_path(directory)))
 
 
 @dataclass(frozen=True)
@@ -171,25 +139,42 @@ class Sizes:
 
 
 def planned_sizes(
-    model: ModelConfig, paths: ArtifactPaths, tuning: TuningConfig, training: TrainingConfig, *, task: Task
+    model: ModelConfig,
+    paths: ArtifactPaths,
+    tuning: TuningConfig,
+    training: TrainingConfig,
+    precision: Precision,
+    *,
+    task: Task,
+    trainings: int = 1,
 ) -> Sizes:
-    """What a training takes at least in memory, and on the disk."""
-    if device_memory():
-        precision = choose_precision(model, paths, tuning, training, task)
-    else:  # without a card to fit nothing needs to be rehearsed
-        precision = resolve_precision(tuning, learning_rate=training.learning_rate, model=model)
+    """What a training takes at least in memory, and on the disk.
+
+    Args:
+        trainings: how many follow each other on the same disk; its largest moment is the end of the last one, when what it
+            goes on from is still there.
+    """
     lora = tuning.lora if tuning.method == "lora" else None
     config = load_model_config(model, paths)
     skeleton = meta_model(config, task=task, dtype=precision.weights_dtype, lora=lora)
     moved = [p for p in skeleton.parameters() if p.requires_grad]
-    held = sum(p.numel() * p.element_size() for p in skeleton.parameters())
-    trained = sum(p.numel() * p.element_size() for p in moved)
-    count = len(training.checkpoints)
+    held, trained = _bytes(skeleton.parameters()), _bytes(moved)
+    states = sum(state_bytes(p, precision.optimizer) for p in moved)
+    finished = trained * (
+        len(training.checkpoints) + 1
+    )  # the models at its checkpoints, and the last one beside them
+    # FSDP and ZeRO-3 resume from a copy of their own: frozen weights too, tied ones twice
+    resumable = states + (_bytes(skeleton.state_dict().values()) if requested_sharding() else 0)
     return Sizes(
-        memory=held + trained + sum(state_bytes(p, precision.optimizer) for p in moved),
-        most=_files_bytes(skeleton, precision.optimizer, checkpoints=count, trainings=1),
-        kept=trained * (count + 1) + (held if task == "reward_model" else 0),
+        memory=held + trained + states,
+        # the newest `RESUMABLE` keep their state while one more is written; two of other steps may lie there after stops
+        most=finished * trainings + trained + resumable * (RESUMABLE + 1) + held,
+        kept=finished + (held if task == "reward_model" else 0),
     )
+
+
+def _bytes(tensors: Iterable[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _written(folder: Path) -> int:
@@ -315,7 +300,6 @@ def _fill(
         tuning=run.tuning,
         precision=precision,
         task=run.task,
-        pairs_per_device=training.pairs_per_device,
     )
     return fill_card(
         plan, run.data.rows, training, planned=planned, device_bytes=least_memory(), most_tokens=most

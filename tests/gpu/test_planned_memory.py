@@ -142,7 +142,7 @@ def test_plan_is_what_a_training_held(
     row = PrefixRow((5,) * size.prompt, ((6,) * size.response, (7,) * size.response))
     plan = plan_memory(
         model_config=load_model_config(model, shared.paths), tuning=tuning, training=training, precision=precision,
-        task=task, pairs_per_device=size.pairs, device_bytes=device_memory(), longest=row,
+        task=task, device_bytes=device_memory(), longest=row,
     )  # fmt: skip
 
     peak, pairs = _Peak(device), 6 * size.pairs

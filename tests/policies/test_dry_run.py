@@ -23,7 +23,7 @@ from prmd.config.shared import (
 from prmd.models import loading
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import tokenize_pairs
-from prmd.pairs import read_pairs
+from prmd.pairs import hash_share, read_pairs
 from prmd.policies.preview import gamma_lengths
 from prmd.policies.train import train_baseline_dpo, train_hierarchical, train_pessimistic
 from prmd.rewards.train import train_reward_model
@@ -64,8 +64,10 @@ def test_reward_model_names_files_steps_and_output(
     assert path == config.paths.reward_model("honest") and files(config.paths.root) == before
     for split in ("train", "val", "test"):
         assert f"{config.paths.split('honest', split)} (6 rows" in caplog.text
-    # 6 pairs x 3 epochs / (2 x 2) = 4.5, so 5 steps
-    assert "honest reward model on about 6 pairs x 3 epochs = 5 optimiser steps of 4 pairs" in caplog.text
+    kept = [hash_share("ensemble-fit", pair.id) < 0.5 for pair in read_pairs(config.paths, "honest", "train")]
+    assert kept.count(False) == 2, "the others are of the heads"
+    # 2 pairs x 3 epochs / (2 x 2) = 1.5, so 2 steps
+    assert "honest reward model on about 2 pairs x 3 epochs = 2 optimiser steps of 4 pairs" in caplog.text
     assert f"would write {path}" in caplog.text and "GiB free" in caplog.text and "memory " in caplog.text
 
 
@@ -83,7 +85,9 @@ def test_policies_pool_the_pairs_of_all_objectives(
     limited = policy.model_copy(update={"training": TRAINING.model_copy(update={"max_pairs": 10})})
     train_baseline_dpo(limited, dry_run=True)
     train_hierarchical(limited, dry_run=True)
-    assert caplog.text.count("on about 10 pairs") == 2 and files(config.paths.root) == before
+    # of each objective round(10 / 3) = 3 pairs an epoch: 27 in steps of 4
+    assert caplog.text.count("on about 9 pairs x 3 epochs = 7 optimiser steps") == 2
+    assert files(config.paths.root) == before
     assert caplog.text.count("TRL trains it") == 1
 
 
@@ -95,11 +99,17 @@ def test_missing_inputs_are_said_with_their_command(
     assert not config.paths.root.exists()
 
 
-def test_rows_of_all_files_are_counted(tmp_path: Path) -> None:
+def test_rows_of_all_files_are_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": 1}\n{"a": 2}\n', encoding="utf-8")
     (tmp_path / "b.jsonl").write_text('{"a": 1}\n', encoding="utf-8")
     names = [tmp_path / name for name in ("a.jsonl", "b.jsonl", "none.jsonl")]
-    assert describe_inputs(names, "make it") == 3
+    describe_inputs(names)
+    said = [record.getMessage() for record in caplog.records]
+    assert said[0].endswith("a.jsonl (2 rows, 0.0 MB)") and said[1].endswith("b.jsonl (1 rows, 0.0 MB)")
+    assert (
+        said[2].endswith("none.jsonl: missing; make it with `python 1_data_preparation/split_objectives.py`")
+        and len(said) == 3
+    )
 
 
 def test_a_wheel_that_was_not_fetched_is_not_fetched_for_the_memory(tmp_path: Path) -> None:
@@ -128,6 +138,7 @@ def test_memory_is_planned_against_the_card(
 ) -> None:
     monkeypatch.setattr(dry_run, "device_memory", lambda: 32 * GIB)
     fits = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy"))
+    assert "sampling" not in fits, "nothing was said to be sampled"
     monkeypatch.setattr(dry_run, "device_memory", lambda: 1000)
     does_not = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy"))
     assert "memory      on this card: all weights in float32" in fits and "fits a card of 32.0 GiB" in fits
@@ -138,7 +149,8 @@ def test_without_a_card_one_of_32_gib_is_planned_besides(
     config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dry_run, "device_memory", lambda: None)
-    text = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy"))
+    sampling = config.calibration
+    text = "\n".join(memory_lines(config, TuningConfig(), TRAINING, "policy", sampling=sampling))
     here, there = text.split("on a card of 32 GiB, which is not here: ")
     assert "layers kept" in here and "which has no card" in here and "a card of" not in here
     assert (
@@ -147,9 +159,10 @@ def test_without_a_card_one_of_32_gib_is_planned_besides(
     for part in ("weights", "gradients", "optimizer", "activations", "logits", "mask", "total"):
         assert f"memory      {part}" in here and f"memory      {part}" in there
     assert "sampling 1024 responses at once, 384 tokens" in there and "cache " in there  # 128 + 256; auto
-    fixed = config.calibration.model_copy(update={"batch_size": 32})
-    lines = memory_lines(config.model_copy(update={"calibration": fixed}), TuningConfig(), TRAINING, "policy")
-    assert "sampling 32 responses at once, 384 tokens" in "\n".join(lines)
+    for samples, responses in ((4, 32), (12, 24)):  # whole prompts at once
+        fixed = sampling.model_copy(update={"batch_size": 32, "samples_per_prompt": samples})
+        *_, line = memory_lines(config, TuningConfig(), TRAINING, "policy", sampling=fixed)
+        assert f"sampling {responses} responses at once, 384 tokens" in line
 
 
 SHAPE = {
@@ -192,7 +205,7 @@ def test_what_a_step_is_cut_into_on_a_card_is_said(
     config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_prepared(config.paths, pairs=6)
-    file = config.paths.split("helpful", "train")
+    pairs = read_pairs(config.paths, "helpful", "train")
     training = TRAINING.model_copy(update={"pairs_per_device": 1, "gradient_accumulation_steps": 4})
     monkeypatch.setattr(dry_run, "device_memory", lambda: 32 * GIB)
     said = []
@@ -200,11 +213,11 @@ def test_what_a_step_is_cut_into_on_a_card_is_said(
         merging = training.model_copy(update={"merge_micro_batches": merge})
         *_, line = (
             line
-            for line in memory_lines(config, TuningConfig(), merging, "policy", trained_on=[file])
+            for line in memory_lines(config, TuningConfig(), merging, "policy", pairs=pairs)
             if "a step of" in line
         )
         said.append(line)
-    rows = known_rows(config.model, config.paths, [file], training, "policy").some
+    rows = known_rows(config.model, config.paths, pairs, training, "policy").some
     size = r"\((4 of 1 pairs merged: )?\d+\.\d of 29\.4 GiB, all layers kept\), as far as"
     for line in said:
         assert re.search(
@@ -217,12 +230,12 @@ def test_what_a_step_is_cut_into_on_a_card_is_said(
 # ------------------------------------------------------------------ the longest row
 def test_the_longest_prepared_pair_is_planned_for(config: RewardModelConfig) -> None:
     write_prepared(config.paths, pairs=6)
-    file = config.paths.split("honest", "train")
+    pairs = read_pairs(config.paths, "honest", "train")
     expected = {}
     tokenizer = load_tokenizer(config.model, config.paths)
     for task in ("reward_model", "policy"):
         rows = tokenize_pairs(
-            read_pairs(config.paths, "honest", "train"),
+            pairs,
             tokenizer,
             max_length=128,
             over_length="truncate_prompt",
@@ -230,20 +243,20 @@ def test_the_longest_prepared_pair_is_planned_for(config: RewardModelConfig) -> 
         ).rows
         expected[task] = max(row.shared_length for row in rows)
         assert (
-            known_rows(config.model, config.paths, [file], TRAINING, task).longest.shared_length
+            known_rows(config.model, config.paths, pairs, TRAINING, task).longest.shared_length
             == expected[task]
         )
     assert expected["reward_model"] > expected["policy"]
-    planned = memory_lines(config, TuningConfig(), TRAINING, "policy", trained_on=[file])
+    planned = memory_lines(config, TuningConfig(), TRAINING, "policy", pairs=pairs)
     assert "longest pair: " in planned[0]
     assert planned[1:] != memory_lines(config, TuningConfig(), TRAINING, "policy")[1:]
 
 
 def test_pairs_of_samples_may_be_the_longest(config: RewardModelConfig) -> None:
     write_prepared(config.paths, pairs=6)
-    file = config.paths.split("helpful", "train")
+    labelled_pairs = read_pairs(config.paths, "helpful", "train")
     rows = tokenize_pairs(
-        read_pairs(config.paths, "helpful", "train"),
+        labelled_pairs,
         load_tokenizer(config.model, config.paths),
         max_length=128,
         over_length="truncate_prompt",
@@ -253,7 +266,7 @@ def test_pairs_of_samples_may_be_the_longest(config: RewardModelConfig) -> None:
     for tokens in (1, 60, 1000):
         pairs = [len(row.prompt_ids) + 2 * min(tokens, 128 - len(row.prompt_ids)) for row in rows]
         found = known_rows(
-            config.model, config.paths, [file], TRAINING, "policy", sample_tokens=tokens
+            config.model, config.paths, labelled_pairs, TRAINING, "policy", sample_tokens=tokens
         ).longest
         assert found.shared_length == max(labelled, *pairs)
         assert (found.shared_length > labelled) == (tokens > 1)
@@ -280,14 +293,12 @@ def test_samples_are_planned_for_the_methods_that_train_on_them(
 
 
 def test_without_data_tokenizer_or_a_pair_that_fits_the_longest_row_is_not_known(
-    config: RewardModelConfig, tmp_path: Path
+    config: RewardModelConfig,
 ) -> None:
     write_prepared(config.paths, pairs=2)
-    file = config.paths.split("honest", "train")
-    assert (
-        known_rows(config.model, config.paths, [tmp_path / "none.jsonl"], TRAINING, "policy").longest is None
-    )
+    pairs = read_pairs(config.paths, "honest", "train")
+    assert known_rows(config.model, config.paths, (), TRAINING, "policy").longest is None
     far = config.model_copy(update={"model": ModelConfig(name="nobody/nothing-at-all", revision=None)})
-    assert known_rows(far.model, config.paths, [file], TRAINING, "policy").longest is None
+    assert known_rows(far.model, config.paths, pairs, TRAINING, "policy").longest is None
     short = TRAINING.model_copy(update={"max_length": 16, "over_length": "drop"})
-    assert known_rows(config.model, config.paths, [file], short, "policy").longest is None
+    assert known_rows(config.model, config.paths, pairs, short, "policy").longest is None

@@ -3,12 +3,14 @@
 import copy
 import importlib.util
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from model_families import family_config
 from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -20,7 +22,7 @@ from transformers import (
 from prmd.config.policy import PolicySection
 from prmd.config.shared import LoraConfig, TrainingConfig, TuningConfig
 from prmd.models import sequence_models
-from prmd.models.card import USABLE
+from prmd.models.card import USABLE, sampling_bytes
 from prmd.models.loading import add_lora
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards
@@ -28,9 +30,9 @@ from prmd.models.tokenization import PrefixRow
 from prmd.policies.pairs import ReferenceSamples
 from prmd.policies.sample_pairs import GAMMA_SAMPLES, with_gamma_samples
 from prmd.policies.targets import policy_loss
-from prmd.training.memory import MemoryPlan, plan_generation_memory, plan_memory
+from prmd.training.memory import MemoryPlan, plan_memory, weight_bytes
 from prmd.training.precision import Precision, eight_bit_precision, lora_precision
-from prmd.training.rehearsal import enable_gradient_checkpointing, peak_tensor_bytes
+from prmd.training.rehearsal import enable_gradient_checkpointing, meta_model, peak_tensor_bytes
 
 FLOAT32 = Precision("adamw_float32", True, False, 5e-7, "full")
 MASTER = Precision("adamw_float32", True, True, 5e-7, "full")
@@ -60,10 +62,11 @@ QWEN_3B = Qwen2Config(
 
 def _plan(config: Any, precision: Precision, *, task: str = "policy", **changes: Any) -> MemoryPlan:
     training = TrainingConfig(
-        max_length=changes.pop("max_length", 512), gradient_checkpointing=changes.pop("checkpointing", False)
+        max_length=changes.pop("max_length", 512),
+        gradient_checkpointing=changes.pop("checkpointing", False),
+        pairs_per_device=changes.pop("pairs_per_device", PAIRS),
     )
     arguments: dict[str, Any] = {
-        "pairs_per_device": PAIRS,
         "device_bytes": None,
         "longest": ROW,
         "tuning": TUNING,
@@ -106,16 +109,27 @@ def _measured(
         existing += _eight_bit_states(trained)
     optimizer = None if eight_bit else torch.optim.AdamW(trained, lr=1e-4, fused=True)
     with peak_tensor_bytes(existing) as count:
-        for step in range(4):
-            batch = collate_rows([row] * PAIRS, pad_id=0)
-            with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
-                loss = _loss(model(**batch))
-            loss.backward()
-            if step == 1:
-                if optimizer is not None:
-                    optimizer.step()
-                model.zero_grad(set_to_none=True)
+        _two_steps(model, precision, optimizer, row)
     return count.peak
+
+
+def _two_steps(
+    model: nn.Module,
+    precision: Precision,
+    optimizer: torch.optim.Optimizer | None,
+    row: PrefixRow = ROW,
+    begin: Callable[[], None] = lambda: None,
+) -> None:
+    for step in range(4):
+        begin()
+        batch = collate_rows([row] * PAIRS, pad_id=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision.autocast):
+            loss = _loss(model(**batch))
+        loss.backward()
+        if step == 1:
+            if optimizer is not None:
+                optimizer.step()
+            model.zero_grad(set_to_none=True)
 
 
 def _loss(outputs: torch.Tensor) -> torch.Tensor:
@@ -145,6 +159,31 @@ def test_plan_is_that_of_a_real_step(
         pytest.skip("torchao is not installed (pip install torchao)")
     plan = _plan(config, precision, task=task, checkpointing=checkpointing)
     assert plan.total == pytest.approx(_measured(config, precision, task, checkpointing), rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("config", "precision", "task", "checkpointing"),
+    [(LLAMA, FLOAT32, "policy", False), (QWEN2, MASTER, "reward_model", True), (QWEN2, MASTER, "policy", 2)],
+    ids=["float32", "masters", "some-layers"],
+)
+def test_torch_counts_the_planned_bytes(
+    config: Any, precision: Precision, task: str, checkpointing: bool | int
+) -> None:
+    """The same steps counted by torch's own `MemTracker`, which shares no line with the plan or with `peak_tensor_bytes`."""
+    model = _sequence_model(config, precision, task, checkpointing)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        _two_steps(model, precision, optimizer, begin=tracker.reset_mod_stats)
+    counted = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    if checkpointing == 2:
+        every, none = (_plan(config, precision, task=task, checkpointing=c).total for c in (True, False))
+        assert every < counted < none
+    else:
+        assert _plan(config, precision, task=task, checkpointing=checkpointing).total == pytest.approx(
+            counted, rel=0.03
+        )
 
 
 @pytest.mark.slow
@@ -268,7 +307,6 @@ def test_a_model_without_sdpa_is_planned_with_a_row_for_each_response(task: Any)
             training=training,
             precision=FLOAT32,
             task=task,
-            pairs_per_device=2,
             device_bytes=None,
         )
         for name in ("gemma2", "gemma")
@@ -277,11 +315,10 @@ def test_a_model_without_sdpa_is_planned_with_a_row_for_each_response(task: Any)
 
 
 def test_generation_holds_keys_and_values() -> None:
-    plan = plan_generation_memory(
-        model_config=QWEN_3B, dtype=torch.bfloat16, sequences=32, tokens=768, device_bytes=None
-    )
-    assert plan.cache == 32 * 768 * 36 * 2 * (2 * 128) * 2
-    assert plan.weights == pytest.approx(2 * _qwen_3b_parameters(), rel=1e-4)
+    sizes = sampling_bytes(QWEN_3B, torch.bfloat16)
+    assert sizes.cached == 36 * 2 * (2 * 128) * 2
+    model = meta_model(QWEN_3B, task="policy", dtype=torch.bfloat16, lora=None)
+    assert weight_bytes(model) == pytest.approx(2 * _qwen_3b_parameters(), rel=1e-4)
 
 
 def test_eight_bit_states_are_those_of_torchao() -> None:

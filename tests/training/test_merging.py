@@ -36,7 +36,6 @@ SINGLE = TRAINING.model_copy(
 CONFIG = tiny_config(num_hidden_layers=4)
 PLANNED = partial(
     plan_memory, model_config=CONFIG, tuning=LORA, precision=lora_precision(LORA, bfloat16=False), task="policy",
-    pairs_per_device=1,
 )  # fmt: skip
 
 
