@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import psutil
@@ -95,6 +95,15 @@ def wait_for_everyone() -> None:
     """Wait until all processes are here; nothing in a single one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def of_all_processes(value: int, pick: Literal["MIN", "MAX"]) -> int:
+    """The smallest or largest of the numbers that all processes call this with; every one has to."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    picked = torch.tensor(value, device=get_device())
+    torch.distributed.all_reduce(picked, op=getattr(torch.distributed.ReduceOp, pick))
+    return int(picked)
 
 
 def set_seed(seed: int) -> None:

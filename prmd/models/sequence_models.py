@@ -9,13 +9,13 @@ import functools
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from prmd.models.attention import SDPA_OR_FLEX, rows_mask
 from prmd.models.prefix_rows import is_shared
+from prmd.runtime import of_all_processes
 
 LOGITS_AT_ONCE = 2**25
 """Elements of one float32 block of logits (128 MiB): 220 tokens at a vocabulary of 151,936."""
@@ -97,11 +97,7 @@ class SequenceLogps(_SequenceModel):
         head = self.unwrapped.get_output_embeddings()
         block = max(1, LOGITS_AT_ONCE // head.out_features)
         blocks = max(1, -(-hidden.shape[0] // block))
-        if dist.is_initialized() and hasattr(head.weight, "ds_id"):
-            most = torch.tensor(blocks, device=hidden.device)
-            dist.all_reduce(most, op=dist.ReduceOp.MAX)
-            blocks = int(most)
-        return blocks
+        return of_all_processes(blocks, "MAX") if hasattr(head.weight, "ds_id") else blocks
 
     def _block_logps(self, hidden: Tensor, target_ids: Tensor) -> Tensor:
         logits = self.logits(hidden)

@@ -13,14 +13,11 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
-
 from prmd.config.shared import TrainingConfig
 from prmd.errors import ConfigError
 from prmd.models.card import USABLE
 from prmd.models.tokenization import PrefixRow
-from prmd.runtime import GIB, get_device
+from prmd.runtime import GIB, of_all_processes
 from prmd.training.batches import MicroBatch, TrainingPlan, merged, merges
 from prmd.training.memory import MemoryPlan, device_memory
 
@@ -75,11 +72,7 @@ class Filling:
 def least_memory() -> int | None:
     """Bytes of the smallest card of all processes, which have to cut a step alike; None on a CPU."""
     card = device_memory()
-    if card is None or not dist.is_initialized():
-        return card
-    least = torch.tensor(card, device=get_device())
-    dist.all_reduce(least, op=dist.ReduceOp.MIN)
-    return int(least)
+    return None if card is None else of_all_processes(card, "MIN")
 
 
 def fill_card(

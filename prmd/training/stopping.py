@@ -10,12 +10,11 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from prmd.errors import NotFiniteError, StoppedError
 from prmd.models.loading import refuse_not_finite
-from prmd.runtime import get_device
+from prmd.runtime import of_all_processes
 from prmd.training.sharding import own_part, requested_sharding
 
 logger = logging.getLogger(__name__)
@@ -64,10 +63,8 @@ class StopRequests(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> TrainerControl:
         self.step = state.global_step
-        if dist.is_initialized():  # one process is asked first, and all have to stop at the same step
-            asked = torch.tensor(self.signal, device=get_device())
-            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
-            self.signal = int(asked)
+        # one process is asked first, and all have to stop at the same step
+        self.signal = of_all_processes(self.signal, "MAX")
         if self.signal:
             control.should_log = control.should_save = control.should_training_stop = True
         return control
@@ -133,8 +130,4 @@ class RefuseNotFinite(TrainerCallback):
 
 def _everywhere(good: bool) -> bool:
     """Whether it is so in every process: all ask, and get one answer."""
-    if not dist.is_initialized():
-        return good
-    answer = torch.tensor(int(good), device=get_device())
-    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
-    return bool(answer)
+    return bool(of_all_processes(int(good), "MIN"))

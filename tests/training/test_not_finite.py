@@ -18,7 +18,6 @@ from prmd.config.shared import LoraConfig, RewardModelConfig, TrainingConfig, Tu
 from prmd.errors import NotFiniteError
 from prmd.models.loading import load_tokenizer
 from prmd.policies.trl_baseline import train_trl_dpo
-from prmd.training import stopping
 from prmd.training.batches import plan_training
 from prmd.training.stopping import RefuseNotFinite, named_rows
 from prmd.training.trainer import Columns, PairData, PairLoss
@@ -130,8 +129,8 @@ def test_all_processes_stop_where_one_has_a_part_that_is_not_finite(
         asked.append(int(answer))
         answer.fill_(min(int(answer), int(elsewhere)))
 
-    monkeypatch.setattr(stopping.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(stopping.dist, "all_reduce", other_process)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "all_reduce", other_process)
     guard, state = RefuseNotFinite("policy x", [["a", "b"]]), SimpleNamespace(global_step=0)
     own = spread_model([1.0, -2.0], [])  # of a head with one row other processes have nothing
     if elsewhere:
