@@ -17,7 +17,7 @@ from prmd.inference.batching import BatchPlan
 from prmd.inference.cache import JsonTable, tokens_key
 from prmd.inference.generation import Decoding, SamplingSpeed, generate
 from prmd.inference.noise import gumbel, sample_key, splitmix64
-from prmd.models.card import MOST_SEQUENCES, sampling_bytes
+from prmd.models.card import MOST_SEQUENCES, prompts_at_once, sampling_bytes
 from prmd.models.loading import load_tokenizer_from
 from prmd.models.tokenization import Tokens, tokenize_prompt
 from prmd.training.rehearsal import peak_tensor_bytes
@@ -138,6 +138,11 @@ def test_auto_fills_the_free_memory_with_as_many_prompts_as_their_length_allows(
     assert [len(batch) for batch in plan.batches(model, missing(5, 5))] == [1, 1]
     monkeypatch.setattr(batching, "free_on_card", lambda model: 2**50)
     assert len(plan.batches(model, missing(*[5] * 300))[0]) == MOST_SEQUENCES // 4
+
+
+def test_a_family_whose_cache_cannot_be_counted_is_sampled_as_without_a_card() -> None:
+    assert sampling_bytes(MambaConfig(), torch.float32) is None
+    assert prompts_at_once("auto", None, 2**40, samples=5, new_tokens=9)(20) == 6  # of 32 responses
 
 
 def test_auto_takes_a_fixed_number_without_a_card_and_an_integer_means_itself() -> None:

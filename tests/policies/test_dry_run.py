@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from tiny_pipeline import no_model_loads
 from tiny_workspace import write_prepared
 from transformers import Qwen2Config
 
+from prmd.config.evaluation import EvaluationConfig
 from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
 from prmd.config.shared import (
     CalibrationConfig,
@@ -23,10 +25,10 @@ from prmd.config.shared import (
 from prmd.models import loading
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import tokenize_pairs
-from prmd.pairs import hash_share, read_pairs
+from prmd.pairs import PreferencePair, hash_share, read_pairs
 from prmd.policies.preview import gamma_lengths
 from prmd.policies.train import train_baseline_dpo, train_hierarchical, train_pessimistic
-from prmd.rewards.train import train_reward_model
+from prmd.rewards.train import train_judge, train_reward_model
 from prmd.runtime import GIB
 from prmd.training import dry_run
 from prmd.training.dry_run import describe_inputs, known_rows, memory_lines
@@ -302,3 +304,58 @@ def test_without_data_tokenizer_or_a_pair_that_fits_the_longest_row_is_not_known
     assert known_rows(far.model, config.paths, pairs, TRAINING, "policy").longest is None
     short = TRAINING.model_copy(update={"max_length": 16, "over_length": "drop"})
     assert known_rows(config.model, config.paths, pairs, short, "policy").longest is None
+
+
+# ------------------------------------------------------------------ what the training then does, and no more
+def test_a_sampling_is_said_where_the_stage_samples_and_by_its_numbers(
+    config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Stage 2 draws 16 of each prompt to calibrate, stage 3 its own number, and labels and judges need none."""
+    monkeypatch.setattr(dry_run, "_plan_lines", lambda *given, **known: [])
+    write_prepared(config.paths, pairs=6)
+    sampling = CalibrationConfig(batch_size=50, samples_per_prompt=7, max_new_tokens=20)
+    rewards = config.model_copy(update={"calibration": sampling})
+    policies = PolicyConfig(
+        reward_model_config=rewards, training=TRAINING, pairs=PairsConfig(reference_samples=9)
+    )
+
+    def said() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return [line.split("of sampling ")[1].split(",")[0] for line in lines if "of sampling" in line]
+
+    train_reward_model(rewards, objective="helpful", dry_run=True)
+    assert said() == ["48 responses at once"]
+    train_judge(EvaluationConfig(reward_model_config=rewards), objective="helpful", dry_run=True)
+    train_baseline_dpo(policies, dry_run=True)
+    assert said() == []
+    train_hierarchical(policies, dry_run=True)
+    assert said() == ["45 responses at once"]
+
+
+def test_a_policy_is_planned_for_its_own_pairs_and_said_once(
+    config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    planned: list[list[str]] = []
+
+    def memory(*given: object, pairs: Sequence[PreferencePair], **known: object) -> list[str]:
+        planned.append(sorted(pair.objective for pair in pairs))
+        return []
+
+    monkeypatch.setattr(dry_run, "memory_lines", memory)
+    write_prepared(config.paths, pairs=6)
+    methods = PolicySection(methods=("dpo", "dpo_helpful", "dpo"))
+    policies = PolicyConfig(reward_model_config=config, training=TRAINING, policy=methods)
+    train_pessimistic(policies, dry_run=True)
+    assert planned == [["harmless"] * 6 + ["helpful"] * 6 + ["honest"] * 6, ["helpful"] * 6]
+    assert caplog.text.count("on about 18 pairs x 3 epochs = 14 optimiser steps") == 2
+
+
+def test_data_that_the_run_refuses_are_said(
+    config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dry_run, "_plan_lines", lambda *given, **known: [])
+    write_prepared(config.paths, pairs=1)
+    train_reward_model(config, objective="helpful", dry_run=True)
+    assert "the data would be refused: ensemble.fit_fraction: 0.5 of 1 train pairs" in caplog.text
+    assert "on about 0 pairs" in caplog.text
