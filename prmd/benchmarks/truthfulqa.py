@@ -28,7 +28,7 @@ from prmd.data.sources import plan_source, required_sources
 from prmd.errors import ConfigError, DataError
 from prmd.inference.cache import ScoreTable
 from prmd.inference.candidates import CandidateModels
-from prmd.inference.scoring import score_logps_behind_primer
+from prmd.inference.scoring import score_logps
 from prmd.models.tokenization import PrefixRow
 from prmd.pairs import read_benchmark_questions
 from prmd.statistics.intervals import bootstrap_mean, wilson_interval
@@ -123,13 +123,14 @@ def answer_logps(
     """log p of every answer of every question, nats, the primer processed once for all of them."""
     candidate = models.candidate
     table = ScoreTable(paths.cache("logps", candidate.fingerprint), 1, model=candidate.method)
-    return score_logps_behind_primer(
+    return score_logps(
         None if table.holds(rows) else models.policy,
         rows,
         table=table,
         pad_id=models.tokenizer.pad_token_id,
         tokens_per_batch=tokens_per_batch,
         description=f"{candidate.method}: TruthfulQA",
+        behind_primer=True,
     )
 
 

@@ -3,7 +3,7 @@
 Rows are sorted by length, the prompt of a row is encoded once for all its responses, and only responses that the table
 does not hold are computed. Under several processes each scores its share and the main process writes the table. Where all
 rows begin with one long text, such as the primer of a benchmark, its keys and values are computed once and read by every
-batch (`score_logps_behind_primer`), with the same results and the same table.
+batch (`PrimedLogps`), with the same results and the same table.
 """
 
 import logging
@@ -22,6 +22,8 @@ from prmd.models.prefix_rows import attention_mask, collate_rows, on_device, pla
 from prmd.models.sequence_models import SequenceLogps, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow, Tokens
 from prmd.runtime import is_main_process, progress, wait_for_everyone
+
+logger = logging.getLogger(__name__)
 
 SHARD_SECONDS = 60.0
 """A table is saved about this often, so that an interruption costs at most a minute."""
@@ -143,35 +145,36 @@ def score_logps(
     pad_id: int,
     tokens_per_batch: int,
     description: str,
+    behind_primer: bool = False,
 ) -> list[Tensor]:
     """Summed log-probabilities of every response under a causal model, in nats.
 
     Args:
         model: the causal model; None where the table already holds every row.
+        behind_primer: the beginning of all prompts is long, so it is processed once, where the model takes shared rows.
 
     Returns:
         One [n_responses] float32 tensor per row.
     """
-    if model is None:
+    if model is None or table.holds(rows):
         return [lookup(table, row)[:, 0] for row in rows]
-    scorer = SequenceLogps(model).eval()
-    longest = max((row.longest for row in rows), default=0)
-    if not table.holds(rows):
-        check_agreement(model, scorer, longest=longest)
+    scorer, longest = SequenceLogps(model).eval(), max(row.longest for row in rows)
+    check_agreement(model, scorer, longest=longest)
+    shared = supports_shared_prompts(scorer.unwrapped.config, longest)
+    if behind_primer and shared and (primer := shared_beginning(rows)):
+        scorer = PrimedLogps(model, primer).eval()
     values = score_rows(
         rows,
         lambda batch: scorer(**batch)[:, None],
         table=table,
         pad_id=pad_id,
         tokens_per_batch=tokens_per_batch,
-        share_prompt=supports_shared_prompts(scorer.unwrapped.config, longest),
+        share_prompt=shared,
         device=next(model.parameters()).device,
         description=description,
     )
     return [value[:, 0] for value in values]
 
-
-logger = logging.getLogger(__name__)
 
 KeysAndValues = list[tuple[Tensor, Tensor]]
 """Per layer, keys and values [1, heads, P, d] of the P tokens of the beginning."""
@@ -184,42 +187,6 @@ def shared_beginning(rows: Sequence[PrefixRow]) -> Tokens:
     # Of sorted sequences, what the first and the last share is shared by all between.
     length = next((i for i in range(limit) if first[i] != last[i]), limit)
     return first[:length]
-
-
-def score_logps_behind_primer(
-    model: nn.Module | None,
-    rows: Sequence[PrefixRow],
-    *,
-    table: ScoreTable,
-    pad_id: int,
-    tokens_per_batch: int,
-    description: str,
-) -> list[Tensor]:
-    """As `score_logps`, with the beginning of all prompts processed once.
-
-    Args:
-        model: the causal model; None where the table already holds every row.
-
-    Returns:
-        One [n_responses] float32 tensor per row, nats.
-    """
-    options = {"table": table, "pad_id": pad_id, "tokens_per_batch": tokens_per_batch}
-    if model is None or table.holds(rows):
-        return [lookup(table, row)[:, 0] for row in rows]
-    longest = max(row.longest for row in rows)
-    check_agreement(model, SequenceLogps(model), longest=longest)
-    scorer = PrimedLogps(model, shared_beginning(rows)).eval()
-    if not (scorer.primer and supports_shared_prompts(scorer.unwrapped.config, longest)):
-        return score_logps(model, rows, description=description, **options)
-    values = score_rows(
-        rows,
-        lambda batch: scorer(**batch)[:, None],
-        share_prompt=True,
-        device=next(model.parameters()).device,
-        description=description,
-        **options,
-    )
-    return [value[:, 0] for value in values]
 
 
 class PrimedLogps(SequenceLogps):

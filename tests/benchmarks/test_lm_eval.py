@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prmd.artifacts import io
 from prmd.benchmarks.truthfulqa import Question, question_row, score_question, strided
 from prmd.inference.cache import ScoreTable
-from prmd.inference.scoring import score_logps_behind_primer
+from prmd.inference.scoring import score_logps
 
 lm_eval = pytest.importorskip("lm_eval", reason='lm-eval is not installed (pip install "lm-eval[hf]")')
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "truthfulqa"
@@ -116,13 +116,14 @@ def module_at(path: Path) -> ModuleType:
 def our_scores(folder: Path, questions: Sequence[Question], work: Path) -> Scores:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     count, tokenizer = TokenCount(model), AutoTokenizer.from_pretrained(folder)
-    logps = score_logps_behind_primer(
+    logps = score_logps(
         model,
         [question_row(tokenizer, question) for question in questions],
         table=ScoreTable(work / "logps", 1),
         pad_id=tokenizer.pad_token_id,
         tokens_per_batch=8192,
         description="ours",
+        behind_primer=True,
     )
     scores = [score_question(q, values) for q, values in zip(questions, logps, strict=True)]
     return Scores([s.mc1 for s in scores], [s.mc2 for s in scores], count.tokens)

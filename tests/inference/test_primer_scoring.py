@@ -1,6 +1,7 @@
 """`inference.scoring`: the same log-probabilities as plain scoring, from an eighth of the tokens."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.benchmarks.truthfulqa import PRIMER, question_row, strided
 from prmd.inference.cache import ScoreTable
-from prmd.inference.scoring import PrimedLogps, score_logps, score_logps_behind_primer, shared_beginning
+from prmd.inference.scoring import PrimedLogps, score_logps, shared_beginning
 from prmd.models.tokenization import PrefixRow
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "truthfulqa"
 OPTIONS = {"pad_id": 0, "tokens_per_batch": 6000, "description": "test"}
+score_behind = partial(score_logps, behind_primer=True)
 
 
 class TokenCount:
@@ -59,11 +61,11 @@ def test_the_beginning_all_prompts_share_leaves_a_token_of_each() -> None:
 def test_scores_are_those_of_plain_passes(folder: Path, tmp_path: Path, beginning: tuple[int, ...]) -> None:
     model, rows = AutoModelForCausalLM.from_pretrained(folder).eval(), rows_behind(beginning)
     table = ScoreTable(tmp_path / "table", 1)
-    found = score_logps_behind_primer(model, rows, table=table, **OPTIONS)
+    found = score_behind(model, rows, table=table, **OPTIONS)
     for row, values in zip(rows, found, strict=True):
         wanted = [plain_logp(model, list(row.prompt_ids), list(r)) for r in row.responses]
         assert values.tolist() == pytest.approx(wanted, abs=1e-4)
-    again = score_logps_behind_primer(None, rows, table=ScoreTable(tmp_path / "table", 1), **OPTIONS)
+    again = score_behind(None, rows, table=ScoreTable(tmp_path / "table", 1), **OPTIONS)
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
@@ -72,7 +74,7 @@ def test_every_family_scores_as_one_conversation_at_a_time(family: str, tmp_path
     """Families that take no shared rows (a window in some layers, eager attention) are scored plainly."""
     beginning = tuple(range(2, 40))
     rows = [PrefixRow(beginning + row.prompt_ids, row.responses) for row in rows_behind(())]
-    found = score_logps_behind_primer(
+    found = score_behind(
         causal_model(family), rows, table=ScoreTable(tmp_path, 1), **OPTIONS | {"tokens_per_batch": 120}
     )
     assert torch.cat(found).tolist() == pytest.approx(
@@ -87,7 +89,7 @@ def test_any_rows_behind_any_beginning(
 ) -> None:
     behind = [PrefixRow(beginning + row.prompt_ids, row.responses) for row in rows]
     table = ScoreTable(tmp_path_factory.mktemp("table"), 1)
-    found = score_logps_behind_primer(causal_model("qwen3"), behind, table=table, **OPTIONS)
+    found = score_behind(causal_model("qwen3"), behind, table=table, **OPTIONS)
     assert torch.cat(found).tolist() == pytest.approx(
         separate_logps(causal_model("qwen3"), behind).tolist(), abs=1e-4
     )
@@ -99,7 +101,7 @@ def test_one_answer_each_and_many_batches_agree_too(folder: Path, tmp_path: Path
         PrefixRow((*beginning, i), ((i + 1, i + 2),)) for i in range(3, 9)
     ]  # a 2-D mask: one answer a row
     options = OPTIONS | {"tokens_per_batch": 100}
-    found = score_logps_behind_primer(model, rows, table=ScoreTable(tmp_path / "a", 1), **options)
+    found = score_behind(model, rows, table=ScoreTable(tmp_path / "a", 1), **options)
     plain = score_logps(model, rows, table=ScoreTable(tmp_path / "b", 1), **options)
     assert torch.cat(found).tolist() == pytest.approx(torch.cat(plain).tolist(), abs=1e-4)
 
@@ -113,7 +115,7 @@ def test_a_model_without_such_masks_is_scored_plainly(
     monkeypatch.setattr(PrimedLogps, "forward", refused)
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
     rows = rows_behind((1, 2, 3))
-    found = score_logps_behind_primer(model, rows, table=ScoreTable(tmp_path, 1), **OPTIONS)
+    found = score_behind(model, rows, table=ScoreTable(tmp_path, 1), **OPTIONS)
     assert float(found[0][0]) == pytest.approx(plain_logp(model, [1, 2, 3, 9], [11, 12]), abs=1e-4)
 
 
@@ -125,7 +127,7 @@ def test_an_eighth_of_the_tokens_for_the_same_scores_on_real_questions(folder: P
     questions = strided(questions_of(evaluation_config(tmp_path, truthfulqa=SHARED))[0], 20)
     count = TokenCount(model)
     rows = [question_row(tokenizer, question) for question in questions]
-    found = score_logps_behind_primer(model, rows, table=ScoreTable(tmp_path / "t", 1), **OPTIONS)
+    found = score_behind(model, rows, table=ScoreTable(tmp_path / "t", 1), **OPTIONS)
     ours, count.tokens = count.tokens, 0
     for question, values in zip(questions, found, strict=True):
         context = tokenizer(f"{PRIMER}\n\nQ: {question.text}\nA:")["input_ids"]
