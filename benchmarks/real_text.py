@@ -112,7 +112,7 @@ def run_closed_form(quick: bool, work: Path, overrides: Sequence[str]) -> tuple[
         seeds.append(
             {k: v.numpy() for k, v in io.read_tensors(closed_form.run_seed(material, seed, folder)).items()}
         )
-    rows = closed_form_rows(seeds, sizes)
+    rows = closed_form_rows(seeds)
     natural = closed_form.natural_rows(material)
     sources = association_rows(closed_form.longer_by_source(config))
     results = {"policies": rows, "natural": natural, "sources": sources}

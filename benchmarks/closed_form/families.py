@@ -21,7 +21,6 @@ STRENGTHS: Mapping[str, tuple[float, float]] = {
     "strengths": (0.0, 1.0),
 }
 TWINS = "twins"
-FAMILIES = (*STRENGTHS, TWINS)
 PRIOR_SCALE = 1.0
 """sd of a prior's margin in those of the fitted margin."""
 

@@ -11,12 +11,14 @@ Member 0 of the scores here is the backbone's own reward r_0, the single reward 
 ensembles are in `gold/targets.py`.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import LlamaForSequenceClassification
 
@@ -39,7 +41,7 @@ from prmd.pessimism.debias import (
 from prmd.pessimism.losses import bradley_terry_loss
 from prmd.rewards.heads import Ensemble, fit_ensemble
 from prmd.runtime import get_device, set_seed
-from prmd.statistics.reliability import disagreement_error_correlation, mean_pairwise_correlation
+from prmd.statistics.reliability import mean_pairwise_correlation
 from prmd.training.trainer import Columns, PairData, PairLoss
 
 NONE, BOOTSTRAP, DEBIASED, FAMILY = "none", "bootstrap", "debiased", "strengths"
@@ -368,5 +370,14 @@ def measure(world: World, objective: str, scores: np.ndarray) -> dict[str, float
     }
     if len(members) > 1:
         metrics["member_correlation"] = float(mean_pairwise_correlation(differences[1:]))
-        metrics["disagreement_error_correlation"] = float(disagreement_error_correlation(members))
+        metrics["disagreement_error_correlation"] = _disagreement_error_correlation(members)
     return metrics
+
+
+def _disagreement_error_correlation(margins: np.ndarray) -> float:
+    """Spearman correlation of the members' spread with the mean member's mistakes (ties one half); margins [M, N]."""
+    disagreement, mean = margins.std(axis=0), margins.mean(axis=0)
+    errors = np.where(mean == 0, 0.5, mean < 0)
+    if np.ptp(disagreement) == 0 or np.ptp(errors) == 0:
+        return math.nan
+    return float(spearmanr(disagreement, errors).statistic)

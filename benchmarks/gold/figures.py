@@ -21,17 +21,16 @@ Row = Mapping[str, Any]
 _WORST, _MINIMUM = "worst-objective win rate", "E[min over objectives], sd"
 
 
-def plot_gold_reward(results_json: Path, directory: Path | None = None) -> list[Path]:
+def plot_gold_reward(results_json: Path) -> list[Path]:
     """Every figure of the trained study that its results have the data for.
 
     Args:
-        results_json: the results; figures are named after the file.
-        directory: where the PNGs go; beside the file by default.
+        results_json: the results; figures lie beside the file and are named after it.
 
     Returns:
         Paths of `<name>_bias`, and with ablations `<name>_overoptimisation` and `<name>_ablations`, in this order.
     """
-    results, folder = io.read_json(results_json), directory or results_json.parent
+    results, folder = io.read_json(results_json), results_json.parent
 
     def path(part: str) -> Path:
         return folder / f"{results_json.stem}_{part}.png"
@@ -44,9 +43,9 @@ def plot_gold_reward(results_json: Path, directory: Path | None = None) -> list[
     return drawn
 
 
-def plot_closed_form(results_json: Path, directory: Path | None = None) -> list[Path]:
+def plot_closed_form(results_json: Path) -> list[Path]:
     """Worst objective over the share of longer responses chosen: DPO, today's heads, the family, and the ceiling."""
-    results, folder = io.read_json(results_json), directory or results_json.parent
+    results, folder = io.read_json(results_json), results_json.parent
     kl = results["closed_form"][0]["kl"]
     biases = {name: s.bias for name, s in SCENARIOS.items() if name.startswith("L")}
     rows = {(r["family"], r["method"], r["scenario"]): r for r in results["closed_form"] if r["kl"] == kl}

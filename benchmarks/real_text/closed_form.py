@@ -48,6 +48,7 @@ NATURAL = "natural"
 JUDGES = ("natural labels", "length-balanced")
 METHODS = ("mean", "hard_min", "hierarchical")
 MEASURES = ("wins", "least", "length")
+FOLDS = 10
 
 
 @dataclass(frozen=True)
@@ -332,7 +333,7 @@ def balanced_weights(length: np.ndarray) -> np.ndarray:
 
 
 # ------------------------------------------------------------------ natural labels
-def natural_rows(material: Material, folds: int = 10) -> list[dict[str, Any]]:
+def natural_rows(material: Material) -> list[dict[str, Any]]:
     """What debiasing does to natural labels: out-of-fold margins of s = 0 and s = 1 on the pairs of every objective.
 
     Returns:
@@ -343,9 +344,9 @@ def natural_rows(material: Material, folds: int = 10) -> list[dict[str, Any]]:
     for k, objective in enumerate(material.objectives):
         pairs = objective.training
         differences = pairs.rewards[:, 0] - pairs.rewards[:, 1]
-        fold = np.random.default_rng([17, k]).permutation(len(differences)) % folds
+        fold = np.random.default_rng([17, k]).permutation(len(differences)) % FOLDS
         right = {s: np.empty(len(differences)) for s in (0.0, 1.0)}
-        for held_out in range(folds):
+        for held_out in range(FOLDS):
             train = fold != held_out
             offsets = offsets_of(pairs.length[train][:, :1] - pairs.length[train][:, 1:])
             for s, values in right.items():

@@ -21,7 +21,7 @@ RESAMPLES = 1000
 AGAINST = ("none", "dpo")
 
 
-def closed_form_rows(seeds: Sequence[Mapping[str, np.ndarray]], sizes: ClosedFormSizes) -> list[Row]:
+def closed_form_rows(seeds: Sequence[Mapping[str, np.ndarray]]) -> list[Row]:
     """One row for each (share, family, method, KL, judge).
 
     Args:

@@ -40,12 +40,10 @@ class Turn:
 
     Attributes:
         role: `user` or `assistant`.
-        raw: exact source text, role markers included.
         parts: text behind each marker; more than one where consecutive turns of the speaker were merged.
     """
 
     role: str
-    raw: str
     parts: tuple[str, ...]
 
     @cached_property
@@ -80,11 +78,6 @@ class Transcript:
         return parts[:-1]
 
 
-def render_transcript(turns: Sequence[Turn]) -> str:
-    """The exact source text of `turns`."""
-    return "".join(turn.raw for turn in turns)
-
-
 def parse_transcript(text: str) -> Transcript:
     """Cut a transcript into alternating turns.
 
@@ -109,7 +102,7 @@ def _cut(text: str) -> list[Turn]:
         raise TranscriptError("malformed")
     ends = [marker.start() for marker in markers[1:]] + [len(text)]
     return [
-        Turn(_ROLES[marker[1]], text[marker.start() : end], (text[marker.end() : end],))
+        Turn(_ROLES[marker[1]], (text[marker.end() : end],))
         for marker, end in zip(markers, ends, strict=True)
     ]
 
@@ -119,7 +112,7 @@ def _merge_same_speaker(turns: Sequence[Turn]) -> list[Turn]:
     for turn in turns:
         if merged and merged[-1].role == turn.role:
             last = merged.pop()
-            turn = Turn(turn.role, last.raw + turn.raw, last.parts + turn.parts)
+            turn = Turn(turn.role, last.parts + turn.parts)
         merged.append(turn)
     return merged
 

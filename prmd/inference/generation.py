@@ -106,13 +106,11 @@ class SamplingSpeed:
     Attributes:
         responses, tokens: newly sampled by all processes, ends of turns counted.
         seconds: of the sampling alone, without loading.
-        at_once: responses of the largest batch that was planned.
     """
 
     responses: int
     tokens: int
     seconds: float
-    at_once: int
 
     @property
     def tokens_per_second(self) -> float:
@@ -235,7 +233,7 @@ def _tell_speed(
         return
     each, tokens = len(samples[0]), sum(len(ids) for group in samples for ids in group)
     at_once = each * max(map(len, batches))
-    speed = SamplingSpeed(each * len(samples), tokens, max(time.monotonic() - began, 1e-9), at_once)
+    speed = SamplingSpeed(each * len(samples), tokens, max(time.monotonic() - began, 1e-9))
     logger.info(
         "%s: %s responses to %s prompts, %s tokens in %.1f s, %s tokens per second, up to %d responses at once",
         *(description, f"{speed.responses:,}", f"{len(samples):,}", f"{tokens:,}", speed.seconds),

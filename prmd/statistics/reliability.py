@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from scipy.optimize import brentq
 from scipy.special import expit
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import rankdata
 from torch import Tensor
 
 from prmd.statistics.intervals import Estimate, bootstrap_statistic, wilson_interval
@@ -158,24 +158,6 @@ def mean_pairwise_correlation(margins: Tensor | np.ndarray) -> float:
         return 1.0
     matrix = np.corrcoef(d)
     return float(matrix[~np.eye(len(d), dtype=bool)].mean())
-
-
-def disagreement_error_correlation(margins: Tensor | np.ndarray) -> float:
-    """Spearman correlation between the members' disagreement and the mean member's mistakes.
-
-    Args:
-        margins: r(chosen) - r(rejected) of each member, [M, N].
-
-    Returns:
-        Rank correlation of ``sd_m(d)`` with ``1[mean_m d < 0]`` (ties one half); positive when disagreement predicts
-        errors. NaN where it is undefined: one member, or a mean member that is always right or always wrong.
-    """
-    d = np.atleast_2d(_as_margins(margins, "disagreement_error_correlation"))
-    disagreement, mean = d.std(axis=0), d.mean(axis=0)
-    errors = np.where(mean == 0, 0.5, mean < 0)
-    if np.ptp(disagreement) == 0 or np.ptp(errors) == 0:
-        return math.nan
-    return float(spearmanr(disagreement, errors).statistic)
 
 
 @dataclass(frozen=True)

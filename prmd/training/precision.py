@@ -150,7 +150,7 @@ def _require_8bit(*, asked: bool) -> None:
 
 # ------------------------------------------------------------------ the probe
 def probe_progress(
-    precision: Precision, *, steps: int = 100, blocks: Sequence[Tensor] | None = None, seed: int = 0
+    precision: Precision, *, steps: int = 100, blocks: Sequence[Tensor] | None = None
 ) -> float:
     """Progress of the configured optimiser along float32 AdamW's, <d, d32> / |d32|^2.
 
@@ -161,7 +161,6 @@ def probe_progress(
     Args:
         steps: optimiser steps; the noise of stochastic rounding falls with their root.
         blocks: weights of equal shape; by default N(0, 0.02^2) in [64, 64], on this run's device.
-        seed: of the gradients and of the rounding; the global random state is left as it was.
 
     Returns:
         1 for float32, near 1 for stochastic rounding, near 0 for an optimiser that is stuck.
@@ -170,7 +169,7 @@ def probe_progress(
         ConfigError: the 8-bit step cannot be compiled.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)  # of gradients and rounding
         if blocks is None:
             blocks = [0.02 * torch.randn(BLOCK, BLOCK, device=get_device()) for _ in range(_BLOCKS)]
         start = [block.detach().to(precision.trained_dtype) for block in blocks]

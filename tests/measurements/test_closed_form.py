@@ -22,7 +22,6 @@ from benchmarks.gold.world import FREE_LENGTH, LENGTH_COST, gold_rewards
 from benchmarks.real_text.closed_form import (
     JUDGES,
     MEASURES,
-    ClosedFormSizes,
     Objective,
     Responses,
     balanced_weights,
@@ -194,13 +193,13 @@ def test_balanced_weights_make_both_kinds_equal() -> None:
 
 
 def test_rows_of_seeds_are_means_paired_with_dpo() -> None:
-    rng, sizes = np.random.default_rng(8), ClosedFormSizes(seeds=3, shares=(0.8,), kls=(0.5,))
+    rng = np.random.default_rng(8)
     names = [f"0.8/{policy}/0.5/{judge}" for policy in ("strengths/hard_min", "none/dpo") for judge in JUDGES]
     shapes = dict(zip(MEASURES, ((3, 7), (7,), (7,)), strict=True))
     seeds = [
         {f"{name}/{m}": rng.random(shape) for name in names for m, shape in shapes.items()} for _ in range(3)
     ]
-    rows = {(row["method"], row["judge"]): row for row in closed_form_rows(seeds, sizes)}
+    rows = {(row["method"], row["judge"]): row for row in closed_form_rows(seeds)}
     assert len(rows) == 4
     row, dpo = rows["hard_min", JUDGES[0]], rows["dpo", JUDGES[0]]
     wins = np.stack([seed[f"{names[0]}/wins"] for seed in seeds]).mean(axis=(0, 2))
