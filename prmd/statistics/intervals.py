@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from scipy import stats
 
-from prmd.statistics.outcomes import cvar_over_prompts
+from prmd.statistics.outcomes import cvar_over_prompts, finite_array
 
 _CHUNK_ELEMENTS = 2**21  # resampled rows held at once
 _STUDENTIZED_FROM = (
@@ -85,9 +85,7 @@ def accuracy_with_ties(margins: np.ndarray) -> dict[str, float | int | str]:
     Raises:
         ValueError: no margins, or not finite.
     """
-    d = np.asarray(margins, dtype=np.float64)
-    if d.size == 0 or not np.isfinite(d).all():
-        raise ValueError(f"accuracy_with_ties: needs finite margins, got {d.size} of which some are not")
+    d = finite_array(margins, "accuracy_with_ties", "margins")
     ties = int((d == 0).sum())
     share = wilson_interval((d > 0).sum() + 0.5 * ties, d.size)
     return {
@@ -128,9 +126,7 @@ def bootstrap_statistic(
 
     Source: Hesterberg 2015 (arXiv:1411.5279), section on expanded percentile intervals.
     """
-    rows = np.asarray(matrix, dtype=np.float64)
-    if rows.ndim != 2 or rows.size == 0 or not np.isfinite(rows).all():
-        raise ValueError(f"bootstrap: needs a finite, non-empty [X, c] matrix, got shape {rows.shape}")
+    rows = finite_array(matrix, "bootstrap", "non-empty rows", ndim=2)
     n = len(rows)
     value = float(fn(rows[None])[0])
     if n == 1:
@@ -298,9 +294,7 @@ def lower_tail_interval(
 
     Source: bootstrap-t of Efron 1981; influence function of CVaR from Rockafellar and Uryasev 2000.
     """
-    x = np.asarray(values, dtype=np.float64)
-    if x.ndim != 1 or x.size == 0 or not np.isfinite(x).all():
-        raise ValueError(f"lower_tail_interval: needs finite values, [X], got shape {x.shape}")
+    x = finite_array(values, "lower_tail_interval", ndim=1)
     (value,), (error,) = _lower_tails(x[None], alpha)
     if alpha * x.size < _TAIL_VALUES:
         return Estimate(float(value), math.nan, math.nan, x.size, "no interval: the tail is too small")

@@ -7,15 +7,18 @@ hypervolume. Not here: intervals and tests for these numbers (`intervals.py`, to
 import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy.special import gammaln
 
 
-def _sample_table(values: np.ndarray, caller: str, ndim: int = 2) -> np.ndarray:
+def finite_array(
+    values: ArrayLike, caller: str, what: str = "values", *, ndim: int | None = None
+) -> np.ndarray:
+    """Values as float64; a ValueError in the caller's name where there is none, one is not finite or the axes are not `ndim`."""
     array = np.asarray(values, dtype=np.float64)
-    if array.ndim != ndim or array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(
-            f"{caller}: needs a finite, non-empty array with {ndim} axes, got shape {array.shape}"
-        )
+    if ndim not in (None, array.ndim) or array.size == 0 or not np.isfinite(array).all():
+        axes = "" if ndim is None else f" on {ndim} axes"
+        raise ValueError(f"{caller}: needs finite {what}{axes}, got shape {array.shape}")
     return array
 
 
@@ -32,7 +35,7 @@ def pairwise_win_rate(policy: np.ndarray, reference: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: different numbers of prompts, or scores that are not finite.
     """
-    ours, theirs = _sample_table(policy, "pairwise_win_rate"), _sample_table(reference, "pairwise_win_rate")
+    ours, theirs = (finite_array(scores, "pairwise_win_rate", ndim=2) for scores in (policy, reference))
     if len(ours) != len(theirs):
         raise ValueError(
             f"pairwise_win_rate: {len(ours)} prompts against {len(theirs)}; align them by prompt id"
@@ -54,8 +57,7 @@ def pareto_dominance_rate(policy: np.ndarray, reference: np.ndarray) -> np.ndarr
     Raises:
         ValueError: objectives or prompts that do not match.
     """
-    ours = _sample_table(policy, "pareto_dominance_rate", ndim=3)
-    theirs = _sample_table(reference, "pareto_dominance_rate", ndim=3)
+    ours, theirs = (finite_array(scores, "pareto_dominance_rate", ndim=3) for scores in (policy, reference))
     if ours.shape[:2] != theirs.shape[:2]:
         raise ValueError(f"pareto_dominance_rate: [K, X] differ, {ours.shape[:2]} against {theirs.shape[:2]}")
     differences = ours[:, :, :, None] - theirs[:, :, None, :]
@@ -103,7 +105,7 @@ def violation_rate(member_rewards: np.ndarray, thresholds: np.ndarray) -> np.nda
 
     Source: Eq. (P17) of the AT-PRMD draft.
     """
-    rewards = _sample_table(member_rewards, "violation_rate", ndim=4)
+    rewards = finite_array(member_rewards, "violation_rate", ndim=4)
     limits = np.asarray(thresholds, dtype=np.float64)
     if limits.shape != rewards.shape[:1]:
         raise ValueError(f"violation_rate: {rewards.shape[0]} objectives, thresholds of shape {limits.shape}")
@@ -168,7 +170,7 @@ def best_of_n_expectation(proxy: np.ndarray, gold: np.ndarray, k: int) -> np.nda
 
     Source: best-of-n estimator of arXiv:2210.10760.
     """
-    chooser, counted = _sample_table(proxy, "best_of_n"), _sample_table(gold, "best_of_n")
+    chooser, counted = (finite_array(scores, "best_of_n", ndim=2) for scores in (proxy, gold))
     if chooser.shape != counted.shape:
         raise ValueError(
             f"best_of_n: proxy {chooser.shape} and gold {counted.shape} must have the same shape"
@@ -216,7 +218,7 @@ def hypervolume(points: np.ndarray, origin: np.ndarray) -> float:
     Raises:
         ValueError: no points, or points that are not finite.
     """
-    above = _sample_table(points, "hypervolume") - np.asarray(origin, dtype=np.float64)
+    above = finite_array(points, "hypervolume", ndim=2) - np.asarray(origin, dtype=np.float64)
     return float(dominated_volumes(above[None])[0])
 
 

@@ -20,6 +20,7 @@ from prmd.statistics.intervals import (
     studentized_draws,
     wilson_interval,
 )
+from prmd.statistics.outcomes import finite_array
 
 _EXACT_SIGN_FLIPS = 13  # 2**13 patterns are fewer than the resamples they replace
 _LEAST_DRAWS = 2000  # of one tail; fewer would keep a clear difference from surviving Holm's correction
@@ -63,9 +64,7 @@ def sign_flip_test(differences: np.ndarray, *, n_resamples: int = 10_000, seed: 
     Raises:
         ValueError: no differences, or not finite.
     """
-    d = np.asarray(differences, dtype=np.float64)
-    if d.ndim != 1 or d.size == 0 or not np.isfinite(d).all():
-        raise ValueError(f"sign_flip_test: needs finite differences, [X], got shape {d.shape}")
+    d = finite_array(differences, "sign_flip_test", "differences", ndim=1)
     # Ties with the observed sum belong to the tail; the slack absorbs the order of summation.
     observed = abs(d.sum()) - 1e-12 * np.abs(d).sum()
     if d.size <= _EXACT_SIGN_FLIPS:

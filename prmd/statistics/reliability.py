@@ -17,19 +17,11 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from prmd.statistics.intervals import Estimate, bootstrap_statistic, wilson_interval
+from prmd.statistics.outcomes import finite_array
 
 DISAGREEMENT_RESAMPLES = 1000
 DISAGREEMENT_BIN_PAIRS = 20
 """Pairs in a bin of disagreement, where there are enough for two to ten bins; Wilson gives 20 of them +-.2."""
-
-
-def _as_margins(margins: Tensor | np.ndarray, caller: str) -> np.ndarray:
-    array = np.asarray(margins, dtype=np.float64)
-    if array.size == 0 or not np.isfinite(array).all():
-        raise ValueError(
-            f"{caller}: needs finite margins, got {array.size} of which some are NaN or infinite"
-        )
-    return array
 
 
 def log_odds_slope(margins: Tensor | np.ndarray) -> float:
@@ -46,7 +38,7 @@ def log_odds_slope(margins: Tensor | np.ndarray) -> float:
     Raises:
         ValueError: no margins, or not finite, or all zero.
     """
-    d = _as_margins(margins, "log_odds_slope")
+    d = finite_array(margins, "log_odds_slope", "margins")
     if not d.any():
         raise ValueError("log_odds_slope: all margins are zero")
     if (d >= 0).all() or (d <= 0).all():
@@ -78,7 +70,7 @@ def reliability_bins(margins: Tensor | np.ndarray, n_bins: int = 10) -> list[dic
 
     Source: expected calibration error as in arXiv:1706.04599, with equal-mass bins.
     """
-    d = _as_margins(margins, "reliability_bins")
+    d = finite_array(margins, "reliability_bins", "margins")
     d = d[np.argsort(np.abs(d), kind="stable")]
     confidence, correct = 1.0 / (1.0 + np.exp(-np.abs(d))), np.where(d == 0, 0.5, d > 0)
     bins = np.array_split(np.arange(len(d)), min(n_bins, len(d)))
@@ -151,7 +143,7 @@ def mean_pairwise_correlation(margins: Tensor | np.ndarray) -> float:
     Raises:
         ValueError: fewer than two pairs, or a member whose margins are all equal.
     """
-    d = np.atleast_2d(_as_margins(margins, "mean_pairwise_correlation"))
+    d = np.atleast_2d(finite_array(margins, "mean_pairwise_correlation", "margins"))
     if d.shape[1] < 2 or (d.std(axis=1) == 0).any():
         raise ValueError("mean_pairwise_correlation: every member needs at least two different margins")
     if len(d) == 1:
@@ -202,7 +194,7 @@ def disagreement_measures(
     Raises:
         ValueError: no margins, or not finite.
     """
-    d = np.atleast_2d(_as_margins(margins, "disagreement_measures"))
+    d = np.atleast_2d(finite_array(margins, "disagreement_measures", "margins"))
     disagreement, mean = d.std(axis=0), d.mean(axis=0)
     wrong = np.where(mean == 0, 0.5, mean < 0)
     decided = mean != 0
