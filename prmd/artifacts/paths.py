@@ -17,6 +17,9 @@ PROJECT_ROOT = Path(__file__).resolve().parents[2]
 CONFIG_DIR = PROJECT_ROOT / "configs"
 EMBEDDED_DIR = PROJECT_ROOT / "1_data_preparation" / "embedded"
 
+REFERENCE = "reference"
+"""What the untrained policy is called where policies are: in rows, files and settings."""
+
 _SAFE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+=-]*")
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
-from prmd.artifacts.paths import find_user_path
+from prmd.artifacts.paths import REFERENCE, find_user_path
 from prmd.artifacts.runs import is_as_recorded, read_run, vouch_again
 from prmd.benchmarks import TASKS, benchmark_names
 from prmd.benchmarks.base import BenchmarkResult, NotRunError, content_key
@@ -25,7 +25,7 @@ from prmd.config.evaluation import (
     RealToxicityPromptsConfig,
 )
 from prmd.errors import DataError, NotFiniteError
-from prmd.inference.candidates import REFERENCE, Candidate, CandidateModels
+from prmd.inference.candidates import Candidate, CandidateModels
 from prmd.judges.endpoint import EndpointError
 
 logger = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from prmd.artifacts.paths import REFERENCE
 from prmd.config.masking import MASK, address_fault, masked_address
 from prmd.config.policy import OF_ONE_OBJECTIVE, one_of, policy_methods
 from prmd.config.shared import (
@@ -35,7 +36,7 @@ from prmd.config.shared import (
 from prmd.objectives import TAKEN_BY_WINDOWS
 
 _POLICY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,39}")
-_TAKEN = ("reference", "comparison", "frontier", "run", "config", "fingerprint", "samples", "baseline_dpo")
+_TAKEN = (REFERENCE, "comparison", "frontier", "run", "config", "fingerprint", "samples", "baseline_dpo")
 """Rows and files of the results that are there without a policy from elsewhere."""
 
 

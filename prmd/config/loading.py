@@ -21,7 +21,7 @@ from prmd.config.evaluation import EvaluationConfig
 from prmd.config.masking import masked
 from prmd.config.mistakes import (
     COMMAND_LINE,
-    REFERENCE,
+    REFERRED,
     Node,
     did_you_mean,
     dotted_keys,
@@ -139,7 +139,7 @@ def kept_values(path: Path) -> dict[str, Any]:
         return {}
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        return dict(values.get(REFERENCE) or values)
+        return dict(values.get(REFERRED) or values)
     except (yaml.YAMLError, AttributeError, TypeError, ValueError, OSError) as error:
         raise _damaged(path, error) from None
 
@@ -331,23 +331,23 @@ def _read_referred(key: str, node: Node, mistakes: list[str], chain: tuple[Path,
 
 def _resolve_reference(tree: Node, mistakes: list[str]) -> Node | None:
     """Put the tree of the file named by `reward_model_config` in the place of its name."""
-    node = tree.value.get(REFERENCE)
+    node = tree.value.get(REFERRED)
     if node is None:
         mistakes.append(
-            f"{tree.where}: {REFERENCE}: got nothing, wanted the file that holds data.* and model.*; "
-            f"add the line `{REFERENCE}: {REFERENCE}.yaml`"
+            f"{tree.where}: {REFERRED}: got nothing, wanted the file that holds data.* and model.*; "
+            f"add the line `{REFERRED}: {REFERRED}.yaml`"
         )
         return None
     if isinstance(node.value, dict):  # the config.yaml kept beside an artifact holds it inline
         return tree
-    referred = _read_referred(REFERENCE, node, mistakes)
-    return replace(tree, value={**tree.value, REFERENCE: referred}) if referred else None
+    referred = _read_referred(REFERRED, node, mistakes)
+    return replace(tree, value={**tree.value, REFERRED: referred}) if referred else None
 
 
 # ------------------------------------------------------------------ overrides
 def _takes(kind: type[BaseModel], keys: tuple[str, ...]) -> bool:
     if kind is RewardModelConfig:
-        keys = keys[1:] if keys[0] == REFERENCE else keys
+        keys = keys[1:] if keys[0] == REFERRED else keys
         return bool(keys) and keys[0] in kind.model_fields
     return keys[0] in kind.model_fields or keys[0] in RewardModelConfig.model_fields
 
@@ -373,7 +373,7 @@ def _parse_overrides(
 
 def _unknown_key(keys: tuple[str, ...], kinds: Sequence[type[BaseModel]]) -> str:
     for file, kind in CONFIG_FILES.items():
-        if keys[0] in kind.model_fields and keys[0] != REFERENCE:
+        if keys[0] in kind.model_fields and keys[0] != REFERRED:
             return f"{keys[0]} is set in {file}, which this command does not read; leave it out here"
     known = [key for kind in (*kinds, RewardModelConfig) for key in dotted_keys(kind)]
     return f"got an unknown key{did_you_mean('.'.join(keys), known)}"
@@ -383,9 +383,9 @@ def _apply(tree: Node, kind: type[BaseModel], overrides: Sequence[Override]) -> 
     for override in overrides:
         over, keys = override.tree, override.keys
         if keys[0] not in kind.model_fields:
-            inside = kind is RewardModelConfig  # which is itself what the other files keep under REFERENCE
-            over = over.value[REFERENCE] if inside else replace(over, value={REFERENCE: over})
-            keys = keys[1:] if inside else (REFERENCE, *keys)
+            inside = kind is RewardModelConfig  # which is itself what the other files keep under REFERRED
+            over = over.value[REFERRED] if inside else replace(over, value={REFERRED: over})
+            keys = keys[1:] if inside else (REFERRED, *keys)
         if is_mapping(kind, keys):  # {concise: 1.0} are all the weights, not one beside those of the file
             tree = _without(tree, keys)
         tree = _merge(tree, over)
@@ -411,7 +411,7 @@ def _build(
         mistakes.append(f"{_shown(path)}: got {path.name}, wanted {own_name} or the folder that holds it")
         return None
     tree = _read_tree(path / own_name if path.is_dir() else path, "--config", mistakes)
-    first = [o for o in overrides if o.keys == (REFERENCE,)]
+    first = [o for o in overrides if o.keys == (REFERRED,)]
     if tree is not None and kind is not RewardModelConfig:
         tree = _resolve_reference(_apply(tree, kind, first), mistakes)
     if tree is None:

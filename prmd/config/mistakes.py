@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from prmd.config.masking import masked
 from prmd.config.shared import RewardModelConfig
 
-REFERENCE = "reward_model_config"
+REFERRED = "reward_model_config"
 """The key under which the policy and evaluation files hold the file they share."""
 COMMAND_LINE = "command line"
 """How the place of an override begins."""
@@ -51,7 +51,7 @@ def explain(error: ValidationError, tree: Node, kind: type[BaseModel]) -> Iterat
     for item in error.errors(include_url=False):
         inside = getattr(item.get("ctx", {}).get("error"), "keys", ())
         node, keys = _locate(tree, (*item["loc"], *inside))
-        shown = keys[1:] if keys[:1] == (REFERENCE,) and len(keys) > 1 else keys
+        shown = keys[1:] if keys[:1] == (REFERRED,) and len(keys) > 1 else keys
         place = node.where if node.where.startswith(COMMAND_LINE) else f"{node.where}: {_dotted(shown)}"
         if item["type"] == "extra_forbidden":
             section, prefix = _section_at(kind, keys[:-1]), _dotted(shown[:-1])
@@ -135,7 +135,7 @@ def dotted_keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in kind.model_fields.items():
         yield f"{prefix}{name}"
         section = _section(field.annotation)
-        if section and name != REFERENCE and not _is_dict(field.annotation):
+        if section and name != REFERRED and not _is_dict(field.annotation):
             yield from dotted_keys(section, f"{prefix}{name}.")
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from prmd.artifacts.paths import stage_command
+from prmd.artifacts.paths import REFERENCE, stage_command
 from prmd.errors import DataError
 from prmd.evaluation.metrics import worst_at_equal_length
 from prmd.evaluation.over_optimisation import policy_points
-from prmd.inference.candidates import REFERENCE
 from prmd.statistics.outcomes import pairwise_win_rate
 from prmd.statistics.paired_tests import holm, mcnemar_exact, paired_mean_test, skewness_note
 from prmd.statistics.resampling import Resampling, with_chance

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from prmd.artifacts import io
-from prmd.artifacts.paths import policy_command
+from prmd.artifacts.paths import REFERENCE, policy_command
 from prmd.artifacts.runs import is_as_recorded, require_artifact
 from prmd.evaluation.held_out import Evaluation, debiased_rewards, judge_runs, measure, sample_usable
 from prmd.evaluation.metrics import worst_at_equal_length
-from prmd.inference.candidates import REFERENCE, Candidate, policy_key
+from prmd.inference.candidates import Candidate, policy_key
 from prmd.statistics.resampling import Resampling
 
 logger = logging.getLogger(__name__)

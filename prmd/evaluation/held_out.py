@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
-from prmd.artifacts.paths import ArtifactPaths
+from prmd.artifacts.paths import REFERENCE, ArtifactPaths
 from prmd.artifacts.runs import is_as_recorded
 from prmd.config.evaluation import EvaluationConfig, GenerationConfig
 from prmd.errors import NotFiniteError
@@ -26,7 +26,6 @@ from prmd.evaluation.metrics import (
 from prmd.evaluation.over_optimisation import best_of_n_curves
 from prmd.evaluation.scores import MemberScores, ReferenceScores, proxy_metrics
 from prmd.inference.candidates import (
-    REFERENCE,
     Candidate,
     CandidateModels,
     EvaluationPrompt,

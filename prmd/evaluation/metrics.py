@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from prmd.artifacts.paths import REFERENCE
 from prmd.evaluation.scores import ReferenceScores
-from prmd.inference.candidates import REFERENCE
 from prmd.statistics.intervals import minimum_band
 from prmd.statistics.outcomes import pairwise_win_rate, pareto_dominance_rate
 from prmd.statistics.resampling import Resampling, by_definition, with_chance

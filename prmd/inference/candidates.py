@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.manifest import EVERYTHING
-from prmd.artifacts.paths import ArtifactPaths, policy_command
+from prmd.artifacts.paths import REFERENCE, ArtifactPaths, policy_command
 from prmd.artifacts.runs import read_run, require_artifact
 from prmd.config.evaluation import GenerationConfig
 from prmd.config.shared import ModelConfig, SharedConfig
@@ -41,8 +41,6 @@ from prmd.pairs import Message, PreferencePair, hash_share, read_pairs
 from prmd.runtime import free_memory, get_device
 
 logger = logging.getLogger(__name__)
-
-REFERENCE = "reference"
 
 
 @dataclass(frozen=True)

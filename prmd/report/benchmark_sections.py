@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from prmd.artifacts.paths import ArtifactPaths, stage_command
+from prmd.artifacts.paths import REFERENCE, ArtifactPaths, stage_command
 from prmd.config.evaluation import BenchmarksConfig
 from prmd.report.artifact_sections import Section, benchmark_names, load, missing
 from prmd.report.comparison_tables import benchmark_judge_warnings, benchmark_judges_table, paired_table
@@ -19,7 +19,7 @@ def benchmarks_section(paths: ArtifactPaths) -> Section:
     """One row per benchmark and metric, one column per method; what did not run is one line that says why."""
     configured = BenchmarksConfig().run
     results = {name: found for name, found in benchmark_results(paths).items() if found or name in configured}
-    methods = sorted({m for found in results.values() for m in found}, key=lambda m: (m != "reference", m))
+    methods = sorted({m for found in results.values() for m in found}, key=lambda m: (m != REFERENCE, m))
     rows = [row for name, found in results.items() for row in _benchmark_rows(name, found, methods)]
     caption = (
         "Brackets: 95 % intervals. Chance is what guessing scores, where it has a score; ↑ ↓: the interval excludes it. Of "

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from prmd.artifacts import io
+from prmd.artifacts.paths import REFERENCE
 from prmd.report.figures import (
     GREY,
     INK,
@@ -33,9 +34,9 @@ _KL_LABEL = "KL from the reference, nats per response"
 # ------------------------------------------------------------------ shared by the figures of stage 4
 def method_style(rows: Sequence[Row], index: int) -> dict[str, Any]:
     """Colour and marker of one method; the reference is grey, so that colours mean policies only."""
-    if rows[index]["method"] == "reference":
+    if rows[index]["method"] == REFERENCE:
         return {"color": GREY, "marker": "*"}
-    place = sum(row["method"] != "reference" for row in rows[:index])
+    place = sum(row["method"] != REFERENCE for row in rows[:index])
     return {"color": PALETTE[place % len(PALETTE)], "marker": MARKERS[place % len(MARKERS)]}
 
 
@@ -64,12 +65,12 @@ def draw_frontier(path: Path, rows: Sequence[Row], frontier: dict[str, Any] | No
         rows: of `comparison.json`; drawn where there is no frontier.
         frontier: contents of `frontier.json`.
     """
-    policies = [row for row in rows if row["method"] != "reference"]
+    policies = [row for row in rows if row["method"] != REFERENCE]
     points = (frontier or {}).get("points") or policies
     points = [p for p in points if has_interval(p.get("kl")) and has_interval(p.get("worst"))]
     if not points:
         return None
-    row = next((row for row in rows if row["method"] == "reference"), {})
+    row = next((row for row in rows if row["method"] == REFERENCE), {})
     minimum = ((frontier or {}).get("reference") or row).get("mean_of_min") or {}
     with page_canvas(path, height=5.6, rows=2, share_x=True) as (top, bottom):
         _draw_paths(top, policies, points, "worst", 0.5)
@@ -178,7 +179,7 @@ def plot_metrics(comparison_json: Path, directory: Path | None = None) -> list[P
     rows, frontier = comparison["rows"], _read(comparison_json.with_name("frontier.json"))
     folder = directory or comparison_json.parent
     methods = {row["method"]: _read(comparison_json.parent / f"{row['method']}.json") for row in rows}
-    policies = [row for row in rows if row["method"] != "reference"]
+    policies = [row for row in rows if row["method"] != REFERENCE]
     if not policies:
         return []
     drawn = [
@@ -281,7 +282,7 @@ def _lengths(path: Path, rows: list[Row]) -> Path | None:
 
 
 def _is_reference(row: Row) -> bool:
-    return row["method"] == "reference"
+    return row["method"] == REFERENCE
 
 
 def ellipse_95(first: list[float | None], second: list[float | None]) -> np.ndarray | None:

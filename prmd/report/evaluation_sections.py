@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from prmd.artifacts.paths import ArtifactPaths, stage_command
+from prmd.artifacts.paths import REFERENCE, ArtifactPaths, stage_command
 from prmd.report.artifact_sections import Section, folders, load, load_rows, missing
 from prmd.report.comparison_tables import (
     BETTER,
@@ -21,7 +21,6 @@ from prmd.report.comparison_tables import (
 from prmd.report.policy_sections import policy_metrics, under_trained
 from prmd.report.tables import (
     NOTHING,
-    REFERENCE,
     Table,
     format_estimate,
     format_number,
@@ -182,9 +181,7 @@ _RESAMPLED = "n counts prompts, the units that are resampled."
 
 def _summary(rows: list[dict[str, Any]]) -> str:
     policies = [
-        row
-        for row in rows
-        if row["method"] != "reference" and (row.get("worst") or {}).get("low") is not None
+        row for row in rows if row["method"] != REFERENCE and (row.get("worst") or {}).get("low") is not None
     ]
     if not policies:
         return "No policy has been evaluated yet."
@@ -308,7 +305,7 @@ def gate_section(paths: ArtifactPaths) -> Section | None:
 # ------------------------------------------------------------------ samples
 def samples_section(paths: ArtifactPaths, methods: list[str]) -> Section:
     """Prompts with every method's responses, the reference first; at most `MAX_BROWSED_PROMPTS` of them."""
-    order = sorted(methods, key=lambda name: name != "reference")
+    order = sorted(methods, key=lambda name: name != REFERENCE)
     by_method = {}
     for name in order:
         record = load(paths.metrics / f"{name}.json") or {}

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from prmd.artifacts.paths import REFERENCE
+
 Estimate = dict[str, Any]
 
 NOTHING = "–"
@@ -241,9 +243,6 @@ def headline_csv(rows: Sequence[dict[str, Any]]) -> str:
         cells = [(row.get(key) or {}).get(k) if k else row.get(key) for _, key, k in measures]
         writer.writerow([row["method"], *((cell or {}).get(part, "") for cell in cells for part in parts)])
     return stream.getvalue()
-
-
-REFERENCE = "reference"
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ What does not: tests and intervals (`evaluation.comparison`), tables (`tables`).
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from prmd.artifacts.paths import ArtifactPaths
+from prmd.artifacts.paths import REFERENCE, ArtifactPaths
 from prmd.report.artifact_sections import load
 from prmd.report.comparison_tables import BETTER, judge_faults, significance_marks, worst_marks
-from prmd.report.tables import REFERENCE, format_estimate, format_number, listed
+from prmd.report.tables import format_estimate, format_number, listed
 
 _SHOWN = {"baseline_dpo": "DPO", "dpo": "DPO", REFERENCE: "the reference"}
 _MOST_NAMED = 3
