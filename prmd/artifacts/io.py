@@ -196,7 +196,7 @@ def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         with path.open(encoding="utf-8-sig") as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
-                    yield _row_of(line.removesuffix("\n"), f"{path}:{number}")
+                    yield parse_object(line.removesuffix("\n"), f"{path}:{number}")
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: not UTF-8 (after line {number}: {error.reason}); save the file as UTF-8"
@@ -205,13 +205,16 @@ def iterate_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         raise _unreadable(path, error) from error
 
 
-def _row_of(line: str, where: str) -> dict[str, Any]:
+def parse_object(line: str, where: str, *, odd_numbers_as_null: bool = False) -> dict[str, Any]:
+    """The JSON object of a line; a `DataError` that says `where` for anything else. Arguments as for `parse_json`."""
     try:
-        row = parse_json(line)
+        row = parse_json(line, odd_numbers_as_null=odd_numbers_as_null)
     except ValueError as error:
         raise DataError(f"{where}: not JSON ({error}); mend or remove this line") from error
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object, got {type(row).__name__}; mend this line")
+        raise DataError(
+            f"{where}: expected a JSON object, got {type(row).__name__}; mend or remove this line"
+        )
     return row
 
 

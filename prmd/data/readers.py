@@ -66,7 +66,8 @@ def json_rows(path: Path) -> Iterator[Row]:
         return
     for number, line in enumerate(chain(start, lines), start=1):
         if line.strip():
-            yield _parse_object(line.removesuffix("\n"), f"{path}:{number}")
+            where = f"{path}:{number}"
+            yield io.parse_object(line.removesuffix("\n"), where, odd_numbers_as_null=True)
 
 
 def _text_lines(path: Path) -> Iterator[str]:
@@ -97,18 +98,6 @@ def _array_rows(path: Path, text: str) -> Iterator[Row]:
                 f"{path}: item {number} is {type(row).__name__}, not a JSON object; mend the file"
             )
         yield row
-
-
-def _parse_object(line: str, where: str) -> Row:
-    try:
-        row = io.parse_json(line, odd_numbers_as_null=True)
-    except ValueError as error:
-        raise DataError(f"{where}: not JSON ({error}); mend or remove this line") from error
-    if not isinstance(row, dict):
-        raise DataError(
-            f"{where}: expected a JSON object, got {type(row).__name__}; mend or remove this line"
-        )
-    return row
 
 
 def parquet_rows(path: Path) -> list[Row]:
