@@ -22,8 +22,7 @@ from prmd.models.tokenization import PrefixRow
 from prmd.pessimism.losses import edpo_member_losses, edpo_select, implicit_margins
 from prmd.policies.inputs import MethodInputs
 from prmd.policies.targets import policy_loss
-from prmd.runtime import get_runtime
-from prmd.training.batches import MicroBatch, plan_training
+from prmd.training.batches import MicroBatch, plan_run
 from prmd.training.trainer import PAIR_WEIGHT, Columns, LossFunction, PairData, PairLoss
 
 HELD_OUT = -1
@@ -51,13 +50,7 @@ def choosing_members(
     """
     refuse_sharded()
     inputs = _by_position(inputs)
-    plan = plan_training(  # the one `run_training` makes of the same arguments
-        [row.shared_length for row in inputs.train.rows],
-        inputs.stream,
-        training,
-        seed=seed,
-        processes=get_runtime().world_size,
-    )
+    plan = plan_run(inputs.train.rows, inputs.stream, training, seed=seed)  # the one `run_training` makes
     selection = MemberSelection(
         [_without_samples(row) for row in inputs.train.rows],
         inputs.train.columns,

@@ -27,7 +27,7 @@ from prmd.pairs import PreferencePair
 from prmd.policies.pairs import PolicyPairs, TokenizedPairs
 from prmd.runtime import get_device, get_runtime, is_main_process, set_seed, wait_for_everyone
 from prmd.training.arguments import on_one_gpu, reporting_callbacks
-from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_training
+from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_run
 from prmd.training.checkpoints import PREFIX, ShareCheckpoints, checkpoint_steps, newest_complete
 from prmd.training.precision import Precision
 from prmd.training.run import choose_precision, refuse_other_steps
@@ -170,7 +170,8 @@ def train_trl_dpo(
         StoppedError: as `StopRequests.heard`.
         NotFiniteError: a gradient is NaN or infinite, or the weights are at the end.
     """
-    plan = _plan(pairs, training, shared.seed)
+    # The plan of our own trainer, so that TRL sees the same pairs in the same steps.
+    plan = plan_run(pairs.tokenized.rows, pairs.stream, training, seed=shared.seed)
     rows, ids = baseline_rows(pairs.tokenized.pairs, plan.batches), [p.id for p in pairs.tokenized.pairs]
     precision = choose_precision(shared.model, shared.paths, tuning, training, "policy")
     resume, stops = newest_complete(directory), StopRequests()
@@ -215,7 +216,8 @@ def _train(trainer: DPOTrainer, resume: Path | None) -> None:
 
 def kept_steps(pairs: PolicyPairs, training: TrainingConfig, seed: int, directory: Path) -> dict[int, str]:
     """The names by step of the checkpoints that TRL left in `directory` at the shares of `training.checkpoints`."""
-    steps = checkpoint_steps(training.checkpoints, _plan(pairs, training, seed).steps)
+    plan = plan_run(pairs.tokenized.rows, pairs.stream, training, seed=seed)
+    steps = checkpoint_steps(training.checkpoints, plan.steps)
     return {step: name for step, name in steps.items() if (directory / f"{PREFIX}{step}").is_dir()}
 
 
@@ -228,17 +230,6 @@ def _save(trainer: DPOTrainer, tokenizer: PreTrainedTokenizerBase, directory: Pa
         tokenizer.save_pretrained(directory)
     for folder in (DATASET, HELD_OUT):
         forget_dataset(directory / folder)
-
-
-def _plan(pairs: PolicyPairs, training: TrainingConfig, seed: int) -> TrainingPlan:
-    """The plan of our own trainer, so that TRL sees the same pairs in the same steps."""
-    return plan_training(
-        [row.shared_length for row in pairs.tokenized.rows],
-        pairs.stream,
-        training,
-        seed=seed,
-        processes=get_runtime().world_size,
-    )
 
 
 def equal_batches(size: StepSize, most: int) -> int:

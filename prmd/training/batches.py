@@ -17,6 +17,8 @@ import numpy as np
 from prmd.config.shared import TrainingConfig
 from prmd.errors import ConfigError
 from prmd.models.prefix_rows import MOST_PADDING
+from prmd.models.tokenization import PrefixRow
+from prmd.runtime import get_runtime
 
 _LOOKED_AT = 64
 """Steps from which the padding of a training is known well enough."""
@@ -116,6 +118,14 @@ def plan_training(
     size = replace(size, accumulation=_enough(pairs[:_LOOKED_AT], lengths, size, device))
     batches = [batch for step in pairs for batch in _cut(step, lengths, size, device)]
     return TrainingPlan(size, batches, pairs)
+
+
+def plan_run(
+    rows: Sequence[PrefixRow], stream: Sequence[int], training: TrainingConfig, *, seed: int
+) -> TrainingPlan:
+    """`plan_training` of these rows for the processes of this run: the same from everyone who asks."""
+    lengths, processes = [row.shared_length for row in rows], get_runtime().world_size
+    return plan_training(lengths, stream, training, seed=seed, processes=processes)
 
 
 def merges(

@@ -25,7 +25,7 @@ from prmd.models.loading import load_model_config
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
 from prmd.runtime import free_memory, get_runtime, is_main_process, require_disk, wait_for_everyone
 from prmd.training.arguments import reporting_callbacks, training_arguments
-from prmd.training.batches import TrainingPlan, plan_training, step_size
+from prmd.training.batches import TrainingPlan, plan_run, step_size
 from prmd.training.checkpoints import (
     PREFIX,
     RESUMABLE,
@@ -197,16 +197,9 @@ def run_training(
         NotFiniteError: a loss or gradient is NaN or infinite.
         ConfigError: the card's memory is full, in the first step of one process also without what it need not hold.
     """
-    training, runtime = run.training, get_runtime()
-    shared = run.shared
+    training, shared = run.training, run.shared
     precision = choose_precision(shared.model, shared.paths, run.tuning, training, run.task, run.sampled)
-    plan = plan_training(
-        [row.shared_length for row in run.data.rows],
-        run.stream,
-        training,
-        seed=shared.seed,
-        processes=runtime.world_size,
-    )
+    plan = plan_run(run.data.rows, run.stream, training, seed=shared.seed)
     steps = checkpoint_steps(training.checkpoints, plan.steps)
     resume = newest_complete(run.directory)
     refuse_other_steps(run.directory, precision, plan, resumed=resume is not None)

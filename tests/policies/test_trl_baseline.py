@@ -29,7 +29,7 @@ from prmd.policies.pairs import PolicyPairs, TokenizedPairs
 from prmd.policies.targets import policy_loss
 from prmd.policies.trl_baseline import baseline_rows, equal_batches, kept_steps, train_trl_dpo
 from prmd.training import run as training_run
-from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_training
+from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_run
 from prmd.training.checkpoints import TRAINER_FILES, name_checkpoints, trained_once
 from prmd.training.run import TrainingRun, run_training
 from prmd.training.trainer import PairData
@@ -143,10 +143,10 @@ def test_trl_gets_the_pairs_in_the_order_our_trainer_sees_them(
     plans: list[TrainingPlan] = []
 
     def caught_plan(*arguments: Any, **keywords: Any) -> TrainingPlan:
-        plans.append(plan_training(*arguments, **keywords))
+        plans.append(plan_run(*arguments, **keywords))
         raise CaughtError
 
-    monkeypatch.setattr(training_run, "plan_training", caught_plan)
+    monkeypatch.setattr(training_run, "plan_run", caught_plan)
     tokenized = pairs.tokenized
     run = TrainingRun(
         name="t", directory=config.paths.policies, shared=config.shared, tuning=config.tuning, training=config.training,
