@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 from hypothesis import strategies as st
+from tiny_models import SMALL
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -39,23 +40,10 @@ SHARED = ("llama", "qwen2", "qwen3", "mistral", "gemma")
 
 
 def family_config(name: str, **changes: object) -> PreTrainedConfig:
-    """Two layers of 32 dimensions, initialised widely enough that outputs differ visibly."""
-    values = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "max_position_embeddings": 256,
-        "initializer_range": 0.15,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": 1,
-        "num_labels": 1,
-    }
-    return FAMILIES[name](**(values | changes))
+    """The configuration of a family in `SMALL` size."""
+    sizes = {"vocab_size": VOCABULARY, "head_dim": 8, "max_position_embeddings": 256}
+    values = {"initializer_range": 0.15, "eos_token_id": 1, "num_labels": 1}
+    return FAMILIES[name](**(SMALL | sizes | values | changes))
 
 
 def attention_of(name: str) -> str:

@@ -11,7 +11,7 @@ import pytest
 import safetensors
 import torch
 import transformers.modeling_utils
-from tiny_models import TEMPLATE, VOCABULARY, tiny_config, tiny_tokenizer
+from tiny_models import SMALL, SMALL_MAMBA, TEMPLATE, VOCABULARY, tiny_config, tiny_tokenizer
 from tiny_pipeline import no_model_loads
 from transformers import (
     AutoConfig,
@@ -36,19 +36,7 @@ from prmd.training import memory
 from prmd.training.memory import plan_memory
 from prmd.training.precision import lora_precision, resolve_precision
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 2,
-}
+SIZES = SMALL | {"vocab_size": VOCABULARY, "max_position_embeddings": 4096, "eos_token_id": 2}
 REFUSES_SYSTEM = (
     "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
     "<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -422,14 +410,7 @@ def test_windows_and_layers_that_share_no_prompts(tmp_path: Path) -> None:
     assert "window of 64 tokens is shorter than a conversation of 512" in short.detail
     wide = found(base(tmp_path / "b", Qwen2Config(**SIZES, **window | {"sliding_window": 512})), tmp_path)
     assert wide["shared prompts"].status == "ok"
-    small = {
-        "mamba_d_ssm": 32,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 8,
-        "mamba_d_state": 8,
-        "mamba_n_groups": 1,
-    }
-    state = found(base(tmp_path / "c", FalconH1Config(**SIZES, **small)), tmp_path)["shared prompts"]
+    state = found(base(tmp_path / "c", FalconH1Config(**SIZES, **SMALL_MAMBA)), tmp_path)["shared prompts"]
     assert state.status == "warn" and "layers of hybrid" in state.detail
 
 
@@ -553,14 +534,7 @@ def test_with_the_weights_the_agreement_is_a_figure(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("unplanned", "weights")
 def test_with_the_weights_a_family_that_computes_otherwise_is_refused(tmp_path: Path) -> None:
-    small = {
-        "mamba_d_ssm": 32,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 8,
-        "mamba_d_state": 8,
-        "mamba_n_groups": 1,
-    }
-    config = FalconH1Config(**SIZES, **small, lm_head_multiplier=0.3)
+    config = FalconH1Config(**SIZES, **SMALL_MAMBA, lm_head_multiplier=0.3)
     checks = found(saved(tmp_path / "base", config), tmp_path, load=True)
     assert statuses(checks, "fail") == ["log-probabilities"]
     assert "nats a token apart" in checks["log-probabilities"].detail

@@ -25,6 +25,25 @@ CORPUS = (
     "Q: What is it?\nA: It is a small test of the tokenizer.",
 )
 VOCABULARY = 300
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": None,
+}
+"""Two layers of 32 dimensions in any family of decoders, initialised widely enough that outputs differ visibly."""
+SMALL_MAMBA = {
+    "mamba_d_ssm": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 8,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+}
+"""What a family with state spaces is given besides."""
 QUESTIONS = ["why is the sky blue?", "I", "the quick brown fox jumps over the lazy dog", "Q: is it?", "no no"]
 
 
@@ -52,21 +71,9 @@ def tiny_tokenizer(path: Path, *, pad: str = "<|pad|>", template: str | None = T
 
 
 def tiny_config(**changes: object) -> LlamaConfig:
-    """A Llama of two layers and 32 dimensions, initialised widely enough that its outputs differ visibly."""
-    values = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "initializer_range": 0.2,
-        "pad_token_id": 0,
-        "bos_token_id": None,
-        "eos_token_id": 2,
-    }
-    return LlamaConfig(**(values | changes))
+    """A Llama of `SMALL` size."""
+    sizes = {"vocab_size": VOCABULARY, "intermediate_size": 64, "max_position_embeddings": 2048}
+    return LlamaConfig(**(SMALL | sizes | {"eos_token_id": 2} | changes))
 
 
 def tiny_causal_lm(path: Path, *, seed: int = 0) -> Path:

@@ -41,32 +41,12 @@ _spec = importlib.util.spec_from_file_location(
 make_finished = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(make_finished)
 
-LORA = "{r: 1, alpha: 2, learning_rate: 1e-2}"
-TRAINING = (
-    "{pairs_per_device: 1, gradient_accumulation_steps: 1, pairs_per_step: 1, epochs: 1.0, learning_rate: 1e-2, "
-    "warmup_ratio: 0.0, max_length: 128, logging_steps: 1}"
-)
 SETTINGS = (
-    "data.approach=hh_truthfulqa",
-    "data.hh_rlhf={helpful_subsets: [helpful-base], harmless_subsets: [harmless-base]}",
-    "data.truthfulqa.benchmark_fraction=0.3",
-    "data.splits={val_fraction: 0.2, test_fraction: 0.2, judge_fraction: 0.25}",
-    "model={source: hub, revision: null, dtype: float32}",
-    f"training={TRAINING}",
-    f"tuning={{method: full, lora: {LORA}}}",
-    "training.checkpoints=[0.5, 1.0]",
+    *make_finished.SETTINGS,
+    "training.pairs_per_step=1",
+    "judges.training.pairs_per_step=1",
     "reward_model_config.training.checkpoints=[0.0, 0.5, 1.0]",
-    "ensemble={kind: heads, members: 2, fit_fraction: 0.5}",
-    "calibration={source: reference_samples, samples_per_prompt: 2, prompts: 6, max_new_tokens: 4}",
-    "policy.methods=[hard_min]",
-    "pairs={reference_samples: 2, share: 0.5}",
-    f"judges.tuning={{method: lora, lora: {LORA}}}",
-    f"judges.training={TRAINING}",
-    "generation={prompts: 4, samples_per_prompt: 2, max_new_tokens: 4, checkpoints: all, checkpoint_prompts: 2}",
-    "bootstrap_resamples=100",
     "benchmarks.run=[hh_holdout, truthfulqa, jailbreakbench]",
-    "benchmarks.hh_holdout.max_pairs=4",
-    "benchmarks.truthfulqa.max_questions=2",
     "benchmarks.jailbreakbench.max_new_tokens=4",
     "text_judge.kind=local_model",
     "text_judge.max_reply_tokens=4",

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from model_families import FAMILIES, VOCABULARY, causal_model, classifier, separate_logps, separate_rewards
+from tiny_models import SMALL, SMALL_MAMBA
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -26,20 +27,7 @@ from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
 
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-    "num_labels": 1,
-}
+SIZES = SMALL | {"vocab_size": VOCABULARY, "max_position_embeddings": 64, "eos_token_id": 1, "num_labels": 1}
 ROW = PrefixRow((5, 6, 7, 8, 9), ((20, 21, 22), (23, 24)))
 
 
@@ -54,14 +42,7 @@ def rope(kind: str, **values: Any) -> LlamaConfig:
 
 
 def falcon_h1(**changes: float) -> FalconH1Config:
-    small = {
-        "mamba_d_ssm": 32,
-        "mamba_n_heads": 4,
-        "mamba_d_head": 8,
-        "mamba_d_state": 8,
-        "mamba_n_groups": 1,
-    }
-    return FalconH1Config(**SIZES, **small, **changes)
+    return FalconH1Config(**SIZES, **SMALL_MAMBA, **changes)
 
 
 def made(

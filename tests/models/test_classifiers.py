@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from model_families import separate_rewards
-from tiny_models import VOCABULARY, tiny_classifier, tiny_tokenizer
+from tiny_models import SMALL, SMALL_MAMBA, VOCABULARY, tiny_classifier, tiny_tokenizer
 from tiny_pipeline import no_model_loads
 from tiny_workspace import reward_model_config, write_prepared
 from transformers import (
@@ -35,19 +35,7 @@ from prmd.models.tokenization import PrefixRow
 from prmd.rewards.train import train_judge, train_reward_model
 
 ROWS = [PrefixRow((5, 6, 7, 8), ((9, 10, 11), (12, 13))), PrefixRow((14,), ((15, 16),))]
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 2,
-}
+SIZES = SMALL | {"vocab_size": VOCABULARY, "max_position_embeddings": 512, "eos_token_id": 2}
 FAMILIES = {
     "cohere": CohereConfig(**SIZES),
     "granite": GraniteConfig(**SIZES),
@@ -92,8 +80,7 @@ def test_the_head_stands_on_the_weights_of_the_base(tmp_path: Path, family: str)
 def test_buffers_that_no_file_holds_have_the_values_of_the_plain_model(tmp_path: Path) -> None:
     """Falcon-H1 sets its multipliers at the level of the whole model."""
     sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "mamba_d_ssm": 32, "mamba_n_heads": 4}
-    sizes |= {"mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2} | SMALL_MAMBA
     config = FalconH1Config(**sizes, ssm_multipliers=[0.5, 2.0, 3.0, 4.0, 5.0])
     path = saved(tmp_path / "base", config)
     plain = dict(AutoModelForCausalLM.from_pretrained(path).named_buffers())

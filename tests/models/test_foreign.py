@@ -130,22 +130,20 @@ def test_a_base_that_is_not_here_is_known_by_its_name(
         assert "adapter_config.json" in refusal(folder, base)
 
 
-def test_an_adapter_with_the_right_name_and_other_layers_is_refused(tmp_path: Path, base: Path) -> None:
-    deeper = full(tmp_path / "deep" / "base", num_hidden_layers=3)
-    folder, settings = adapter(tmp_path / "lora", deeper), shared(base)
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"num_hidden_layers": 3}, r"14 tensors of .* the first is .*layers\.2\."),
+        ({"intermediate_size": 96}, r"do not fit \(base, known by its name alone\)"),
+    ],
+)
+def test_an_adapter_with_the_right_name_and_another_shape_is_refused_in_a_line(
+    tmp_path: Path, base: Path, other: dict[str, int], said: str
+) -> None:
+    folder, settings = adapter(tmp_path / "lora", full(tmp_path / "other" / "base", **other)), shared(base)
     edit(folder / "adapter_config.json", base_model_name_or_path="base")
     policy = found(folder, base)
-    with pytest.raises(ConfigError, match=r"14 tensors of .* the first is .*layers\.2\.") as error:
-        load_foreign(policy, settings.model, settings.paths)
-    assert "\n" not in str(error.value)
-
-
-def test_an_adapter_of_other_widths_is_refused_in_a_line(tmp_path: Path, base: Path) -> None:
-    wider = full(tmp_path / "wide" / "base", intermediate_size=96)
-    folder, settings = adapter(tmp_path / "lora", wider), shared(base)
-    edit(folder / "adapter_config.json", base_model_name_or_path="base")
-    policy = found(folder, base)
-    with pytest.raises(ConfigError, match=r"do not fit \(base, known by its name alone\)") as error:
+    with pytest.raises(ConfigError, match=said) as error:
         load_foreign(policy, settings.model, settings.paths)
     assert "\n" not in str(error.value)
 
