@@ -183,7 +183,18 @@ def _trl_arguments(
     }
 
 
-def _timed_trl(trainer: Trainer) -> TimedTraining:
+def _timed_trl(
+    trainer_of: type[DPOTrainer | RewardTrainer],
+    model: PreTrainedModel,
+    arguments: DPOConfig | RewardConfig,
+    workload: Workload,
+) -> TimedTraining:
+    trainer = trainer_of(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_list(baseline_rows(list(workload.pairs), list(workload.plan))),
+        processing_class=workload.tokenizer,
+    )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.data_collator = CountingCollator(trainer.data_collator)
@@ -206,13 +217,7 @@ def trl_dpo(
         beta=BETA,
         precompute_ref_log_probs=True,
     )
-    trainer = DPOTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(baseline_rows(list(workload.pairs), list(workload.plan))),
-        processing_class=workload.tokenizer,
-    )
-    return _timed_trl(trainer)
+    return _timed_trl(DPOTrainer, model, arguments, workload)
 
 
 def trl_reward(
@@ -222,13 +227,7 @@ def trl_reward(
     arguments = RewardConfig(
         **_trl_arguments(directory, checkpointing, len(workload.plan)), center_rewards_coefficient=CENTERING
     )
-    trainer = RewardTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=Dataset.from_list(baseline_rows(list(workload.pairs), list(workload.plan))),
-        processing_class=workload.tokenizer,
-    )
-    return _timed_trl(trainer)
+    return _timed_trl(RewardTrainer, model, arguments, workload)
 
 
 def trl_scoring(training: TimedTraining) -> float:
