@@ -7,9 +7,9 @@ numbers of single methods (`tables`), sections and words (`evaluation_sections`,
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from prmd.report.measures import WORST
 from prmd.report.tables import (
     NOTHING,
-    WORST_OBJECTIVE,
     Estimate,
     Table,
     format_estimate,
@@ -62,9 +62,9 @@ def significance_marks(comparison: dict[str, Any]) -> dict[tuple[str, str], str]
 
 
 def worst_marks(comparison: dict[str, Any]) -> dict[tuple[str, str], str]:
-    """▲ or ▼ by (method, `WORST_OBJECTIVE`) where the test of the worst objective against the baseline is significant."""
+    """▲ or ▼ by (method, `WORST`) where the test of the worst objective against the baseline is significant."""
     return {
-        (test["method"], WORST_OBJECTIVE): BETTER if test["difference"] > 0 else WORSE
+        (test["method"], WORST): BETTER if test["difference"] > 0 else WORSE
         for test in comparison.get("worst_objective") or []
         if test["p_holm"] < SIGNIFICANT and (not test.get("needs_both") or test["agrees"])
     }

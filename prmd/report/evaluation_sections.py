@@ -18,21 +18,15 @@ from prmd.report.comparison_tables import (
     win_matrix_tables,
     worst_marks,
 )
+from prmd.report.measures import KL, WORST, Estimates, Measure, headline_table, measure_table, measured
 from prmd.report.policy_sections import policy_metrics, under_trained
 from prmd.report.tables import (
     NOTHING,
     Table,
     format_estimate,
     format_number,
-    headline_measures,
-    headline_table,
-    judge_measures,
     listed,
-    measure_table,
     objectives_of,
-    outcome_measures,
-    proxy_measures,
-    worst_at_equal_length,
 )
 from prmd.report.verdict import baseline_of, chips, verdict
 
@@ -53,45 +47,39 @@ def headline_section(paths: ArtifactPaths) -> Section:
             "on": [],
         }
     rows, left_out = comparison["rows"], comparison.get("missing") or []
-    metrics = {row["method"]: load(paths.metrics / f"{row['method']}.json") or {} for row in rows}
+    metrics = {r["method"]: (load(paths.metrics / f"{r['method']}.json") or {}) | {"row": r} for r in rows}
     evaluation = next((m["evaluation"] for m in metrics.values() if m.get("evaluation")), {})
     cards = evaluation.get("judges") or {}
     judging = metrics.get(REFERENCE, {}).get("judging")
     trained = {name: m for name, m in policy_metrics(paths).items() if name in metrics}
     targets = {name: found["kl_target"] for name, found in trained.items() if found.get("kl_target")}
     worst = {
-        name: (m.get("worst_objective") or {}).get("objective")
+        (name, WORST): (m.get("worst_objective") or {}).get("objective")
         for name, m in metrics.items()
         if name != REFERENCE
     }
-    table = headline_table(
-        rows,
-        worst,
-        _measured_on(paths, evaluation, comparison),
-        significance_marks(comparison) | worst_marks(comparison),
-        targets,
-    )
+    marks = significance_marks(comparison) | worst_marks(comparison)
+    marks |= {(name, KL): f"of {format_number(target)}" for name, target in targets.items()}
+    measures = measured(metrics)
+    caption = _measured_on(paths, evaluation, comparison)
     return {
         "missing": None,
         "rows": rows,
         "verdict": verdict(comparison, cards, judging),
         "chips": chips(comparison, cards, judging, targets.values()),
         "on": _made_of(paths, evaluation),
-        "table": _with_left_out(table, left_out),
+        "table": _with_left_out(headline_table(rows, caption, before=worst, behind=marks), left_out),
         "summary": "" if judge_faults(cards, judging) else _summary(rows),
         "under_trained": under_trained(trained),
         "judges": judges_table(cards, judging),
         "judge_warnings": judge_warnings(cards, judging),
-        "tables": _tables(paths, comparison, metrics),
+        "tables": _tables(paths, comparison, measures, list(metrics)),
         "folded": [*win_matrix_tables(comparison), _OUTCOMES],
-        "measures": [m for group in _MEASURES for m in group(metrics)] + [worst_at_equal_length(rows)],
+        "measures": measures,
         "samples_per_prompt": evaluation.get("samples_per_prompt"),
         "notes": _notes(rows, left_out, metrics),
         "truncated": {n: m["truncated_share"] for n, m in metrics.items() if m.get("truncated_share")},
     }
-
-
-_MEASURES = (headline_measures, judge_measures, outcome_measures, proxy_measures)
 
 
 def _notes(
@@ -136,29 +124,32 @@ def _with_left_out(table: Table, left_out: list[dict[str, str]]) -> Table:
 
 
 def _tables(
-    paths: ArtifactPaths, comparison: dict[str, Any], metrics: dict[str, dict[str, Any]]
+    paths: ArtifactPaths,
+    comparison: dict[str, Any],
+    measures: dict[str, dict[Measure, Estimates]],
+    methods: list[str],
 ) -> dict[str, Table]:
     """Every table beside the headline and the judges' by its heading; those without data are left out."""
-    methods = list(metrics)
+    beside = {measure: found for measure, found in measures["headline"].items() if not measure.column}
     front = comparison.get("hypervolume_left_out") or format_estimate(comparison.get("hypervolume"), 3)
     asked = {"paired": comparison.get("worst_objective"), "declared": _VERDICT_TEST}
     found = {
         "The verdict's test: worst objective": paired_table(asked),
         "Paired comparisons": paired_table(comparison),
         "Everything else the judges say": measure_table(
-            [worst_at_equal_length(comparison["rows"]), *judge_measures(metrics)],
+            beside | measures["judges"],
             methods,
             f"{_CHANCE} Rewards in standard deviations of a prompt's reference samples. Hypervolume: what the mean "
             f"rewards dominate above the reference; of all policies together {front}. {_RESAMPLED}",
         ),
         _OUTCOMES: measure_table(
-            outcome_measures(metrics),
+            measures["outcomes"],
             methods[1:],
             "Shares of all pairs of a policy's and a reference sample.",
         ),
         **win_matrix_tables(comparison),
         "Proxies: what the training ensemble says": measure_table(
-            proxy_measures(metrics),
+            measures["proxies"],
             methods,
             f"{_CHANCE} Policies were trained on these rewards, so their gains here are no evidence. P15: mean over "
             "responses of the lowest member. P17: share of responses below the reference's 10 % quantile of P15 on some "
@@ -256,7 +247,7 @@ def approaches_section(paths: ArtifactPaths) -> Section | None:
             for row in sorted(rows, key=lambda row: compared.index(row["approach"]))
         ]
         caption = f"Same prompts, decoding, reference and judges for every row: those of {paths.approach}."
-        table = headline_table(named, {}, caption)
+        table = headline_table(named, caption, before={}, behind={})
     if table is None and not apart:
         return None
     command = f'{missing(paths, EVALUATE)} "generation.other_approaches=[{",".join(apart)}]"'

@@ -42,9 +42,10 @@ from prmd.report.figures import (
     plot_policy_training,
     plot_split_sizes,
 )
+from prmd.report.measures import headline_csv, measures_csv
 from prmd.report.policy_sections import policies_section
 from prmd.report.reward_figures import plot_reward_model
-from prmd.report.tables import cell_parts, format_number, headline_csv, measures_csv, to_latex, to_markdown
+from prmd.report.tables import cell_parts, format_number, to_latex, to_markdown
 
 logger = logging.getLogger(__name__)
 

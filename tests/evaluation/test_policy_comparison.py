@@ -20,7 +20,8 @@ from prmd.evaluation.scores import ReferenceScores
 from prmd.objectives import OBJECTIVES
 from prmd.report.comparison_tables import BETTER, significance_marks, win_matrix_tables
 from prmd.report.evaluation_sections import _summary
-from prmd.report.tables import DOWN, UP, headline_table
+from prmd.report.measures import headline_table
+from prmd.report.tables import DOWN, UP
 from prmd.report.verdict import verdict
 from prmd.statistics.resampling import Resampling
 
@@ -83,7 +84,8 @@ def test_a_verdict_on_debiased_reward_models_needs_equal_length_to_agree(bias: f
     marked = significance_marks(found).get(("cvar", "win rate, helpful"))
     assert marked == (None if debiased and bias else BETTER)
     assert "difference_at_equal_length" not in tests["mean of minimum"]
-    cells, controlled = headline_table(found["rows"], {}, "").rows[2], row["length_controlled"]["helpful"]
+    cells = headline_table(found["rows"], "", before={}, behind={}).rows[2]
+    controlled = row["length_controlled"]["helpful"]
     assert cells[1].endswith(UP) is not (debiased and bool(bias)) and (controlled["low"] > 0.5) is not bool(
         bias
     )
