@@ -16,6 +16,7 @@ from prmd.errors import DataError
 from prmd.report.tables import (
     DOWN,
     NOTHING,
+    SIGNIFICANT,
     UP,
     Table,
     as_text,
@@ -27,7 +28,6 @@ from prmd.report.tables import (
 )
 
 Section = dict[str, Any]
-SIGNIFICANT = 0.05
 
 
 def load(path: Path) -> Any:
@@ -326,15 +326,7 @@ def data_section(paths: ArtifactPaths) -> Section:
     stats = load(paths.processed / "stats.json") or {}
     sizes = stats.get("sizes") or (load(paths.visualizations / "sizes.json") or {}).get("objectives") or {}
     if not sizes:
-        return {
-            "missing": missing(paths, stage_command("split_objectives")),
-            "table": None,
-            "left_out": None,
-            "rows": None,
-            "weights": None,
-            "told": [],
-            "examples": [],
-        }
+        return {"missing": missing(paths, stage_command("split_objectives"))}
     splits = tuple(dict.fromkeys(split for row in sizes.values() for split in row))
     rows = tuple((k, *(f"{row.get(s, 0):,}" for s in splits)) for k, row in sizes.items())
     left_out = tuple(

@@ -10,6 +10,7 @@ from typing import Any
 from prmd.report.measures import WORST
 from prmd.report.tables import (
     NOTHING,
+    SIGNIFICANT,
     Estimate,
     Table,
     format_estimate,
@@ -19,7 +20,6 @@ from prmd.report.tables import (
 )
 
 BETTER, WORSE = "▲", "▼"
-SIGNIFICANT = 0.05
 READ_ENOUGH = 0.9
 """A judge of which a smaller share of verdicts can be read is warned of."""
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import REFERENCE
+from prmd.report.artifact_sections import load
 from prmd.report.figures import (
     GREY,
     INK,
@@ -78,7 +79,6 @@ def draw_frontier(path: Path, rows: Sequence[Row], frontier: dict[str, Any] | No
         top.set_ylabel("worst-objective win rate")
         bottom.set_ylabel("mean of the minimum, sd")
         bottom.set_xlabel(_KL_LABEL)
-        bottom.locator_params(axis="x", nbins=5)  # small KL has long tick labels
         top.set_title(f"Reward–KL frontier (n = {points[0]['kl']['n']} prompts)")
         legend_below(top)
     return path
@@ -100,17 +100,13 @@ def _draw_paths(
             x, y = ([p[name]["value"] for p in stages] for name in ("kl", key))
             axes.plot([0, *x], [reference, *y], color=style["color"], linewidth=1.4, zorder=1.5)
             axes.plot(x[:-1], y[:-1], ".", color=style["color"], markersize=8)
-        axes.errorbar(
-            end["kl"]["value"],
-            end[key]["value"],
-            xerr=interval_bars(end["kl"]),
-            yerr=interval_bars(end[key]),
-            label=policy["method"],
-            linestyle="none",
-            markersize=7,
-            elinewidth=1.2,
-            **style,
-        )
+        _draw_point(axes, end["kl"], end[key], label=policy["method"], **style)
+
+
+def _draw_point(axes: Axes, x: Estimate, y: Estimate, **style: Any) -> None:
+    """A marker with both intervals."""
+    bars = {"xerr": interval_bars(x), "yerr": interval_bars(y), "elinewidth": 1.2}
+    axes.errorbar(x["value"], y["value"], linestyle="none", markersize=7, **bars, **style)
 
 
 # ------------------------------------------------------------------ over-optimisation
@@ -158,9 +154,8 @@ def _draw_fit(axes: Axes, curve: dict[str, Any]) -> None:
         axes.plot(d, values, ":", color=INK, linewidth=1.4, label="fit d (α − β d)")
 
 
-_CHI2_95_TWO_DIMENSIONS = (
-    5.991464547107979  # 95 % quantile of chi-square with two degrees of freedom: -2 ln 0.05
-)
+_CHI2_95_TWO_DIMENSIONS = 5.991464547107979
+"""95 % quantile of chi-square with two degrees of freedom: -2 ln 0.05."""
 _RADAR_LIMITS = (0.0, 1.0)
 
 
@@ -176,9 +171,9 @@ def plot_metrics(comparison_json: Path, directory: Path | None = None) -> list[P
         this order.
     """
     comparison = io.read_json(comparison_json)
-    rows, frontier = comparison["rows"], _read(comparison_json.with_name("frontier.json"))
+    rows, frontier = comparison["rows"], load(comparison_json.with_name("frontier.json"))
     folder = directory or comparison_json.parent
-    methods = {row["method"]: _read(comparison_json.parent / f"{row['method']}.json") for row in rows}
+    methods = {row["method"]: load(comparison_json.parent / f"{row['method']}.json") or {} for row in rows}
     policies = [row for row in rows if row["method"] != REFERENCE]
     if not policies:
         return []
@@ -194,13 +189,14 @@ def plot_metrics(comparison_json: Path, directory: Path | None = None) -> list[P
     return [path for path in drawn if path is not None]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return io.read_json(path) if path.exists() else {}
+def _judged(rows: Sequence[Row]) -> list[str]:
+    """Objectives of which every row has a win rate with its interval."""
+    return [k for k in rows[0]["win_rate"] if all(has_interval(row["win_rate"].get(k)) for row in rows)]
 
 
 def _win_rates(path: Path, rows: list[Row]) -> Path | None:
     """Horizontal bars that start at ½, one colour per objective, with intervals."""
-    objectives = [k for k in rows[0]["win_rate"] if all(has_interval(row["win_rate"].get(k)) for row in rows)]
+    objectives = _judged(rows)
     if not objectives:
         return None
     height = 0.8 / len(objectives)
@@ -252,37 +248,19 @@ def _worst_objective(path: Path, rows: list[Row]) -> Path | None:
 
 def _lengths(path: Path, rows: list[Row]) -> Path | None:
     """Worst-objective win rate against response length, with both intervals; the reference is the star at ½."""
-    points = [
-        r
-        for r in rows
-        if has_interval(r.get("length")) and (has_interval(r.get("worst")) or _is_reference(r))
-    ]
+    points = [r for r in rows if has_interval(r.get("length")) and has_interval(r.get("worst"))]
     if not points:
         return None
     with page_canvas(path, height=3.9) as axes:
         axes.axhline(0.5, color=INK, linewidth=1)
         for i, row in enumerate(points):
-            worst = {"value": 0.5, "low": 0.5, "high": 0.5} if _is_reference(row) else row["worst"]
-            axes.errorbar(
-                row["length"]["value"],
-                worst["value"],
-                xerr=interval_bars(row["length"]),
-                yerr=interval_bars(worst),
-                label=row["method"],
-                linestyle="none",
-                markersize=7,
-                elinewidth=1.2,
-                **method_style(points, i),
-            )
+            style = method_style(points, i)
+            _draw_point(axes, row["length"], row["worst"], label=row["method"], **style)
         axes.set_xlabel("response length, tokens")
         axes.set_ylabel("worst-objective win rate")
         axes.set_title(f"Length ({prompts_of(rows)})")
         legend_below(axes)
     return path
-
-
-def _is_reference(row: Row) -> bool:
-    return row["method"] == REFERENCE
 
 
 def ellipse_95(first: list[float | None], second: list[float | None]) -> np.ndarray | None:
@@ -310,12 +288,10 @@ def ellipse_95(first: list[float | None], second: list[float | None]) -> np.ndar
 
 def _pareto(path: Path, rows: list[Row], methods: dict[str, dict[str, Any]]) -> Path | None:
     """Win rate on the first against that on the second objective, ellipses from per-prompt scores."""
-    objectives = list(rows[0]["win_rate"])[:2]
-    if len(objectives) < 2 or not all(
-        has_interval(row["win_rate"].get(k)) for row in rows for k in objectives
-    ):
+    objectives = _judged(rows)
+    if len(objectives) < 2:
         return None
-    x, y = objectives
+    x, y = objectives[:2]
     with page_canvas(path, height=4.3) as axes:
         axes.axhline(0.5, color=INK, linewidth=1)
         axes.axvline(0.5, color=INK, linewidth=1)
@@ -343,10 +319,8 @@ def _pareto(path: Path, rows: list[Row], methods: dict[str, dict[str, Any]]) -> 
 
 def _radar(path: Path, rows: list[Row]) -> Path | None:
     """Decoration: the same win rates on a wheel, without intervals."""
-    objectives = list(rows[0]["win_rate"])
-    if len(objectives) < 3 or not all(
-        has_interval(row["win_rate"].get(k)) for row in rows for k in objectives
-    ):
+    objectives = _judged(rows)
+    if len(objectives) < 3:
         return None
     angles = np.linspace(0, 2 * math.pi, len(objectives) + 1)
     with page_canvas(path, height=4.2, polar=True) as axes:

@@ -205,27 +205,19 @@ def _measured_on(paths: ArtifactPaths, evaluation: dict[str, Any], comparison: d
         if comparison.get("paired")
         else ""
     )
+    if debiased := [row["method"] for row in comparison["rows"] if row.get("debiased")]:
+        paired += (
+            f" The reward models of {listed(debiased)} were debiased, so a mark needs the win rate and the one at equal length "
+            "to agree; the mean of the minimum has no counterpart at equal length."
+        )
+    if elsewhere := [row["method"] for row in comparison["rows"] if row.get("elsewhere")]:
+        paired += f" Not trained here: {listed(elsewhere)}, see the notes."
     return (
         f"Approach {paths.approach}: {evaluation.get('prompts', '?')} held-out prompts × "
         f"{evaluation.get('samples_per_prompt', '?')} samples of at most {evaluation.get('max_new_tokens', '?')} "
         f"tokens at temperature {evaluation.get('temperature', '?')}. Win rate: share of sample pairs the judge "
         "prefers to the reference, ties ½. Brackets: 95 % intervals over prompts; for the worst objective a band, lowest "
-        f"lower to lowest upper end. ↑ ↓: the interval excludes ½; win rates at equal length stand below.{paired}{_both_needed(comparison)}{_not_trained_here(comparison)}"
-    )
-
-
-def _not_trained_here(comparison: dict[str, Any]) -> str:
-    found = [row["method"] for row in comparison.get("rows") or [] if row.get("elsewhere")]
-    return f" Not trained here: {listed(found)}, see the notes." if found else ""
-
-
-def _both_needed(comparison: dict[str, Any]) -> str:
-    debiased = [row["method"] for row in comparison.get("rows") or [] if row.get("debiased")]
-    if not debiased:
-        return ""
-    return (
-        f" The reward models of {listed(debiased)} were debiased, so a mark needs the win rate and the one at equal length to "
-        "agree; the mean of the minimum has no counterpart at equal length."
+        f"lower to lowest upper end. ↑ ↓: the interval excludes ½; win rates at equal length stand below.{paired}"
     )
 
 

@@ -97,7 +97,7 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
 """Every measure, in the order of all tables: of the headline (without a column: at equal length) and beside it."""
 
 
-def listed(group: str, objectives: Sequence[str]) -> list[Measure]:
+def measures_of(group: str, objectives: Sequence[str]) -> list[Measure]:
     """The measures of a group, those by objective once for each; what begins with the objective stands beside its others."""
     each = [(m, k) for m in MEASURES[group] for k in (objectives if _K in m.name else ("",))]
     each.sort(key=lambda pair: objectives.index(pair[1]) if pair[0].name.startswith(_K) else 0)
@@ -113,7 +113,8 @@ def measured(files: Mapping[str, dict[str, Any]]) -> dict[str, dict[Measure, Est
     objectives = objectives_of([found["row"] for found in files.values()])
     numbers = {
         group: {
-            m: {name: _at(found, m.path) for name, found in files.items()} for m in listed(group, objectives)
+            m: {name: _at(found, m.path) for name, found in files.items()}
+            for m in measures_of(group, objectives)
         }
         for group in MEASURES
     }
@@ -152,7 +153,7 @@ def headline_table(rows: Rows, caption: str, *, before: Beside, behind: Beside) 
         return " ".join(filter(None, (before.get(place), text, behind.get(place))))
 
     objectives = objectives_of(rows)
-    shown = [measure for measure in listed("headline", objectives) if measure.column]
+    shown = [measure for measure in measures_of("headline", objectives) if measure.column]
     aimed = " (of kl_target)" if any(name == KL for _, name in behind) else ""
     columns = ("method", *(m.column + (aimed if m.name == KL else "") for m in shown))
     body = tuple((row["method"], *(cell(row, measure) for measure in shown)) for row in rows)
@@ -165,7 +166,7 @@ _CSV_NAMES = {"length_controlled": "win_rate_at_equal_length"}
 
 def headline_csv(rows: Rows) -> str:
     """The headline's numbers, win rates at equal length among them: four columns (value, low, high, n) for every measure."""
-    measures, parts = listed("headline", objectives_of(rows)), ("value", "low", "high", "n")
+    measures, parts = measures_of("headline", objectives_of(rows)), ("value", "low", "high", "n")
     names = ("_".join((_CSV_NAMES.get(m.row[0], m.row[0]), *m.row[1:])) for m in measures)
     return _csv(
         ["method", *(f"{name}_{part}" for name in names for part in parts)],

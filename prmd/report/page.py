@@ -60,14 +60,13 @@ class Figure:
         name: of its file.
         source: a data URI.
         dark: the same for dark pages.
-        alternative: what it shows, for who cannot see it.
+        told: what it shows, also for who cannot see it, and how to read it.
     """
 
     name: str
     source: str
     dark: str
-    alternative: str
-    caption: str
+    told: str
 
 
 _FIGURE_TEXTS = {
@@ -220,7 +219,7 @@ def embed(path: Path) -> Figure:
         sources = [_uri("svg+xml", text.encode("utf-8")) for text in (svg, for_dark_pages(svg))]
     except (OSError, UnicodeDecodeError):
         sources = [_uri("png", path.read_bytes())] * 2
-    return Figure(path.stem, *sources, told, told)
+    return Figure(path.stem, *sources, told)
 
 
 def _rounded(svg: str) -> str:

@@ -12,6 +12,7 @@ Estimate = dict[str, Any]
 
 NOTHING = "–"
 UP, DOWN = "↑", "↓"
+SIGNIFICANT = 0.05
 
 _LATEX = {
     "&": r"\&",
