@@ -102,7 +102,7 @@ def _evaluate(
     stages = {c.method: checkpoint_candidates(c) for c in _wanted(study, seed, candidates)}
     here = [_below(judge, config.paths) for judge in judges]
     prompts = seed_prompts(config, tokenizer, seed, study.sizes.prompts)
-    evaluation = Evaluation.of(config, tokenizer, prompts, here, candidates[0])
+    evaluation = Evaluation(config, tokenizer, prompts, here, candidates[0])
     several = [stage for found in stages.values() for stage in found]
     path = study.root / f"seed-{seed}.json"
     key = io.fingerprint([evaluation.fingerprint, [stage.fingerprint for stage in several]])

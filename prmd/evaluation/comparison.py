@@ -14,8 +14,8 @@ import numpy as np
 
 from prmd.artifacts.paths import REFERENCE, stage_command
 from prmd.errors import DataError
-from prmd.evaluation.metrics import worst_at_equal_length
 from prmd.evaluation.over_optimisation import policy_points
+from prmd.statistics.intervals import minimum_band
 from prmd.statistics.outcomes import pairwise_win_rate
 from prmd.statistics.paired_tests import holm, mcnemar_exact, paired_mean_test, skewness_note
 from prmd.statistics.resampling import Resampling, with_chance
@@ -54,8 +54,7 @@ def compare_methods(
     tests = [test for m in others for test in _paired(m, by_method[baseline], reference, resampling)]
     worst = [worst_objective_test(m, by_method[baseline], reference, resampling) for m in others]
     for family in (tests, worst):  # the verdict's one question is a family of its own
-        for test, adjusted in zip(family, holm([t["p"] for t in family]), strict=True):
-            test["p_holm"] = float(adjusted)
+        _correct(family)
     policies = [m for m in metrics if m["method"] != REFERENCE]
     return {
         "rows": [_row(m, reference, resampling) for m in metrics],
@@ -73,6 +72,12 @@ def compare_methods(
         **(_front(policies, resampling) if policies else {"hypervolume": None}),
         "over_optimisation": _over_optimisation(by_method, resampling),
     }
+
+
+def _correct(family: Sequence[dict[str, Any]]) -> None:
+    """Give each test of a family its p-value after Holm's correction."""
+    for test, adjusted in zip(family, holm([t["p"] for t in family]), strict=True):
+        test["p_holm"] = float(adjusted)
 
 
 def check_comparable(metrics: Sequence[dict[str, Any]]) -> None:
@@ -105,23 +110,29 @@ def _declared(baseline: str, count: int) -> str:
 
 def _row(metrics: dict[str, Any], reference: dict[str, Any], resampling: Resampling) -> dict[str, Any]:
     controlled = {k: (v["length_controlled"] or {}).get("win_rate") for k, v in metrics["objectives"].items()}
-    worst = None
-    if metrics["method"] != REFERENCE:
-        wins = {k: np.array(v) for k, v in metrics["per_prompt"]["win_rate"].items()}
-        worst = worst_at_equal_length(wins, _longer(metrics, reference), resampling)
+    same = metrics["method"] == REFERENCE
     return {
         "method": metrics["method"],
         "approach": metrics["approach"],
         "win_rate": {k: v["win_rate"] for k, v in metrics["objectives"].items()},
         "length_controlled": controlled,
         "worst": metrics["worst_objective"]["win_rate"],
-        "worst_length_controlled": worst,
+        "worst_length_controlled": None if same else worst_at_equal_length(metrics, reference, resampling),
         "mean_of_min": metrics["mean_of_min"],
         "kl": metrics["kl"]["per_response"],
         "length": metrics["length"],
         **({"debiased": metrics["debiased"]} if metrics.get("debiased") else {}),
         **({"elsewhere": found} if (found := metrics.get("evaluation", {}).get("elsewhere")) else {}),
     }
+
+
+def worst_at_equal_length(
+    metrics: dict[str, Any], reference: dict[str, Any], resampling: Resampling
+) -> dict[str, Any]:
+    """The lowest win rate at the reference's length, in a band of intervals at confidence 1 - .05/K."""
+    wins, longer = metrics["per_prompt"]["win_rate"].values(), _longer(metrics, reference)
+    fits = [resampling.length_controlled(np.array(v), longer, 1 - 0.05 / len(wins)) for v in wins]
+    return with_chance(minimum_band([fit.estimate for fit in fits]), 0.5)
 
 
 def _longer(metrics: dict[str, Any], reference: dict[str, Any]) -> np.ndarray:
@@ -307,8 +318,7 @@ def compare_benchmarks(results: Mapping[str, Mapping[str, Items]], resampling: R
         for benchmark, by_method in results.items()
         for test in _benchmark_tests(by_method, resampling)
     ]
-    for test, adjusted in zip(tests, holm([t["p"] for t in tests]), strict=True):
-        test["p_holm"] = float(adjusted)
+    _correct(tests)
     declared = (
         "each policy against the baseline on every outcome of every benchmark, items paired: exact McNemar for yes and no, "
         f"else {_MEAN_TEST}; {len(tests)} tests, Holm-corrected together and apart from those of the headline"

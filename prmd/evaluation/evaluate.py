@@ -43,10 +43,10 @@ from prmd.inference.candidates import Candidate, evaluation_prompts, find_candid
 from prmd.judges.reward_model import Judge, check_judge, given_judge, trained_judge
 from prmd.models.loading import load_tokenizer
 from prmd.pairs import PREPARE_COMMAND, read_pairs
-from prmd.report.benchmark_sections import benchmark_results
+from prmd.report.benchmark_sections import benchmark_results, benchmark_table
 from prmd.report.evaluation_sections import headline_section
 from prmd.report.page import build_report
-from prmd.report.tables import Table, format_estimate, format_number, to_markdown
+from prmd.report.tables import Table, to_markdown
 from prmd.rewards.reward_model import Scorer, load_reward_model, load_reward_models
 from prmd.rewards.train import train_judge
 from prmd.runtime import require_disk
@@ -93,7 +93,7 @@ def _evaluate(config: EvaluationConfig, target: Path, *, force: bool) -> None:
     )
     judges = _judges(config, force)
     reward_models = _reward_models(config.shared)
-    evaluation = Evaluation.of(config, tokenizer, prompts, judges, candidates[0], reward_models)
+    evaluation = Evaluation(config, tokenizer, prompts, judges, candidates[0], reward_models)
     require_disk(config.paths.metrics, _PAGES_BYTES)  # before anything is sampled
     todo = [c for c in candidates if force or not is_finished(evaluation, c)]
     if todo:
@@ -227,10 +227,14 @@ def _benchmark(config: EvaluationConfig, target: Path, *, force: bool) -> None:
     ]
     _refuse_if_none_is_usable(results, [c.method for c in candidates[1:]])
     inputs = {c.method: c.fingerprint for c in candidates}
-    for name in benchmark_names(config.benchmarks.run):
-        key = io.fingerprint([result["fingerprint"] for result in results if result["name"] == name])
+    by_name = {
+        name: {r["method"]: r for r in results if r["name"] == name}
+        for name in benchmark_names(config.benchmarks.run)
+    }
+    for name, found in by_name.items():
+        key = io.fingerprint([result["fingerprint"] for result in found.values()])
         finish_run(config.paths.benchmark(name), config=config, inputs=inputs, fingerprint=key, clock=clock)
-    _log_table(_benchmark_table(results))
+    _log_table(benchmark_table(by_name, list(inputs)))
     not_run = dict.fromkeys((r["benchmark"], r["reason"]) for r in results if r["reason"])
     if not_run:
         logger.info("%s", "; ".join(f"{name}: not run: {reason}" for name, reason in not_run))
@@ -257,20 +261,6 @@ def _compare_benchmarks(paths: ArtifactPaths, resampling: Resampling) -> None:
             if path.is_file():
                 items.setdefault(name, {})[method] = io.read_jsonl(path)
     io.write_json(paths.benchmark_comparison, compare_benchmarks(items, resampling))
-
-
-def _benchmark_table(results: Sequence[dict[str, Any]]) -> Table:
-    """One row per benchmark and metric, one column per method."""
-    methods = tuple(dict.fromkeys(result["method"] for result in results))
-    rows: list[tuple[str, ...]] = []
-    for name in dict.fromkeys(result["benchmark"] for result in results):
-        found = {r["method"]: r for r in results if r["benchmark"] == name}
-        for metric in dict.fromkeys(metric for r in found.values() for metric in r["metrics"]):
-            present = {m: r["metrics"][metric] for m, r in found.items() if metric in r["metrics"]}
-            first = next(iter(present.values()))
-            cells = (format_estimate(present.get(m)) for m in methods)
-            rows.append((name, metric, format_number(first["chance"], 3), str(first["n"]), *cells))
-    return Table(("benchmark", "metric", "chance", "n", *methods), tuple(rows))
 
 
 # ------------------------------------------------------------------ dry runs

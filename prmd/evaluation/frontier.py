@@ -10,15 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from prmd.artifacts import io
 from prmd.artifacts.paths import REFERENCE, policy_command
 from prmd.artifacts.runs import is_as_recorded, require_artifact
+from prmd.evaluation.comparison import worst_at_equal_length
 from prmd.evaluation.held_out import Evaluation, debiased_rewards, judge_runs, measure, sample_usable
-from prmd.evaluation.metrics import worst_at_equal_length
 from prmd.inference.candidates import Candidate, policy_key
-from prmd.statistics.resampling import Resampling
 
 logger = logging.getLogger(__name__)
 
@@ -87,20 +84,12 @@ def _frontier(evaluation: Evaluation, candidates: Sequence[Candidate]) -> dict[s
     ]
     points = [
         _point(method, stage.method.removeprefix(method).removeprefix("@") or "end", found)
-        | {"worst_length_controlled": _worst_at_equal_length(found, measured[0], evaluation.resampling)}
+        | {"worst_length_controlled": worst_at_equal_length(found, measured[0], evaluation.resampling)}
         | debiased_rewards(replace(stage, directory=parents[method]))
         for (method, stage), found in zip(several, measured[1:], strict=True)
     ]
     reference = {"mean_of_min": measured[0]["mean_of_min"]}
     return {"prompts": len(evaluation.prompts), "reference": reference, "points": points}
-
-
-def _worst_at_equal_length(
-    metrics: dict[str, Any], reference: dict[str, Any], resampling: Resampling
-) -> dict[str, Any]:
-    lengths = [np.array(m["per_prompt"]["length"]) for m in (metrics, reference)]
-    wins = {k: np.array(v) for k, v in metrics["per_prompt"]["win_rate"].items()}
-    return worst_at_equal_length(wins, lengths[0] - lengths[1], resampling)
 
 
 def _point(method: str, checkpoint: str, metrics: dict[str, Any]) -> dict[str, Any]:

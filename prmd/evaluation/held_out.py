@@ -4,9 +4,9 @@ What is measured here of a method is measured of its checkpoints in `evaluation/
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -52,57 +52,51 @@ class Evaluation:
     """What all methods of one evaluation share.
 
     Attributes:
-        generation: how many responses of which length are sampled.
-        seed: of samples and intervals.
-        resamples: of prompts, for every interval.
-        paths: of the approach.
-        load: the models of a candidate.
         reward_models: the ensembles that the approach's policies were trained on, for the proxies; none where they are not
             there, and then nothing is said of them.
     """
 
-    generation: GenerationConfig
-    seed: int
-    resamples: int
-    paths: ArtifactPaths
-    load: Callable[[Candidate], CandidateModels]
+    config: EvaluationConfig
+    tokenizer: PreTrainedTokenizerBase
     prompts: list[EvaluationPrompt]
     judges: list[Judge]
     reference: Candidate
     reward_models: tuple[Scorer, ...] = ()
 
-    @classmethod
-    def of(
-        cls,
-        config: EvaluationConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        prompts: list[EvaluationPrompt],
-        judges: list[Judge],
-        reference: Candidate,
-        reward_models: tuple[Scorer, ...] = (),
-    ) -> "Evaluation":
-        """What the configuration says of it, and what was found and loaded."""
-        shared = config.shared
-        length = config.reward_model_config.training.max_length
-        load = partial(
-            *(CandidateModels, shared, config.generation),
-            reference=reference,
-            tokenizer=tokenizer,
-            max_length=length,
+    @property
+    def generation(self) -> GenerationConfig:
+        """How many responses of which length are sampled."""
+        return self.config.generation
+
+    @property
+    def paths(self) -> ArtifactPaths:
+        """Those of the approach."""
+        return self.config.paths
+
+    @property
+    def resampling(self) -> Resampling:
+        """How every interval of this evaluation is made."""
+        return Resampling(self.config.bootstrap_resamples, self.config.shared.seed)
+
+    def load(self, candidate: Candidate) -> CandidateModels:
+        """The models of a candidate."""
+        return CandidateModels(
+            *(self.config.shared, self.generation, candidate),
+            reference=self.reference,
+            tokenizer=self.tokenizer,
+            max_length=self.config.reward_model_config.training.max_length,
         )
-        numbers = (config.generation, shared.seed, config.bootstrap_resamples, shared.paths)
-        return cls(*numbers, load, prompts, judges, reference, reward_models)
 
     @cached_property
     def engine(self) -> str:
         """What samples every candidate."""
-        return evaluation_engine(self.generation, self.paths, self.reference, self.seed).name
+        return evaluation_engine(self.generation, self.paths, self.reference, self.config.shared.seed).name
 
     @cached_property
     def compared_on(self) -> dict[str, str]:
         """Keys of prompts, decoding, reference and judges: only results that agree in all of them are compared."""
-        generation = self.generation
-        decoding = [generation.samples_per_prompt, generation.max_new_tokens, TEMPERATURE, self.seed]
+        generation, seed = self.generation, self.config.shared.seed
+        decoding = [generation.samples_per_prompt, generation.max_new_tokens, TEMPERATURE, seed]
         decoding += [self.engine] if self.engine != "transformers" else []
         return {
             "prompts": io.fingerprint([list(prompt.token_ids) for prompt in self.prompts]),
@@ -114,12 +108,7 @@ class Evaluation:
     @cached_property
     def fingerprint(self) -> str:
         """Key of everything above and of how numbers are made of it."""
-        return io.fingerprint([self.compared_on, self.resamples, _FORMAT])
-
-    @property
-    def resampling(self) -> Resampling:
-        """How every interval of this evaluation is made."""
-        return Resampling(self.resamples, self.seed)
+        return io.fingerprint([self.compared_on, self.config.bootstrap_resamples, _FORMAT])
 
     def ensembles(self, candidate: Candidate) -> dict[str, str]:
         """Keys of the ensembles whose proxies are reported of a candidate: those its own approach trained on, or none."""

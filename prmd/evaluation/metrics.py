@@ -208,20 +208,6 @@ def _worst_objective(wins: dict[str, np.ndarray], same: bool, resampling: Resamp
     return {"objective": worst, "win_rate": with_chance(minimum_band(list(estimates.values())), 0.5)}
 
 
-def worst_at_equal_length(
-    wins: dict[str, np.ndarray], longer: np.ndarray, resampling: Resampling
-) -> dict[str, Any]:
-    """The lowest win rate at the reference's length, in a band of intervals at confidence 1 - .05/K.
-
-    Args:
-        wins: by objective, per prompt [X].
-        longer: mean length of the responses minus that of the reference's, per prompt [X].
-    """
-    confidence = 1 - 0.05 / len(wins)
-    estimates = [resampling.length_controlled(v, longer, confidence).estimate for v in wins.values()]
-    return with_chance(minimum_band(estimates), 0.5)
-
-
 def _kl(sampled: SampledMethod, resampling: Resampling) -> dict[str, Any]:
     n = len(sampled.kl)
     if sampled.is_reference:

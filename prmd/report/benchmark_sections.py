@@ -4,14 +4,19 @@ What lives here: the files of `benchmark_eval` in, text and tables for the templ
 `compute_metrics` (`evaluation_sections`), tables between methods (`comparison_tables`).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prmd.artifacts.paths import REFERENCE, ArtifactPaths, stage_command
 from prmd.config.evaluation import BenchmarksConfig
 from prmd.report.artifact_sections import Section, benchmark_names, load, missing
-from prmd.report.comparison_tables import benchmark_judge_warnings, benchmark_judges_table, paired_table
+from prmd.report.comparison_tables import (
+    Results,
+    benchmark_judge_warnings,
+    benchmark_judges_table,
+    paired_table,
+)
 from prmd.report.tables import NOTHING, Table, format_number, listed, with_mark
 
 
@@ -20,25 +25,30 @@ def benchmarks_section(paths: ArtifactPaths) -> Section:
     configured = BenchmarksConfig().run
     results = {name: found for name, found in benchmark_results(paths).items() if found or name in configured}
     methods = sorted({m for found in results.values() for m in found}, key=lambda m: (m != REFERENCE, m))
-    rows = [row for name, found in results.items() for row in _benchmark_rows(name, found, methods)]
-    caption = (
-        "Brackets: 95 % intervals. Chance is what guessing scores, where it has a score; ↑ ↓: the interval excludes it. Of "
-        "toxicity (rtp), non-refusals, attack success and refusals of benign requests (jbb) less is better. Constant "
-        "answer: what a policy would have that answers nothing."
-    )
-    table = Table(("benchmark", "metric", "chance", "n", *methods), tuple(rows), caption) if rows else None
+    table = benchmark_table(results, methods)
     folded = {
-        "What the metrics mean": _meanings(row[1] for row in rows),
+        "What the metrics mean": _meanings(row[1] for row in table.rows),
         "Paired comparisons on benchmarks": paired_table(load(paths.benchmark_comparison) or {}),
         "Who judged the benchmarks": benchmark_judges_table(results),
     }
     return {
-        "table": table,
+        "table": table if table.rows else None,
         "not_run": _not_run(results),
         "missing": None if any(results.values()) else missing(paths, stage_command("benchmark_eval")),
         "warnings": benchmark_judge_warnings(results),
         "folded": {name: found for name, found in folded.items() if found},
     }
+
+
+def benchmark_table(results: Results, methods: Sequence[str]) -> Table:
+    """One row per benchmark and metric, one column per method."""
+    rows = tuple(row for name, found in results.items() for row in _benchmark_rows(name, found, methods))
+    caption = (
+        "Brackets: 95 % intervals. Chance is what guessing scores, where it has a score; ↑ ↓: the interval excludes it. Of "
+        "toxicity (rtp), non-refusals, attack success and refusals of benign requests (jbb) less is better. Constant "
+        "answer: what a policy would have that answers nothing."
+    )
+    return Table(("benchmark", "metric", "chance", "n", *methods), rows, caption)
 
 
 _MEANINGS = (
@@ -103,7 +113,7 @@ def _meanings(metrics: Iterable[str]) -> Table | None:
     return Table(("metric", "what it is", "better"), rows) if rows else None
 
 
-def benchmark_results(paths: ArtifactPaths) -> dict[str, dict[str, dict[str, Any]]]:
+def benchmark_results(paths: ArtifactPaths) -> Results:
     """Every benchmark's results that are there, by method; of this run of `benchmark_eval` or an earlier one."""
     return {name: _results_in(paths.benchmark(name)) for name in benchmark_names(paths)}
 
@@ -113,7 +123,7 @@ def _results_in(folder: Path) -> dict[str, dict[str, Any]]:
     return {method: result for method, result in found.items() if result and result.get("status")}
 
 
-def _not_run(results: dict[str, dict[str, dict[str, Any]]]) -> str:
+def _not_run(results: Results) -> str:
     """`Not run: a and b (why); c, only x (why).`: benchmarks with one reason share it; empty where everything ran."""
     by_reason: dict[str, list[str]] = {}
     for name, found in results.items():
@@ -127,7 +137,7 @@ def _not_run(results: dict[str, dict[str, dict[str, Any]]]) -> str:
 
 
 def _benchmark_rows(
-    name: str, found: dict[str, dict[str, Any]], methods: list[str]
+    name: str, found: Mapping[str, dict[str, Any]], methods: Sequence[str]
 ) -> Iterable[tuple[str, ...]]:
     done = {method: result["metrics"] for method, result in found.items() if result["status"] == "done"}
     label = next((r.get("benchmark") for r in found.values() if r["status"] == "done"), None) or name

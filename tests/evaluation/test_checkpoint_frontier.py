@@ -202,7 +202,7 @@ def test_what_is_compared_is_named_part_by_part(finished: EvaluationConfig) -> N
     reference = candidates_of(finished)[0]
 
     def keys(config: EvaluationConfig) -> dict[str, str]:
-        return Evaluation.of(config, tokenizer, [], [], reference).compared_on
+        return Evaluation(config, tokenizer, [], [], reference).compared_on
 
     other = keys(with_generation(finished, max_new_tokens=5))
     assert {part for part, key in keys(finished).items() if other[part] != key} == {"decoding"}
