@@ -51,15 +51,9 @@ class ReferenceScores:
 
     def calibrated(self, raw: np.ndarray) -> np.ndarray:
         """Raw scores [K, X, n] of any method in reference standard deviations above the reference's mean."""
-        parts = [
-            calibrate(
-                torch.from_numpy(np.ascontiguousarray(raw[k]))[..., None],
-                scale=torch.tensor([self.scale[k]]),
-                offset=torch.from_numpy(self.offset[k])[:, None, None],
-            )
-            for k in range(len(raw))
-        ]
-        return torch.stack(parts)[..., 0].numpy()
+        rewards, offset = (torch.from_numpy(np.moveaxis(a, 0, -1).copy()) for a in (raw, self.offset))
+        found = calibrate(rewards, scale=torch.from_numpy(self.scale), offset=offset[:, None])
+        return np.ascontiguousarray(np.moveaxis(found.numpy(), -1, 0))
 
     def centred(self, raw: np.ndarray, *, is_reference: bool) -> np.ndarray:
         """Scores of which a minimum may be taken: each sample centred on all reference samples but one.

@@ -159,12 +159,11 @@ _CHI2_95_TWO_DIMENSIONS = 5.991464547107979
 _RADAR_LIMITS = (0.0, 1.0)
 
 
-def plot_metrics(comparison_json: Path, directory: Path | None = None) -> list[Path]:
+def plot_metrics(comparison_json: Path) -> list[Path]:
     """Every figure of one comparison that its rows have the data for.
 
     Args:
-        comparison_json: `comparison.json`, with the per-method files beside it.
-        directory: where the PNGs go; beside the file by default.
+        comparison_json: `comparison.json`, with the per-method files beside it; the PNGs go there too.
 
     Returns:
         Paths of `win_rates`, `worst_objective`, `kl_frontier`, `pareto`, `evaluation.over_optimisation`, `length_win_rate`, `radar`, in
@@ -172,8 +171,8 @@ def plot_metrics(comparison_json: Path, directory: Path | None = None) -> list[P
     """
     comparison = io.read_json(comparison_json)
     rows, frontier = comparison["rows"], load(comparison_json.with_name("frontier.json"))
-    folder = directory or comparison_json.parent
-    methods = {row["method"]: load(comparison_json.parent / f"{row['method']}.json") or {} for row in rows}
+    folder = comparison_json.parent
+    methods = {row["method"]: load(folder / f"{row['method']}.json") or {} for row in rows}
     policies = [row for row in rows if row["method"] != REFERENCE]
     if not policies:
         return []

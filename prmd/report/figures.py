@@ -147,11 +147,6 @@ def finite(values: Sequence[float | None]) -> np.ndarray:
     return array[np.isfinite(array)]
 
 
-def target_path(source: Path, directory: Path | None, name: str) -> Path:
-    """Where the figure of a file goes: beside it, or into `directory`."""
-    return (directory or source.parent) / f"{name}.png"
-
-
 def draw_line(
     axes: Axes, curve: Sequence[dict[str, Any]], keys: Sequence[str], *, colour: str, label: str
 ) -> None:
@@ -166,12 +161,12 @@ def draw_line(
 
 
 # ------------------------------------------------------------------ stage 1
-def plot_split_sizes(sizes_json: Path, directory: Path | None = None) -> Path:
+def plot_split_sizes(sizes_json: Path) -> Path:
     """Pairs per objective and split, from `{"approach", "objectives": {objective: {split: n}}}`."""
     sizes = io.read_json(sizes_json)
     objectives = sizes["objectives"]
     splits = [s for s in ("train", "val", "test", "judge") if any(s in row for row in objectives.values())]
-    path = target_path(sizes_json, directory, sizes_json.stem)
+    path = sizes_json.with_suffix(".png")
     with page_canvas(path, height=1.6 + 0.9 * len(objectives)) as axes:
         height = 0.8 / max(1, len(splits))
         for i, split in enumerate(splits):
@@ -190,14 +185,14 @@ def plot_split_sizes(sizes_json: Path, directory: Path | None = None) -> Path:
     return path
 
 
-def plot_length_distributions(lengths_json: Path, directory: Path | None = None) -> list[Path]:
+def plot_length_distributions(lengths_json: Path) -> list[Path]:
     """Cumulative length distributions of prompt, chosen and rejected: one figure per unit (words, characters, tokens)."""
     objectives = io.read_json(lengths_json)["objectives"]
     written = []
     for unit in ("words", "characters", "tokens"):
         present = {name: units[unit] for name, units in objectives.items() if units.get(unit)}
         if present:
-            path = target_path(lengths_json, directory, f"{lengths_json.stem}_{unit}")
+            path = lengths_json.with_name(f"{lengths_json.stem}_{unit}.png")
             _draw_lengths(path, unit, present)
             written.append(path)
     return written
@@ -229,15 +224,15 @@ _IMPLICIT = ("margins/implicit", "implicit_margins", "rewards/margins")
 _TARGET = ("margins/target", "target_margins")
 
 
-def plot_policy_training(metrics_json: Path, directory: Path | None = None) -> list[Path]:
-    """Training curve and target histogram of one policy, whichever its `metrics.json` holds."""
+def plot_policy_training(metrics_json: Path, directory: Path) -> list[Path]:
+    """Training curve and target histogram of one policy, whichever its `metrics.json` holds, into `directory`."""
     metrics = io.read_json(metrics_json)
     written = []
     if metrics.get("curve"):
-        written.append(target_path(metrics_json, directory, f"policy_{metrics['method']}_training"))
+        written.append(directory / f"policy_{metrics['method']}_training.png")
         _draw_policy_curve(written[-1], metrics)
     if (metrics.get("target_margins") or {}).get("histogram"):
-        written.append(target_path(metrics_json, directory, f"policy_{metrics['method']}_targets"))
+        written.append(directory / f"policy_{metrics['method']}_targets.png")
         _draw_targets(written[-1], metrics)
     return written
 

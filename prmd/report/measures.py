@@ -88,7 +88,7 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
         Measure(f"{{k}}: {said}", ("objectives", _K, "outcomes", said)) for said in ("won", "tied", "lost")
     ),
     "proxies": (
-        Measure("mean reward, {k}", ("proxy", "mean_reward", _K)),
+        Measure("mean reward by the ensemble, {k}", ("proxy", "mean_reward", _K)),
         Measure("mean of the worst member (P15), {k}", ("proxy", "worst_member", _K), is_exact=False),
         Measure("the lowest of these (P16)", ("proxy", "worst_objective", "reward"), is_exact=False),
         Measure("violation rate (P17)", ("proxy", "violation_rate"), is_exact=False),

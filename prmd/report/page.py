@@ -3,7 +3,7 @@
     path = build_report(config.paths)
 
 What lives here: drawing and embedding the figures, their alternative texts, rendering. What does not: what sections say
-(`artifact_sections`, `evaluation_sections`, `evaluation_sections`) and the layout (`template.html`, in which every value is escaped). The
+(`artifact_sections` and what ends like it) and the layout (`template.html`, in which every value is escaped). The
 page asks nothing of the network and is a pure function of the files.
 """
 

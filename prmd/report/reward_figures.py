@@ -23,7 +23,6 @@ from prmd.report.figures import (
     finite,
     legend_below,
     page_canvas,
-    target_path,
 )
 from prmd.statistics.reliability import merged_bins
 
@@ -31,7 +30,7 @@ RELIABILITY_PAIRS = 15
 """Pairs that a drawn bin of reliability holds at least; of fewer, Wilson's interval covers half of the axis."""
 
 
-def plot_reward_model(analysis_json: Path, directory: Path | None = None) -> list[Path]:
+def plot_reward_model(analysis_json: Path) -> list[Path]:
     """Every figure of one reward model that its analysis file has the data for.
 
     Returns:
@@ -49,7 +48,7 @@ def plot_reward_model(analysis_json: Path, directory: Path | None = None) -> lis
     written = []
     for name, needs, draw in drawings:
         if analysis.get(needs) and not (name == "members" and len(analysis[needs]) < 2):
-            path = target_path(analysis_json, directory, f"{analysis_json.stem}_{name}")
+            path = analysis_json.with_name(f"{analysis_json.stem}_{name}.png")
             draw(path, analysis)
             written.append(path)
     return written

@@ -49,7 +49,7 @@ def test_split_sizes_lie_beside_their_file(paths: ArtifactPaths) -> None:
 
 def test_lengths_in_tokens_only_where_they_were_counted(paths: ArtifactPaths, tmp_path: Path) -> None:
     source = paths.visualizations / "lengths.json"
-    assert [p.name for p in plot_length_distributions(source, tmp_path)] == [
+    assert [p.name for p in plot_length_distributions(source)] == [
         "lengths_words.png",
         "lengths_characters.png",
         "lengths_tokens.png",
@@ -70,7 +70,7 @@ def test_lengths_of_an_empty_objective(tmp_path: Path, recwarn: pytest.WarningsR
 
 def test_reward_model_draws_what_the_file_holds(paths: ArtifactPaths, tmp_path: Path) -> None:
     source = paths.reward_analysis / "helpful.json"
-    names = [p.stem for p in plot_reward_model(source, tmp_path)]
+    names = [p.stem for p in plot_reward_model(source)]
     assert names == [
         f"helpful_{n}" for n in ("rewards", "margins", "reliability", "members", "disagreement", "curve")
     ]
@@ -102,8 +102,8 @@ def test_policy_without_targets_has_one_figure(paths: ArtifactPaths, tmp_path: P
     assert drawn("hard_min") == ["policy_hard_min_training", "policy_hard_min_targets"]
 
 
-def test_metrics_figures(paths: ArtifactPaths, tmp_path: Path) -> None:
-    names = [p.stem for p in plot_metrics(paths.metrics / "comparison.json", tmp_path)]
+def test_metrics_figures(paths: ArtifactPaths) -> None:
+    names = [p.stem for p in plot_metrics(paths.metrics / "comparison.json")]
     assert names == [
         "win_rates",
         "worst_objective",
@@ -113,8 +113,8 @@ def test_metrics_figures(paths: ArtifactPaths, tmp_path: Path) -> None:
         "length_win_rate",
         "radar",
     ]
-    assert sorted(p.stem for p in tmp_path.glob("*.png")) == sorted(names)
-    assert sorted(p.stem for p in tmp_path.glob("*.svg")) == sorted(names)
+    assert sorted(p.stem for p in paths.metrics.glob("*.png")) == sorted(names)
+    assert sorted(p.stem for p in paths.metrics.glob("*.svg")) == sorted(names)
 
 
 def test_metrics_without_intervals_kl_or_second_objective(tmp_path: Path) -> None:
@@ -136,11 +136,11 @@ def test_nothing_of_a_figure_lies_on_something_else(
         return drawn[-1]
 
     monkeypatch.setattr(figures, "Figure", kept)
-    plot_metrics(paths.metrics / "comparison.json", tmp_path)
-    plot_reward_model(paths.reward_analysis / "helpful.json", tmp_path)
+    plot_metrics(paths.metrics / "comparison.json")
+    plot_reward_model(paths.reward_analysis / "helpful.json")
     plot_policy_training(paths.policy("hard_min") / "metrics.json", tmp_path)
-    plot_length_distributions(paths.visualizations / "lengths.json", tmp_path)
-    plot_split_sizes(paths.visualizations / "sizes.json", tmp_path)
+    plot_length_distributions(paths.visualizations / "lengths.json")
+    plot_split_sizes(paths.visualizations / "sizes.json")
     assert len(drawn) == 7 + 6 + 2 + 3 + 1
     for figure in drawn:
         canvas_of = FigureCanvasAgg(figure)
@@ -173,15 +173,16 @@ def test_drawn_bins_of_reliability_hold_enough_pairs() -> None:
 
 def test_figures_depend_on_the_file_alone(paths: ArtifactPaths, tmp_path: Path) -> None:
     source = paths.reward_analysis / "helpful.json"
-    first, second = plot_reward_model(source, tmp_path / "a"), plot_reward_model(source, tmp_path / "b")
+    copies = (io.write_json(tmp_path / folder / source.name, io.read_json(source)) for folder in "ab")
+    first, second = map(plot_reward_model, copies)
     for kind in (".png", ".svg"):
         one, other = ([p.with_suffix(kind).read_bytes() for p in drawn] for drawn in (first, second))
         assert one == other
 
 
-def test_nothing_is_left_open_or_changed(paths: ArtifactPaths, tmp_path: Path) -> None:
+def test_nothing_is_left_open_or_changed(paths: ArtifactPaths) -> None:
     before = dict(matplotlib.rcParams)
-    plot_split_sizes(paths.visualizations / "sizes.json", tmp_path)
+    plot_split_sizes(paths.visualizations / "sizes.json")
     assert dict(matplotlib.rcParams) == before
     assert matplotlib._pylab_helpers.Gcf.get_all_fig_managers() == []
 

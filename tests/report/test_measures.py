@@ -4,7 +4,7 @@ import csv
 import io
 from typing import Any
 
-from prmd.report.measures import headline_csv, headline_table, measure_table, measured, measures_csv
+from prmd.report.measures import MEASURES, headline_csv, headline_table, measure_table, measured, measures_csv
 
 OBJECTIVES = ("a.b", "polite")  # an objective of one's own may have a dot in its name
 
@@ -56,6 +56,11 @@ def test_a_number_is_the_same_wherever_it_stands() -> None:
     }
     assert by_name["share cut at the token limit", "cvar"]["value"] == "0.0"
     assert by_name["win rate at equal length, worst objective", "cvar"]["value"] == "0.375"
+
+
+def test_no_two_measures_have_one_name() -> None:
+    names = [measure.name for group in MEASURES.values() for measure in group]
+    assert len(names) == len(set(names))
 
 
 def test_outcomes_stand_objective_by_objective_and_what_nobody_has_is_left_out() -> None:
