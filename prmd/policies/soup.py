@@ -2,13 +2,12 @@
 
     theta_soup = sum_k lambda_k theta_k        (arXiv:2306.04488)
 
-With LoRA theta are the adapter's matrices A and B, which all policies start from alike; otherwise all weights.
+With LoRA theta are the adapter's matrices A and B, which all policies start from alike; otherwise all weights. The mean is
+stored in float32, whatever the policies are stored in: they may differ by less than the distance of two bfloat16 numbers.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
 
 from prmd.artifacts import io
 from prmd.errors import DataError
@@ -17,7 +16,7 @@ RECORDS = ("run.json", "config.yaml", "metrics.json", "fingerprint.json")
 
 
 def average_policies(sources: Sequence[Path], weights: Sequence[float], target: Path) -> None:
-    """Write the mean of finished policies, with what else their folder holds (tokenizer, configuration), to `target`.
+    """Write the mean of finished policies in float32, with what else their folder holds (tokenizer, configuration), to `target`.
 
     Args:
         weights: one per source, together 1.
@@ -36,34 +35,15 @@ def average_policies(sources: Sequence[Path], weights: Sequence[float], target: 
         if path.is_file() and path.name not in (*RECORDS, *files):
             io.copy_file(path, target / path.name)
     for name in files:
-        _average_file([source / name for source in sources], weights, target / name)
-
-
-def _average_file(paths: Sequence[Path], weights: Sequence[float], target: Path) -> None:
-    mean: dict[str, torch.Tensor] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    for path, weight in zip(paths, weights, strict=True):
-        tensors = io.read_tensors(path)
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        if mean and shapes != {name: list(tensor.shape) for name, tensor in mean.items()}:
-            raise DataError(
-                f"soup: {path} does not hold the tensors of {paths[0]}; train both with one tuning"
-            )
-        for name, tensor in tensors.items():
-            dtypes[name] = tensor.dtype
-            mean[name] = mean.get(name, 0.0) + weight * tensor.double()
-    generator = torch.Generator().manual_seed(0)
-    averaged = {name: _stored(tensor, dtypes[name], generator) for name, tensor in mean.items()}
-    io.write_tensors(target, averaged, {"format": "pt"})
-
-
-def _stored(mean: torch.Tensor, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
-    """A mean in the dtype of the weights, in bfloat16 rounded up or down by chance.
-
-    Policies differ from their base by less than the distance of two bfloat16 numbers; the nearest one would be the base.
-    """
-    if dtype != torch.bfloat16:
-        return mean.to(dtype)
-    bits = mean.float().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, bits.shape, generator=generator, dtype=torch.int32)
-    return ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+        held = [io.read_tensors(source / name) for source in sources]
+        shapes = [{key: tensor.shape for key, tensor in tensors.items()} for tensors in held]
+        for source, own in zip(sources, shapes, strict=True):
+            if own != shapes[0]:
+                raise DataError(
+                    f"soup: {source / name} does not hold the tensors of {sources[0] / name}; train both with one tuning"
+                )
+        mean = {
+            key: sum(weight * own[key].double() for weight, own in zip(weights, held, strict=True)).float()
+            for key in held[0]
+        }
+        io.write_tensors(target / name, mean, {"format": "pt"})

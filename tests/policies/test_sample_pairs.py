@@ -195,7 +195,7 @@ def test_soup_is_the_weighted_mean_of_the_weights(tmp_path: Path) -> None:
     (tmp_path / "soup").mkdir()
     average_policies(sources, (0.5, 0.25, 0.25), tmp_path / "soup")
     mean = load_file(tmp_path / "soup" / "adapter_model.safetensors")
-    assert mean["a.weight"].dtype == torch.bfloat16 and mean["a.weight"].tolist() == [[2.0] * 3] * 2
+    assert mean["a.weight"].dtype == torch.float32 and mean["a.weight"].tolist() == [[2.0] * 3] * 2
     assert mean["b"].dtype == torch.float32 and mean["b"].tolist() == [-2.0] * 4
     assert {p.name for p in (tmp_path / "soup").iterdir()} == {
         "adapter_model.safetensors",
@@ -203,27 +203,27 @@ def test_soup_is_the_weighted_mean_of_the_weights(tmp_path: Path) -> None:
     }
 
 
-def test_a_soup_of_bfloat16_weights_keeps_updates_smaller_than_their_spacing(tmp_path: Path) -> None:
-    """The nearest bfloat16 numbers lie 1.2e-4 apart at .02; the mean of three policies moves by 2e-5."""
-    base, sources = torch.full((200_000,), 0.02, dtype=torch.bfloat16), []
-    spacing = 2**-13
-    generator = torch.Generator().manual_seed(1)
+@pytest.mark.parametrize("files", [("adapter_model",), ("model-00001-of-00002", "model-00002-of-00002")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_soup_is_the_float64_mean_rounded_once_to_float32(
+    tmp_path: Path, files: tuple[str, ...], dtype: torch.dtype
+) -> None:
+    """Also of bfloat16 policies that differ by less than two such numbers lie apart, 1.2e-4 at .02."""
+    generator, sources, weights = torch.Generator().manual_seed(1), [], (0.5, 0.3, 0.2)
     for i in range(3):
-        moved = torch.rand(base.shape, generator=generator) < 2e-5 / spacing
-        folder = write_policy(tmp_path / str(i), 1.0)
-        save_file(
-            {"w": base + moved * torch.tensor(spacing, dtype=torch.bfloat16)},
-            folder / "adapter_model.safetensors",
-        )
-        sources.append(folder)
+        sources.append(write_policy(tmp_path / str(i), 1.0))
+        (sources[-1] / "adapter_model.safetensors").unlink()
+        for file in files:
+            moved = 0.02 + 2e-4 * torch.rand(20_000, generator=generator)
+            save_file({"w": moved.to(dtype)}, sources[-1] / f"{file}.safetensors")
     (tmp_path / "soup").mkdir()
-    average_policies(sources, (1 / 3, 1 / 3, 1 / 3), tmp_path / "soup")
-    found = load_file(tmp_path / "soup" / "adapter_model.safetensors")["w"].double()
-    wanted = sum(load_file(s / "adapter_model.safetensors")["w"].double() for s in sources) / 3
-    assert float((found - base.double()).mean()) == pytest.approx(
-        float((wanted - base.double()).mean()), rel=0.05
-    )
-    assert set(found.unique().tolist()) <= {float(base[0]), float(base[0]) + spacing}
+    average_policies(sources, weights, tmp_path / "soup")
+    for file in files:
+        held = [load_file(source / f"{file}.safetensors")["w"].double().numpy() for source in sources]
+        found = load_file(tmp_path / "soup" / f"{file}.safetensors")["w"]
+        wanted = (weights[0] * held[0] + weights[1] * held[1] + weights[2] * held[2]).astype(np.float32)
+        assert found.dtype == torch.float32
+        np.testing.assert_array_equal(found.numpy(), wanted)
 
 
 def test_policies_of_another_kind_are_no_soup(tmp_path: Path) -> None:
