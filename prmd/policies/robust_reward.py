@@ -60,6 +60,11 @@ def weighted_objectives(policy: PolicySection) -> list[int]:
     return [k for k, weight in enumerate(policy.weights.values()) if weight > 0]
 
 
+def positive_weights(policy: PolicySection) -> Tensor:
+    """lambda of the `weighted_objectives`, float64 [K']."""
+    return objective_weights(policy)[weighted_objectives(policy)]
+
+
 def solve_reward(policy: PolicySection, method: str, scale: ScaleResponses) -> RobustReward:
     """R of a method: its weights, then its multipliers, then its scale, each from the same scored responses.
 

@@ -22,9 +22,6 @@ from prmd.pessimism.draft_equations import paper_loss, paper_margins
 from prmd.pessimism.losses import (
     distillation_loss,
     dpo_loss,
-    edpo_loss,
-    edpo_member_losses,
-    edpo_select,
     implicit_margins,
     ipo_loss,
     margin_moments,
@@ -32,16 +29,18 @@ from prmd.pessimism.losses import (
     offset_dpo_loss,
     target_margins,
 )
+from prmd.policies.edpo import edpo_pair_loss
 from prmd.policies.methods import method_of
 from prmd.policies.notes import cvar_atoms, method_notes
 from prmd.policies.pairs import PairScores, ScaleResponses
 from prmd.policies.robust_reward import (
     RobustReward,
     objective_weights,
+    positive_weights,
     solve_reward,
     weighted_objectives,
 )
-from prmd.training.trainer import PAIR_WEIGHT, Columns, PairLoss
+from prmd.training.trainer import Columns, PairLoss
 
 AUTO_CLIP = 3.0
 """Root mean squares of the unclipped training targets at which `margin_clip: auto` cuts: 0.3 % of Gaussian ones."""
@@ -84,7 +83,11 @@ def method_targets(
 ) -> Targets:
     """Targets of one method: aggregate, fix the scale, take the margin, clip.
 
+    R is `aggregation.robust_rewards` by the method's row of `aggregation.METHODS`, with the configured weights where a method
+    solves for none; `losses.target_margins` scales and clips.
+
     Args:
+        train: scored training pairs, rewards [K, M, n, 2]; `held_out` likewise.
         scale: responses that fix `reward_scale: auto`; samples of the reference for maxmin and constraints.
         reward: R of this method where it is solved already.
 
@@ -133,15 +136,10 @@ def _columns(kind: str, policy: PolicySection, targets: Tensor) -> dict[str, Ten
     if kind == "distil":
         return {"target_margins": targets}
     if kind == "paper":
-        mean = targets[0] if len(targets) == 1 else _positive_weights(policy) @ targets
+        mean = targets[0] if len(targets) == 1 else positive_weights(policy) @ targets
         return {"target_margins": mean, "objective_targets": targets.T.contiguous()}
-    mean = _positive_weights(policy) @ targets.mean(dim=1)
+    mean = positive_weights(policy) @ targets.mean(dim=1)
     return {"target_margins": mean, "member_targets": targets.permute(2, 0, 1).contiguous()}
-
-
-def _positive_weights(policy: PolicySection) -> Tensor:
-    """Weights of the objectives of positive weight, float64 [K']."""
-    return objective_weights(policy)[weighted_objectives(policy)]
 
 
 def _modpo_columns(policy: PolicySection, scores: PairScores) -> dict[str, Tensor]:
@@ -236,32 +234,14 @@ def _paper(implicit: Tensor, columns: Columns, policy: PolicySection) -> Tensor:
     return paper_loss(
         implicit_margins=implicit,
         objective_targets=columns["objective_targets"].T,
-        weights=_positive_weights(policy),
-    )
-
-
-def _edpo(implicit: Tensor, columns: Columns, policy: PolicySection) -> Tensor:
-    """Against the members `columns["selected"]` [K]; without them, those closest on this very batch."""
-    members = columns["member_targets"].permute(1, 2, 0)
-    selected = columns.get("selected")
-    if selected is None:
-        weights = columns.get(PAIR_WEIGHT)
-        losses = edpo_member_losses(
-            implicit_margins=implicit.detach(), member_targets=members, pair_weights=weights
-        )
-        selected = edpo_select(losses)
-    return edpo_loss(
-        implicit_margins=implicit,
-        member_targets=members,
-        selected=selected,
-        weights=_positive_weights(policy),
+        weights=positive_weights(policy),
     )
 
 
 LOSSES: dict[str, Callable[[Tensor, Columns, PolicySection], Tensor]] = {
     "distil": _distil,
     "paper": _paper,
-    "edpo": _edpo,
+    "edpo": edpo_pair_loss,
     "dpo": lambda implicit, columns, policy: dpo_loss(implicit_margins=implicit),
     "rdpo": lambda implicit, columns, policy: offset_dpo_loss(
         implicit_margins=implicit, offsets=policy.rdpo_alpha * columns["length_difference"]

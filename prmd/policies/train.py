@@ -69,7 +69,6 @@ from prmd.rewards.reward_model import Scorer, load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
 from prmd.training.checkpoints import Trained, copy_model, name_checkpoints, trained_once
 from prmd.training.run import TrainingRun, check_training, run_training
-from prmd.training.trainer import LossFunction
 
 logger = logging.getLogger(__name__)
 
@@ -340,22 +339,18 @@ def _distil(
     training: TrainingConfig,
 ) -> dict[str, Any]:
     """Train one policy with our trainer."""
-    loaded: list[SequenceLogps] = []
 
     def load(master_weights: bool) -> SequenceLogps:
-        loaded.clear()  # a model whose training did not fit the card
         model = load_causal_lm(shared.model, shared.paths, master_weights=master_weights)
         lora = tuning.method == "lora"
-        loaded.append(SequenceLogps(add_lora(model, tuning.lora, task="CAUSAL_LM") if lora else model))
-        return loaded[-1]
+        return SequenceLogps(add_lora(model, tuning.lora, task="CAUSAL_LM") if lora else model)
 
     kind = method_of(method).loss
     policy = with_clip(policy, inputs.targets)
-    loss: LossFunction = partial(policy_loss, policy=policy, kind=kind)
-    set_seed(shared.seed)
+    before_step = None
     if kind == "edpo":
-        own = {"seed": shared.seed, "pad_id": tokenizer.pad_token_id}
-        inputs, loss = choosing_members(inputs, lambda: loaded[-1], policy=policy, training=training, **own)
+        before_step = choosing_members(inputs.train, beta=policy.beta, pad_id=tokenizer.pad_token_id)
+    set_seed(shared.seed)
     run = TrainingRun(
         name=f"policy {method}",
         directory=folder,
@@ -365,7 +360,8 @@ def _distil(
         data=inputs.train,
         stream=inputs.stream,
         eval_data=inputs.held_out,
-        loss_function=loss,
+        loss_function=partial(policy_loss, policy=policy, kind=kind),
+        before_step=before_step,
         load_model=load,
         log_directory=log_directory,
         task="policy",

@@ -41,7 +41,7 @@ from prmd.training.precision import Precision, refuse_if_stuck
 from prmd.training.rehearsal import Task, enable_gradient_checkpointing, meta_model
 from prmd.training.sharding import requested_sharding
 from prmd.training.stopping import RefuseNotFinite, StopRequests
-from prmd.training.trainer import LossFunction, PairData, PairTrainer
+from prmd.training.trainer import BeforeStep, LossFunction, PairData, PairTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,7 @@ class TrainingRun:
         load_model: (master_weights) -> the model to train, adapters added.
         task: `reward_model` or `policy`.
         sampled: as for `memory.plan_memory`.
+        before_step: what the loss reads of a whole optimizer step (`trainer.BeforeStep`).
     """
 
     name: str
@@ -71,6 +72,7 @@ class TrainingRun:
     log_directory: Path
     task: str
     sampled: Sequence[int] = ()
+    before_step: BeforeStep | None = None
 
 
 def choose_precision(
@@ -380,6 +382,7 @@ def _trainer(
         plan=plan.batches,
         eval_data=run.eval_data,
         loss_function=run.loss_function,
+        before_step=run.before_step,
         tokenizer=tokenizer,
         share_prompt=share_prompt,
         eval_tokens=run.shared.scoring_tokens,

@@ -30,8 +30,8 @@ from prmd.training.batches import MicroBatch
 from prmd.training.sharding import RefuseUnsharded, in_step, prepare_fsdp
 from prmd.training.stopping import named_rows
 
-Columns = Mapping[str, Any]
-"""Tensors [B, ...] by name, and what the loss reads on the host, as a tuple of B numbers."""
+Columns = Mapping[str, Tensor]
+"""What a loss reads of a batch beside the model's outputs: [B, ...] by name, and what `BeforeStep` found of the whole step."""
 
 PAIR_WEIGHT = "pair_weight"
 """Column of training pairs by which the trainer multiplies the whole loss of each; held-out pairs have none."""
@@ -60,13 +60,15 @@ class PairLoss:
 LossFunction = Callable[[Tensor, Columns], PairLoss]
 """([B, 2] rewards or logps of (chosen, rejected), columns of the batch) -> `PairLoss`."""
 
+BeforeStep = Callable[[nn.Module, Sequence[Sequence[int]]], Columns]
+"""(model, rows of each micro-batch of an optimizer step, of all processes) -> further columns of all these batches."""
+
 
 @dataclass(frozen=True)
 class PairData:
     """Tokenised pairs with one tensor [n_pairs, ...] per column the loss needs, and `PAIR_WEIGHT` where pairs have weights.
 
     Attributes:
-        columns: what Python decides by is a sequence of numbers in place of a tensor: it never goes to the device.
         ids: of the pairs, for people; without any, a pair is called by its index.
     """
 
@@ -82,11 +84,13 @@ class PairData:
         """Collated tensors of these pairs; columns are named `column/<name>`."""
         tensors = collate_rows([self.rows[i] for i in indices], pad_id=pad_id, share_prompt=share_prompt)
         index = torch.tensor(list(indices))
-        columns = {
-            name: values[index] if isinstance(values, Tensor) else tuple(values[i] for i in indices)
-            for name, values in self.columns.items()
-        }
-        return tensors | {f"column/{name}": values for name, values in columns.items()}
+        return tensors | {f"column/{name}": values[index] for name, values in self.columns.items()}
+
+
+def split_columns(batch: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What of `PairData.batch` a model takes, and the columns by their names."""
+    columns = {k.removeprefix("column/"): v for k, v in batch.items() if k.startswith("column/")}
+    return {k: v for k, v in batch.items() if not k.startswith("column/") and k not in HOST_FACTS}, columns
 
 
 HOST_FACTS = ("weight", "pair_index", "padding")
@@ -168,6 +172,7 @@ class PairTrainer(Trainer):
         data, plan: training pairs and their micro-batches.
         eval_data: held-out pairs, or None.
         loss_function: see `LossFunction`.
+        before_step: see `BeforeStep`; None where the loss of a batch needs its own pairs alone.
         tokenizer: saved with every checkpoint.
         share_prompt: see `models.sequence_models.supports_shared_prompts`.
         eval_tokens: tokens per batch of the held-out pairs.
@@ -183,6 +188,7 @@ class PairTrainer(Trainer):
         eval_data: PairData | None,
         loss_function: LossFunction,
         tokenizer: PreTrainedTokenizerBase,
+        before_step: BeforeStep | None = None,
         share_prompt: bool = True,
         eval_tokens: int = 8192,
         callbacks: Sequence[TrainerCallback] = (),
@@ -197,6 +203,7 @@ class PairTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.plan, self.tokenizer, self.loss_function = plan, tokenizer, loss_function
+        self.before_step, self._step, self._found = before_step, -1, {}
         self.eval_data, self.eval_tokens = eval_data, eval_tokens
         self._means, self._unread = _Means(), _Unread()
         self._tokens, self._padding, self._clock = 0, 0, time.monotonic()
@@ -219,11 +226,20 @@ class PairTrainer(Trainer):
 
     def pair_loss(self, model: nn.Module, inputs: Mapping[str, Any]) -> PairLoss:
         """Forward one batch and apply the loss function."""
-        columns = {k.removeprefix("column/"): v for k, v in inputs.items() if k.startswith("column/")}
-        tensors = {k: v for k, v in inputs.items() if not k.startswith("column/") and k not in HOST_FACTS}
+        tensors, columns = split_columns(inputs)
         with self.accelerator.autocast():  # FSDP2 brings none of its own
             outputs = model(**tensors)
         return self.loss_function(outputs.reshape(-1, 2), columns)
+
+    def _of_step(self) -> dict[str, Tensor]:
+        """What `before_step` finds of the optimizer step, named as columns of a batch; asked once for all its micro-batches."""
+        if self.before_step is not None and self._step != self.state.global_step:
+            self._step = self.state.global_step
+            size = self.args.gradient_accumulation_steps * self.args.world_size
+            batches = self.plan[self._step * size : (self._step + 1) * size]
+            found = self.before_step(self.model, [micro.rows for micro in batches if micro.weight])
+            self._found = {f"column/{name}": values for name, values in found.items()}
+        return self._found
 
     def compute_loss(
         self,
@@ -242,7 +258,7 @@ class PairTrainer(Trainer):
             NotFiniteError: a loss of this step is not finite, said at its last micro-batch, before ZeRO or an optimizer
                 moves a weight; the message names the pairs.
         """
-        result = self.pair_loss(model, inputs)
+        result = self.pair_loss(model, inputs | self._of_step())
         self._unread.add(result.loss, inputs["pair_index"])
         if self.accelerator.sync_gradients:
             self._refuse_not_finite(self._unread, self.train_dataset.data)

@@ -19,11 +19,11 @@ from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
 from prmd.errors import ConfigError, DataError
 from prmd.models.tokenization import PrefixRow
 from prmd.objectives import OBJECTIVES
+from prmd.policies import edpo, preview, train
 from prmd.policies import inputs as inputs_module
-from prmd.policies import preview, train
-from prmd.policies.edpo import MemberSelection
 from prmd.policies.train import train_pessimistic
 from prmd.rewards.debias import DEBIAS_FILE
+from prmd.training.trainer import Columns
 
 DISTILLED = ("mean", "maxmin", "edpo", "paper_eq5", "paper_eq9")
 ALL = (*DISTILLED, "dpo", "rdpo", "ipo", "modpo", "dpo_helpful", "dpo_harmless", "dpo_honest", "soup")
@@ -35,12 +35,12 @@ class Trained:
 
     Attributes:
         log: what was logged.
-        selections: steps at which e-DPO chose its members.
+        selections: rows on which e-DPO chose its members, each time.
     """
 
     config: PolicyConfig
     log: str
-    selections: list[int]
+    selections: list[list[int]]
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +48,15 @@ def trained(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Traine
     policy = PolicySection(methods=ALL, gamma=0.01)
     config = table_config(tmp_path_factory.mktemp("all"), tiny_base, policy=policy)
     write_prepared(config.paths, pairs=6)
-    selections, select = [], MemberSelection.select
+    selections, select = [], edpo._selected
 
-    def recorded(self: MemberSelection, model: Any, step: int) -> Tensor:
-        selections.append(step)
-        return select(self, model, step)
+    def recorded(model: Any, batches: Any, **how: Any) -> Columns:
+        selections.append([row for rows in batches for row in rows])
+        return select(model, batches, **how)
 
     with pytest.MonkeyPatch.context() as patch, logged() as log:
         use_tables(patch)
-        patch.setattr(MemberSelection, "select", recorded)
+        patch.setattr(edpo, "_selected", recorded)
         train_pessimistic(config)
     return Trained(config, log.getvalue(), selections)
 
@@ -91,7 +91,8 @@ def test_label_losses_start_where_policy_and_reference_are_equal(trained: Traine
 
 
 def test_edpo_chooses_its_members_once_per_optimiser_step(trained: Trained) -> None:
-    assert trained.selections == [0, 1, 2, 3, 4, 5]
+    assert [len(rows) for rows in trained.selections] == [4] * 6
+    assert sorted(row for rows in trained.selections for row in rows) == list(range(24))
 
 
 def test_another_method_is_another_policy(trained: Trained) -> None:

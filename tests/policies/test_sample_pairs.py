@@ -14,7 +14,7 @@ from prmd.config.policy import PolicySection
 from prmd.errors import ConfigError, DataError
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
-from prmd.policies.edpo import HELD_OUT, MemberSelection, refuse_sharded
+from prmd.policies.edpo import choosing_members, edpo_pair_loss
 from prmd.policies.pairs import ReferenceSamples
 from prmd.policies.sample_pairs import (
     GAMMA_SAMPLES,
@@ -27,8 +27,7 @@ from prmd.policies.sample_pairs import (
     with_sample_pairs,
 )
 from prmd.policies.soup import average_policies
-from prmd.training.batches import MicroBatch
-from prmd.training.trainer import PAIR_WEIGHT
+from prmd.training.trainer import PAIR_WEIGHT, PairData
 
 
 def samples_of(prompts: int, n: int, long: tuple[int, ...] = ()) -> ReferenceSamples:
@@ -130,54 +129,31 @@ def test_members_are_chosen_on_the_whole_effective_batch(policy_model: SequenceL
     errors = offsets**2
     whole, first = errors.mean(axis=2).argmin(axis=1), errors[:, :, :2].mean(axis=2).argmin(axis=1)
     assert whole.tolist() == [2] * K and first.tolist() == [1] * K
-    plan = [MicroBatch((0, 1), 1.3), MicroBatch((2,), 0.7)]
-    selection = MemberSelection(ROWS, columns, plan, batches_per_step=2, policy=policy, pad_id=0)
+    sampled = [PrefixRow(row.prompt_ids, (*row.responses, (60, 2), (61, 2))) for row in ROWS]
+    chosen = choosing_members(PairData(sampled, columns), beta=0.5, pad_id=0)
     policy_model.train()
-    assert selection.select(policy_model, 0).tolist() == [2] * K and policy_model.training
+    found = chosen(policy_model, [(0, 1), (2,)])
+    assert found["selected"].tolist() == [2] * K and policy_model.training
+    assert chosen(policy_model, [(2,), (1, 0)])["selected"].tolist() == [2] * K
 
-    loss = selection.loss_function(lambda: policy_model)
-    batch = {
-        "ref_logps": ref[:2],
-        "chosen_length": torch.ones(2),
-        "member_targets": columns["member_targets"][:2],
-    }
-    now = torch.from_numpy(logps[:2]).float()
-    trained = loss(now, batch | {"position": torch.tensor([0, 1])})
-    assert trained.loss.tolist() == pytest.approx([1.0, 1.0], abs=1e-3)  # member 2, off by one
-    watched = loss(now, batch | {"position": torch.full((2,), HELD_OUT)})
-    assert watched.loss.tolist() == pytest.approx(
-        [0.01, 0.01], abs=1e-3
-    )  # held out: the nearest on the batch itself
-    alone = MemberSelection(ROWS, columns, plan, batches_per_step=1, policy=policy, pad_id=0)
-    assert [alone.select(policy_model, step).tolist() for step in (0, 1)] == [[1] * K, [0] * K]
+    batch = {"member_targets": columns["member_targets"][:2]}
+    now = torch.from_numpy(implicit[:2]).float()
+    trained = edpo_pair_loss(now, batch | found, policy)
+    assert trained.tolist() == pytest.approx([1.0, 1.0], abs=1e-3)  # member 2, off by one
+    watched = edpo_pair_loss(now, batch, policy)  # held out: the nearest on the batch itself
+    assert watched.tolist() == pytest.approx([0.01, 0.01], abs=1e-3)
+    alone = [chosen(policy_model, [rows])["selected"].tolist() for rows in ((0, 1), (2,))]
+    assert alone == [[1] * K, [0] * K]
     weighted = columns | {PAIR_WEIGHT: torch.tensor([1.45, 1.45, 0.1])}  # the third pair hardly counts
-    light = MemberSelection(ROWS, weighted, plan, batches_per_step=2, policy=policy, pad_id=0)
-    assert light.select(policy_model, 0).tolist() == [1] * K
-
-
-def test_one_choice_serves_every_micro_batch_of_a_step(policy_model: SequenceLogps) -> None:
-    columns = {"ref_logps": torch.zeros(3, 2), "member_targets": torch.zeros(3, 1, 2)}
-    plan = [MicroBatch((0,)), MicroBatch((1,)), MicroBatch((2,))]
-    selection = MemberSelection(ROWS, columns, plan, batches_per_step=2, policy=PolicySection(), pad_id=0)
-    asked: list[int] = []
-    selection.select = lambda model, step: (asked.append(step), torch.zeros(1, dtype=torch.long))[1]  # type: ignore[method-assign]
-    weights = PolicySection(weights={"helpful": 1.0, "harmless": 0.0, "honest": 0.0})
-    selection.policy = weights
-    loss = selection.loss_function(lambda: policy_model)
-    for position in (0, 1, 2):
-        batch = {"ref_logps": torch.zeros(1, 2), "chosen_length": torch.ones(1)}
-        loss(
-            torch.zeros(1, 2),
-            batch | {"member_targets": torch.zeros(1, 3, 2), "position": torch.tensor([position])},
-        )
-    assert asked == [0, 1]
+    light = choosing_members(PairData(sampled, weighted), beta=0.5, pad_id=0)
+    assert light(policy_model, [(0, 1), (2,)])["selected"].tolist() == [1] * K
 
 
 def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_sharded()
+    choosing_members(PairData(ROWS, {}), beta=0.5, pad_id=0)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ConfigError, match=r"edpo does not run under FSDP.*ddp\.yaml"):
-        refuse_sharded()
+        choosing_members(PairData(ROWS, {}), beta=0.5, pad_id=0)
 
 
 # ------------------------------------------------------------------ soup

@@ -90,6 +90,7 @@ def trainer_of(model, data, tokenizer, directory, **changes):
         "logging_steps": 1,
         "optimizer": OptimizerNames.SGD,
         "eval_tokens": 8192,
+        "before_step": None,
     } | changes
     training = TrainingConfig(
         learning_rate=LEARNING_RATE,
@@ -120,6 +121,7 @@ def trainer_of(model, data, tokenizer, directory, **changes):
         plan=plan.batches,
         eval_data=options["eval_data"],
         loss_function=options["loss"],
+        before_step=options["before_step"],
         tokenizer=tokenizer,
         eval_tokens=options["eval_tokens"],
     )
@@ -223,6 +225,35 @@ def test_adapters_alone_move(tokenizer, tmp_path):
     moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert moved
     assert all("lora_" in name for name in moved)
+
+
+def test_before_a_step_all_its_pairs_are_seen_once_and_what_is_found_reaches_each_of_its_losses(
+    tokenizer, tmp_path
+):
+    asked, read = [], []
+    data = random_data(7, own=torch.arange(7.0))
+
+    def sums(model, batches):
+        assert model is trainer.model and trainer.state.global_step == len(asked)
+        asked.append([row for rows in batches for row in rows])
+        return {"sum": torch.tensor(float(sum(asked[-1])))}
+
+    def loss(logps, columns):
+        found = columns.get("sum")
+        read.append((columns["own"].tolist(), None if found is None else float(found)))
+        return dpo(logps, columns)
+
+    model = SequenceLogps(causal())
+    how = {"loss": loss, "before_step": sums, "eval_data": data}
+    trainer = trainer_of(model, data, tokenizer, tmp_path, **how)
+    trainer.train()
+    assert [sorted(rows) for rows in asked] == [sorted(rows) for rows in trainer.step_pairs]
+    assert [len(rows) for rows in asked] == [4, 3]
+    for rows, found in read:
+        assert [found] == [sum(step) for step in asked if set(rows) <= set(step)]
+    assert len(read) == 4
+    trainer.evaluate()
+    assert len(read) > 4 and all(found is None for _, found in read[4:])
 
 
 # ------------------------------------------------------------------ weights of pairs

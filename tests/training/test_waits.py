@@ -156,7 +156,7 @@ def trainer_of(
 
 
 def columns() -> dict[str, Any]:
-    """Every column that a loss reads, as `policies.targets` and `policies.edpo` make them."""
+    """Every column of pairs that a loss reads, as `policies.targets` makes them."""
     one = torch.linspace(-1, 1, PAIRS)
     return {
         "ref_logps": torch.stack([one - 30, one - 31], dim=1),
@@ -164,7 +164,6 @@ def columns() -> dict[str, Any]:
         "target_margins": one,
         "objective_targets": torch.stack([one, one + 1, one - 1], dim=1),
         "member_targets": torch.randn(PAIRS, 3, 4),
-        "selected_of": [0] * PAIRS,
         "length_difference": one,
         "offsets": one,
         "other_margins": one,
@@ -181,7 +180,6 @@ def test_a_micro_batch_waits_for_nothing(
     monkeypatch.setattr(torch, "autocast", lambda *arguments, **options: nullcontext())  # unknown there
 
     def loss(outputs: Tensor, found: Any) -> PairLoss:
-        assert found["selected_of"] == (0, 0), "columns of numbers stay where they are"
         if kind == "reward_model":
             return reward_loss(outputs, 0.01, found["offsets"])
         return policy_loss(outputs, found, POLICY, kind=kind)
