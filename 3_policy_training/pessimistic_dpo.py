@@ -6,7 +6,8 @@ Delta* = clip(reward_scale [R(x, y_w) - R(x, y_l)], +-margin_clip),  L = (Delta*
 
 Reads   data/processed/<approach>/*/{train,val}.jsonl, models/reward_models/<approach>/
 Writes  data/cache/ (rewards, reference log-probabilities), models/policy_models/<approach>/<method>/
-Code    prmd/pessimism/aggregation.py (R), prmd/policies/targets.py (Delta*), prmd/policies/train.py
+Code    prmd/pessimism/aggregation.py (R), prmd/policies/targets.py (Delta*, L), prmd/pessimism/losses.py (their equations);
+        run by prmd/policies/train.py
 """
 
 import sys

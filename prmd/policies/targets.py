@@ -1,10 +1,11 @@
 """What a policy learns from: target margins of a method, and the loss on prefix-shared pairs.
 
-    Delta* = clip(reward_scale [R(x, y_w) - R(x, y_l)], +-margin_clip)
+    Delta* = clip(reward_scale [R(x, y_w) - R(x, y_l)], +-margin_clip) ,   L = (Delta* - Delta_theta)^2
 
-Aggregates, scale and losses are the maths of `pessimism.aggregation`, `calibration` and `pessimism.losses`; here they meet the configuration.
-What the methods are is in `methods`, R with what is solved for in `robust_reward`, the frozen rewards come from
-`scores`, the trainings are in `train`.
+The second of the three files that `hard_min`'s loss is understood from. `pessimism.aggregation` makes R [n, 2] of calibrated
+rewards [K, M, n, 2]; here `method_targets` makes Delta* [n] of R, once, and `policy_loss` L [B] of the log-probabilities of a
+batch; the equations that both apply are in `pessimism.losses`, to be read next. Beside the path: what else methods learn from
+(`methods`), the weights and scale that are solved for (`robust_reward`), frozen rewards (`scores`), the training (`train`).
 """
 
 import math

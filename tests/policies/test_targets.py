@@ -1,6 +1,8 @@
 """Targets and losses of the methods beyond the response-level aggregates, each against numpy."""
 
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,6 +10,7 @@ import pytest
 import torch
 from tiny_scores import K, M, N, random_scores, reference, scale_of
 
+from prmd.artifacts.paths import PROJECT_ROOT
 from prmd.config.policy import PolicySection
 from prmd.errors import ConfigError
 from prmd.objectives import OBJECTIVES
@@ -48,6 +51,27 @@ def margins_of(scores: PairScores) -> np.ndarray:
 
 def clipped(margins: np.ndarray) -> np.ndarray:
     return np.clip(SCALE * margins, -CLIP, CLIP)
+
+
+# ------------------------------------------------------------------ from R to the loss
+def test_the_loss_of_hard_min_is_computed_in_two_files_behind_its_reward() -> None:
+    """Of these and `aggregation.py` CONTRIBUTING.md says that they are all one needs to read."""
+    scores, policy, opened = random_scores(8), settings(), set()
+    robust = scores.rewards.numpy().min(axis=(0, 1))
+    targets = clipped(robust[:, 0] - robust[:, 1])
+    found = targets_of("hard_min", scores)
+    np.testing.assert_allclose(found.train.numpy(), targets, atol=1e-9)
+    logps = scores.ref_logps + torch.linspace(-30, 30, 2 * N).reshape(N, 2)
+    columns = found.columns[0] | {"ref_logps": scores.ref_logps, "chosen_length": torch.ones(N)}
+    sys.setprofile(lambda frame, event, argument: opened.add(frame.f_code.co_filename))
+    try:
+        loss = policy_loss(logps, columns, policy, kind="distil").loss
+    finally:
+        sys.setprofile(None)
+    implicit = 0.1 * (logps - scores.ref_logps).numpy() @ np.array([1.0, -1.0])
+    np.testing.assert_allclose(loss.numpy(), (targets - implicit) ** 2, rtol=1e-4, atol=1e-5)
+    ours = {Path(file).name for file in opened if PROJECT_ROOT / "prmd" in Path(file).parents}
+    assert ours == {"targets.py", "losses.py"}
 
 
 # ------------------------------------------------------------------ margins
