@@ -23,14 +23,7 @@ def tokens_of(config: PolicyConfig) -> PairTokens:
 
 def mixture_of(config: PolicyConfig, objective: str | None = None) -> Mixture:
     """The mixture a method is trained on."""
-    return training_mixture(
-        read_splits(config.paths)["train"],
-        weights=config.policy.weights,
-        max_pairs=config.training.max_pairs,
-        epochs=config.training.epochs,
-        seed=config.shared.seed,
-        objective=objective,
-    )
+    return training_mixture(config, read_splits(config.paths)["train"], objective)
 
 
 def trained_on(config: PolicyConfig, objective: str | None = None) -> PolicyPairs:

@@ -18,8 +18,7 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command
 from prmd.artifacts.runs import require_artifact
 from prmd.config.loading import as_dict
-from prmd.config.policy import PairsConfig, PolicySection
-from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
+from prmd.config.policy import PolicyConfig
 from prmd.errors import ConfigError
 from prmd.inference.reference import reference_key, reference_logps, with_sample_count
 from prmd.models.tokenization import PrefixRow, say_one_prompt
@@ -33,7 +32,6 @@ from prmd.policies.methods import (
 )
 from prmd.policies.notes import label_notes
 from prmd.policies.pairs import (
-    Mixture,
     PairScores,
     PairTokens,
     PolicyPairs,
@@ -133,25 +131,20 @@ class _Trained:
 
 
 def prepare(
+    config: PolicyConfig,
     methods: Sequence[str],
     models: Sequence[Scorer],
     tokens: PairTokens,
-    *,
     splits: Mapping[str, Split],
-    mixture: Mixture,
-    source: str,
-    shared: SharedConfig,
-    policy: PolicySection,
-    sample_pairs: PairsConfig,
 ) -> Prepared:
-    """Read, sample and score what these methods need.
+    """Read, sample and score what these methods need, which all are trained on pairs of the same objectives.
 
     Args:
         models: the reward models of all objectives; not read where no method reads rewards.
         splits: from `pairs.read_splits`.
-        mixture: of the training pairs.
-        source: whose pairs these are, for people.
     """
+    shared, objective = config.shared, method_of(methods[0]).objective
+    mixture = training_mixture(config, splits["train"], objective)
     pairs = pooled_pairs(splits["train"], mixture, tokens)
     draws = describe_draws(split_sizes(splits["train"]), mixture)
     logger.info("policies: %s", draws_line(draws))
@@ -160,7 +153,8 @@ def prepare(
     tokenized = pairs.tokenized
     logger.info(
         "policies: %d distinct pairs of %s (an epoch draws %d by weight, some again), %d dropped and %d with a shortened prompt",
-        *(len(tokenized.rows), source, mixture.total, tokenized.dropped, tokenized.truncated),
+        *(len(tokenized.rows), objective or config.paths.approach, mixture.total),
+        *(tokenized.dropped, tokenized.truncated),
     )
     say_one_prompt(tokenized.rows, "policies")
     biases = named_biases(methods, shared.paths)
@@ -173,12 +167,9 @@ def prepare(
         sides = (pairs, held_out) if any(method != BASELINE for method in methods) else ()
         logps = [reference_logps(shared, tokens.tokenizer, side.tokenized.rows) for side in sides]
         return Prepared(pairs, held_out, tuple(torch.stack(values) for values in logps), **named)
-    count = reference_sample_count(sample_pairs, shared.calibration)
-    trained_on = sample_pairs.reference_samples or any(uses_gamma(policy, method) for method in methods)
-    scored = _scored(
-        pairs, held_out, models, tokens, shared=shared, sample_count=count, trained_on=bool(trained_on)
-    )
-    return replace(scored, **named)
+    gamma = any(uses_gamma(config.policy, method) for method in methods)
+    trained_on = bool(config.pairs.reference_samples) or gamma
+    return replace(_scored(config, pairs, held_out, models, tokens, trained_on=trained_on), **named)
 
 
 def _is_debiased_dpo(method: str) -> bool:
@@ -220,21 +211,20 @@ def _label_offsets(pairs: PolicyPairs, biases: Mapping[str, FittedBias], tokens:
 
 
 def _scored(
+    config: PolicyConfig,
     pairs: PolicyPairs,
     held_out: PolicyPairs,
     models: Sequence[Scorer],
     tokens: PairTokens,
     *,
-    shared: SharedConfig,
-    sample_count: int,
     trained_on: bool,
 ) -> Prepared:
     """The pairs with their rewards, and with reference samples where any are drawn.
 
     Args:
-        sample_count: reference samples of each prompt; 0: none.
         trained_on: whether a method trains on them.
     """
+    shared, sample_count = config.shared, reference_sample_count(config.pairs, config.shared.calibration)
     sampling, by_prompt = with_sample_count(shared, sample_count), centers_by_prompt(shared.calibration)
     parts = [pairs.tokenized, held_out.tokenized]
 
@@ -253,30 +243,16 @@ def _scored(
     return Prepared(pairs, held_out, logps, (train, val), scale, samples)
 
 
-def method_inputs(
-    method: str,
-    prepared: Prepared,
-    *,
-    policy: PolicySection,
-    sample_pairs: PairsConfig,
-    max_length: int,
-    seed: int,
-) -> MethodInputs:
+def method_inputs(config: PolicyConfig, method: str, prepared: Prepared) -> MethodInputs:
     """Rows, columns, targets and stream of one method.
-
-    Args:
-        max_length: tokens of a pair's prompt and response together.
-        seed: of which pairs of samples are drawn and where they come.
 
     Raises:
         ConfigError: as `robust_reward.solve_reward` and `sample_pairs.draw_sample_pairs`.
     """
     held_rows, labelled = prepared.held_out.tokenized.rows, prepared.pairs.tokenized.rows
-    trained, notes = _labelled(prepared), label_notes(policy, method)
+    trained, notes = _labelled(prepared), label_notes(config.policy, method)
     if method_of(method).reads_rewards:
-        trained = _rewarded(
-            method, prepared, policy=policy, sample_pairs=sample_pairs, max_length=max_length, seed=seed
-        )
+        trained = _rewarded(config, method, prepared)
         notes = trained.targets.notes
     rows, targets = trained.rows, trained.targets
     columns = {
@@ -294,7 +270,7 @@ def method_inputs(
         columns |= {name: values.float() for name, values in train_targets.items()}
         held |= {name: values.float() for name, values in held_targets.items()}
     columns |= weight_column(prepared.pairs.tokenized.pairs, added=len(rows) - len(labelled))
-    if uses_gamma(policy, method):
+    if uses_gamma(config.policy, method):
         rows = with_gamma_samples(rows, trained.prompts, prepared.samples)
     ids = [pair.id for pair in prepared.pairs.tokenized.pairs]
     ids += [f"samples of {ids[i]}" for i in trained.prompts[len(ids) :]]
@@ -310,24 +286,14 @@ def _labelled(prepared: Prepared) -> _Trained:
     return _Trained(rows, range(len(rows)), prepared.ref_logps[0], stream)
 
 
-def _rewarded(
-    method: str,
-    prepared: Prepared,
-    *,
-    policy: PolicySection,
-    sample_pairs: PairsConfig,
-    max_length: int,
-    seed: int,
-) -> _Trained:
+def _rewarded(config: PolicyConfig, method: str, prepared: Prepared) -> _Trained:
     """The labelled pairs and the added ones of samples with the targets of a method that reads rewards."""
     trained, (train, held_out) = _labelled(prepared), prepared.scores
-    reward = None
+    policy, reward = config.policy, None
     if method_of(method).reward is not None:
         reward = solve_reward(policy, method, prepared.scale)
-        if sample_pairs.reference_samples and sample_pairs.share:
-            trained, train = _with_samples(
-                prepared, reward, share=sample_pairs.share, max_length=max_length, seed=seed
-            )
+        if config.pairs.reference_samples and config.pairs.share:
+            trained, train = _with_samples(config, prepared, reward)
     targets = method_targets(
         policy, method, train=train, held_out=held_out, scale=prepared.scale, reward=reward
     )
@@ -335,12 +301,12 @@ def _rewarded(
 
 
 def _with_samples(
-    prepared: Prepared, reward: RobustReward, *, share: float, max_length: int, seed: int
+    config: PolicyConfig, prepared: Prepared, reward: RobustReward
 ) -> tuple[_Trained, PairScores]:
-    """The labelled pairs with `share` of pairs of reference samples, and the scores of both."""
+    """The labelled pairs with `pairs.share` of pairs of reference samples, and the scores of both."""
     labelled, scale, samples = _labelled(prepared), prepared.scale, prepared.samples
-    count = added_pairs(len(labelled.stream), share)
-    drawn = draw_sample_pairs(samples, count, max_length=max_length, seed=seed)
+    count, seed = added_pairs(len(labelled.stream), config.pairs.share), config.shared.seed
+    drawn = draw_sample_pairs(samples, count, max_length=config.training.max_length, seed=seed)
     added = range(len(labelled.rows), len(labelled.rows) + count)
     sides = sides_by_reward(drawn, reward(scale.by_prompt()))
     rows, scores = with_sample_pairs(
@@ -385,14 +351,10 @@ Keys = tuple[str, ...]
 
 
 def policy_fingerprints(
+    config: PolicyConfig,
     method: str,
     *,
     tokenizer: PreTrainedTokenizerBase,
-    shared: SharedConfig,
-    policy: PolicySection,
-    sample_pairs: PairsConfig,
-    tuning: TuningConfig,
-    training: TrainingConfig,
     train: Split,
     models: Sequence[Scorer] = (),
 ) -> Keys:
@@ -402,48 +364,22 @@ def policy_fingerprints(
         train: the training pairs of each objective.
         models: the reward models of all objectives; may be left out where the method reads no rewards.
     """
-    rewarded = method_of(method).reads_rewards
-    splits = [
-        shared.paths.split(objective, split)
-        for objective in shared.paths.objectives
-        for split in ("train", "val")
-    ]
-    data = io.files_sha256(splits)
+    shared, paths, rewarded = config.shared, config.paths, method_of(method).reads_rewards
+    data = io.files_sha256([paths.split(k, split) for k in paths.objectives for split in ("train", "val")])
     if rewarded:
-        every = reward_keys(policy, method, [model.fingerprint for model in models])
+        every = reward_keys(config.policy, method, [model.fingerprint for model in models])
     else:  # what a method takes from the labels; of rewards it is in the weights
-        every = [[bias.record for bias in named_biases([method], shared.paths).values()]]
-    seed, how = shared.seed, as_dict(tuning)
-    base = reference_key(shared.model, shared.paths, tokenizer)
+        every = [[bias.record for bias in named_biases([method], paths).values()]]
+    seed, how = shared.seed, as_dict(config.tuning)
+    base = reference_key(shared.model, paths, tokenizer)
     calibrations = calibration_keys(shared.calibration) if rewarded else (None, None)
-    today, earlier = zip(training_keys(training), calibrations, strict=True)
-    read, before = settings_keys(policy, sample_pairs, method)
-    drawing: dict[str, Any] = {"policy": policy, "sample_pairs": sample_pairs, "training": training}
-    if repeats := binding_repeats(split_sizes(train), method_mixture(method, train, **drawing, seed=seed)):
+    today, earlier = zip(training_keys(config.training), calibrations, strict=True)
+    read, before = settings_keys(config.policy, config.pairs, method)
+    mixture = training_mixture(config, train, method_of(method).objective)
+    if repeats := binding_repeats(split_sizes(train), mixture):
         read, before = ({**values, "max_repeats": repeats} for values in (read, before))
     return tuple(
         io.fingerprint([method, settings, how, trained, seed, calibration, base, data, keys])
         for keys in every
         for settings, (trained, calibration) in ((read, today), (before, today), (before, earlier))
-    )
-
-
-def method_mixture(
-    method: str,
-    train: Split,
-    *,
-    policy: PolicySection,
-    sample_pairs: PairsConfig,
-    training: TrainingConfig,
-    seed: int,
-) -> Mixture:
-    """How a method's labelled pairs, those of the training split, are mixed."""
-    return training_mixture(
-        train,
-        weights=policy.weights,
-        max_pairs=training.max_pairs,
-        epochs=training.epochs,
-        seed=seed,
-        max_repeats=sample_pairs.max_repeats,
-        objective=method_of(method).objective,
     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts.paths import ArtifactPaths
+from prmd.config.policy import PolicyConfig
 from prmd.errors import DataError
 from prmd.models.chat_templates import render, template_fingerprint
 from prmd.models.tokenization import (
@@ -79,25 +80,16 @@ def read_splits(paths: ArtifactPaths) -> dict[str, Split]:
     return splits
 
 
-def training_mixture(
-    train: Split,
-    *,
-    weights: Mapping[str, float],
-    max_pairs: int | None,
-    epochs: float,
-    seed: int,
-    max_repeats: int | None = None,
-    objective: str | None = None,
-) -> Mixture:
-    """The mixture of a training: as many pairs per epoch as the split holds, and no more than `max_pairs`.
+def training_mixture(config: PolicyConfig, train: Split, objective: str | None = None) -> Mixture:
+    """The mixture of a training: as many pairs per epoch as the split holds, and no more than `training.max_pairs`.
 
     Args:
-        weights: share of each objective, in their order.
         objective: take this one's pairs alone, as many as all together would be.
     """
-    held = sum(map(len, train.values()))
+    held, weights = sum(map(len, train.values())), config.policy.weights
     own = {k: float(k == objective) for k in weights} if objective else weights
-    return Mixture(own, min(held, max_pairs or held), epochs, seed, max_repeats)
+    total = min(held, config.training.max_pairs or held)
+    return Mixture(own, total, config.training.epochs, config.shared.seed, config.pairs.max_repeats)
 
 
 def objective_draws(

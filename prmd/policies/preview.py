@@ -15,15 +15,14 @@ from typing import Any
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, reward_model_command, stage_command
 from prmd.artifacts.runs import read_run
-from prmd.config.policy import PairsConfig, PolicySection
-from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
+from prmd.config.policy import PolicyConfig, PolicySection
+from prmd.config.shared import SharedConfig
 from prmd.errors import UserError
 from prmd.inference.cache import ScoreTable
 from prmd.inference.reference import calibration_sampling, samples_table, with_sample_count
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import Tokens
 from prmd.pessimism.kl_budget import gate_row, usable_kl_target
-from prmd.policies.inputs import method_mixture
 from prmd.policies.methods import (
     BASELINE,
     POLICY_METHODS,
@@ -42,6 +41,7 @@ from prmd.policies.pairs import (
     draws_line,
     read_splits,
     split_sizes,
+    training_mixture,
 )
 from prmd.policies.robust_reward import solve_reward
 from prmd.policies.sample_pairs import GAMMA_SAMPLES
@@ -59,34 +59,29 @@ from prmd.training.dry_run import Sampled, describe_training, read_if_there
 logger = logging.getLogger(__name__)
 
 
-def describe_policies(
-    methods: Sequence[str],
-    *,
-    shared: SharedConfig,
-    policy: PolicySection,
-    sample_pairs: PairsConfig,
-    tuning: TuningConfig,
-    training: TrainingConfig,
-    run_name: str | None,
-) -> None:
+def describe_policies(config: PolicyConfig, methods: Sequence[str]) -> None:
     """Log what training these methods would read, do and write."""
-    paths, calibration = shared.paths, shared.calibration
+    paths, shared, share = config.paths, config.shared, config.pairs.share
     files = [paths.split(k, split) for split in ("train", "val") for k in paths.objectives]
     if any(method_of(method).reads_rewards for method in methods):
         describe_reward_models(paths)
     splits = read_if_there(files, partial(read_splits, paths))
     train = splits["train"] if splits else {}
-    sizes, count = split_sizes(train), reference_sample_count(sample_pairs, calibration)
-    how: dict[str, Any] = {"tuning": tuning, "training": training, "task": "policy", "read": files}
-    drawing = {"policy": policy, "sample_pairs": sample_pairs, "training": training, "seed": shared.seed}
+    sizes, count = split_sizes(train), reference_sample_count(config.pairs, shared.calibration)
+    how: dict[str, Any] = {
+        "tuning": config.tuning,
+        "training": config.training,
+        "task": "policy",
+        "read": files,
+    }
     for method in dict.fromkeys(methods):
-        directory, reads = paths.policy(method, run_name), method_of(method).reads_rewards
+        directory, reads = paths.policy(method, config.run_name), method_of(method).reads_rewards
         if method == SOUP:
             members = ", ".join(soup_members(paths.objectives))
             logger.info("would average %s to %s; nothing is trained", members, directory)
             continue
-        sampled = _sampled(method, policy, sample_pairs, calibration.max_new_tokens)
-        mixture = method_mixture(method, train, **drawing)
+        sampled = _sampled(config, method)
+        mixture = training_mixture(config, train, method_of(method).objective)
         drawn = drawn_pairs(sizes, mixture) if train else []
         describe_training(
             shared,
@@ -105,7 +100,7 @@ def describe_policies(
                 "TRL trains it: prompts twice, padded, all logits at once; the memory above is too low"
             )
         if sampled.paired:
-            times, share = 1 / (1 - sample_pairs.share), sample_pairs.share
+            times = 1 / (1 - share)
             logger.info(
                 "with pairs of reference samples, %.0f%% of all: %.3g times these steps", 100 * share, times
             )
@@ -121,10 +116,13 @@ def gamma_lengths(policy: PolicySection, methods: Sequence[str], max_new_tokens:
     return (max_new_tokens,) * GAMMA_SAMPLES if used else ()
 
 
-def _sampled(method: str, policy: PolicySection, sample_pairs: PairsConfig, max_new_tokens: int) -> Sampled:
-    drawn = sample_pairs.reference_samples and sample_pairs.share
+def _sampled(config: PolicyConfig, method: str) -> Sampled:
+    drawn, longest = (
+        config.pairs.reference_samples and config.pairs.share,
+        config.shared.calibration.max_new_tokens,
+    )
     pairs = drawn and method_of(method).reward is not None
-    return Sampled(gamma_lengths(policy, [method], max_new_tokens), max_new_tokens if pairs else 0)
+    return Sampled(gamma_lengths(config.policy, [method], longest), longest if pairs else 0)
 
 
 def describe_reward_models(paths: ArtifactPaths) -> None:
@@ -146,68 +144,42 @@ def gate_file(paths: ArtifactPaths) -> Path:
     return paths.reward_analysis / "gate.json"
 
 
-def preview_gate(
-    *,
-    shared: SharedConfig,
-    policy: PolicySection,
-    sample_pairs: PairsConfig,
-    training: TrainingConfig,
-    reward_model_length: int,
-) -> None:
-    """The gate before anything is trained, of the reward models that are finished.
-
-    Args:
-        reward_model_length: tokens to which stage 2 cut the prompts that it sampled.
-    """
+def preview_gate(config: PolicyConfig) -> None:
+    """The gate before anything is trained, of the reward models that are finished."""
+    shared, training = config.shared, config.training
     try:
         models = load_reward_models(shared)  # first: without them the base model need not be there
         tokenizer = load_tokenizer(shared.model, shared.paths)
-        drawn = reference_sample_count(sample_pairs, shared.calibration)
+        drawn = reference_sample_count(config.pairs, shared.calibration)
         splits = read_splits(shared.paths) if drawn else {}
         tokens = PairTokens(tokenizer, max_length=training.max_length, over_length=training.over_length)
     except UserError as error:
         logger.info("gate        not computed: %s", error)
         return
-    how = {"shared": shared, "policy": policy, "sample_pairs": sample_pairs}
-    describe_gate(models, tokens, splits, **how, reward_model_length=reward_model_length)
+    describe_gate(config, models, tokens, splits)
 
 
 def describe_gate(
-    models: Sequence[Scorer],
-    tokens: PairTokens,
-    splits: Mapping[str, Split],
-    *,
-    shared: SharedConfig,
-    policy: PolicySection,
-    sample_pairs: PairsConfig,
-    reward_model_length: int,
+    config: PolicyConfig, models: Sequence[Scorer], tokens: PairTokens, splits: Mapping[str, Split]
 ) -> None:
     """Compute, log and write the gate, or say in one line what is missing."""
-    count = reference_sample_count(sample_pairs, shared.calibration)
-    where = {"shared": shared, "sample_count": count, "reward_model_length": reward_model_length}
     try:
-        scored = cached_responses(models, tokens, splits, **where)
+        scored = cached_responses(config, models, tokens, splits)
     except UserError as error:
         logger.info("gate        not computed: %s", error)
         return
     if isinstance(scored, str):
         logger.info("gate        not computed: %s", scored)
         return
-    table = gate_table(policy, scored)
+    table = gate_table(config.policy, scored)
     for line in gate_lines(table):
         logger.info("gate        %s", line)
     if is_main_process():
-        logger.info("gate        written to %s", io.write_json(gate_file(shared.paths), table))
+        logger.info("gate        written to %s", io.write_json(gate_file(config.paths), table))
 
 
 def cached_responses(
-    models: Sequence[Scorer],
-    tokens: PairTokens,
-    splits: Mapping[str, Split],
-    *,
-    shared: SharedConfig,
-    sample_count: int,
-    reward_model_length: int,
+    config: PolicyConfig, models: Sequence[Scorer], tokens: PairTokens, splits: Mapping[str, Split]
 ) -> ScaleResponses | str:
     """Scored reference samples from the cache alone; or what is missing, with the command.
 
@@ -216,16 +188,15 @@ def cached_responses(
 
     Args:
         splits: from `pairs.read_splits`; not read where no samples are drawn.
-        sample_count: stage 3's own number.
-        reward_model_length: tokens to which stage 2 cut the prompts that it sampled.
     """
+    shared, sample_count = config.shared, reference_sample_count(config.pairs, config.shared.calibration)
     if not sample_count:
         return (
             "it needs scored samples of the reference and none are configured (calibration.source: "
             "validation_responses); set pairs.reference_samples=16 or calibration.source=reference_samples"
         )
     by_prompt = centers_by_prompt(shared.calibration)
-    lengths = sorted({reward_model_length, tokens.max_length})
+    lengths = sorted({config.reward_model_config.training.max_length, tokens.max_length})
     named = {"held-out prompts": "val", "training prompts": "train"}
     prompts = {source: distinct_prompts(splits[split], tokens, lengths) for source, split in named.items()}
     drawn = (

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.manifest import EVERYTHING
-from prmd.artifacts.paths import ArtifactPaths, policy_command, stage_command
+from prmd.artifacts.paths import policy_command, stage_command
 from prmd.artifacts.runs import (
     finish_run,
     is_current,
@@ -31,8 +31,7 @@ from prmd.artifacts.runs import (
     start_run,
     write_step_result,
 )
-from prmd.config.policy import PairsConfig, PolicyConfig, PolicySection
-from prmd.config.shared import ModelConfig, SharedConfig, TrainingConfig, TuningConfig
+from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.errors import DataError
 from prmd.inference.reference import check_engine
 from prmd.models.bases import base_record
@@ -45,7 +44,6 @@ from prmd.policies.inputs import (
     MethodInputs,
     Prepared,
     method_inputs,
-    method_mixture,
     policy_fingerprints,
     prepare,
     say_inputs,
@@ -58,14 +56,14 @@ from prmd.policies.methods import (
     reference_sample_count,
     soup_members,
 )
-from prmd.policies.pairs import PairTokens, PolicyPairs, Split, read_splits
+from prmd.policies.pairs import PairTokens, PolicyPairs, read_splits
 from prmd.policies.preview import describe_gate, describe_policies, gamma_lengths, preview_gate
 from prmd.policies.soup import average_policies
 from prmd.policies.targets import describe_targets, policy_loss, with_clip
 from prmd.policies.trl_baseline import kept_steps, train_trl_dpo, unweighted_notes
 from prmd.report import figures
 from prmd.report.policy_sections import training_outcome
-from prmd.rewards.reward_model import Scorer, load_reward_models
+from prmd.rewards.reward_model import load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
 from prmd.training.checkpoints import Trained, copy_model, name_checkpoints, trained_once
 from prmd.training.run import TrainingRun, check_training, run_training
@@ -85,13 +83,7 @@ def train_pessimistic(config: PolicyConfig, *, force: bool = False, dry_run: boo
         return config.paths.policies
     path = _train_methods(config, config.policy.methods, force, dry_run)
     if dry_run:
-        preview_gate(
-            shared=config.shared,
-            policy=config.policy,
-            sample_pairs=config.pairs,
-            training=config.training,
-            reward_model_length=config.reward_model_config.training.max_length,
-        )
+        preview_gate(config)
     return path
 
 
@@ -101,20 +93,16 @@ def train_hierarchical(config: PolicyConfig, *, force: bool = False, dry_run: bo
 
 
 def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dry_run: bool) -> Path:
-    shared, policy, tuning, training = config.shared, config.policy, config.tuning, config.training
+    shared, policy, training = config.shared, config.policy, config.training
     check_methods(methods, policy, samples=reference_sample_count(config.pairs, shared.calibration))
     trained = [method for method in dict.fromkeys(methods) if method != SOUP]
-    settings: dict[str, Any] = {"shared": shared, "policy": policy, "sample_pairs": config.pairs}
-    how: dict[str, Any] = {"tuning": tuning, "training": training}
     if dry_run:
-        describe_policies(methods, run_name=config.run_name, **settings, **how)
+        describe_policies(config, methods)
         return config.paths.policies
     splits = read_splits(config.paths)  # refuses missing or empty ones before anything is loaded or written
     tokenizer = load_tokenizer(shared.model, config.paths)
-    folders = PolicyFolders(
-        config.paths, shared.model, config.run_name, force, partial(finish_run, config=config)
-    )
-    key = partial(policy_fingerprints, tokenizer=tokenizer, train=splits["train"], **settings, **how)
+    folders = PolicyFolders(config, force)
+    key = partial(policy_fingerprints, config, tokenizer=tokenizer, train=splits["train"])
     if SOUP in methods:
         _check_soup(folders, key, being_trained=trained)
     rewarded = any(method_of(method).reads_rewards for method in trained)
@@ -122,22 +110,22 @@ def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dr
     todo = _not_finished(folders, trained, partial(key, models=models))
     if todo:
         check_engine(shared.calibration)
-        directory = folders.of(next(iter(todo)))
-        sampled = gamma_lengths(policy, list(todo), shared.calibration.max_new_tokens)
-        disk: dict[str, Any] = {"directory": directory, "trainings": len(todo)}
-        check_training(shared.model, shared.paths, tuning, training, task="policy", sampled=sampled, **disk)
+        check_training(
+            *(shared.model, shared.paths, config.tuning, training),
+            task="policy",
+            directory=folders.of(next(iter(todo))),
+            sampled=gamma_lengths(policy, list(todo), shared.calibration.max_new_tokens),
+            trainings=len(todo),
+        )
         tokens = PairTokens(tokenizer, max_length=training.max_length, over_length=training.over_length)
     for objective in dict.fromkeys(method_of(method).objective for method in todo):
         alike = {m: fingerprint for m, fingerprint in todo.items() if method_of(m).objective == objective}
-        prepared = _prepare(
-            *(list(alike), objective, models, tokens, splits),
-            training=training,
-            reward_model_length=config.reward_model_config.training.max_length,
-            **settings,
-        )
-        _train_alike(alike, prepared, folders, tokenizer, **settings, **how)
+        prepared = prepare(config, list(alike), models, tokens, splits)
+        if prepared.scores and reference_sample_count(config.pairs, shared.calibration):
+            describe_gate(config, models, tokens, splits)
+        _train_alike(alike, prepared, folders, tokenizer)
     if SOUP in methods:
-        _make_soup(folders, key, policy.weights)
+        _make_soup(folders, key)
     return config.paths.policies
 
 
@@ -146,21 +134,15 @@ class PolicyFolders:
     """Where the policies of a run lie, and what is recorded with each.
 
     Attributes:
-        base: the model that policies are trained from.
-        run_name: behind the method's name; None: that alone.
         force: replace what is finished.
-        record: `finish_run` with the settings of the run, its last file.
     """
 
-    paths: ArtifactPaths
-    base: ModelConfig
-    run_name: str | None
+    config: PolicyConfig
     force: bool
-    record: Callable[..., None]
 
     def of(self, method: str) -> Path:
         """A policy's folder."""
-        return self.paths.policy(method, self.run_name)
+        return self.config.paths.policy(method, self.config.run_name)
 
     def holds(self, method: str, fingerprints: Keys) -> bool:
         """Whether a policy is finished and to be reused; says so."""
@@ -188,7 +170,7 @@ class PolicyFolders:
             make: (folder, log directory) -> its metrics; leaves the weights in the folder.
             also: further metrics.
         """
-        paths, directory = self.paths, self.of(method)
+        config, paths, directory = self.config, self.config.paths, self.of(method)
         clock, partial_folder = start_run(), partial_directory(directory, fingerprint, self.force)
         log_directory = paths.logs("policies", paths.approach, directory.name)
         metrics: dict[str, Any] = {"method": directory.name, "approach": paths.approach, "notes": []}
@@ -197,8 +179,8 @@ class PolicyFolders:
         if is_main_process():
             path = io.write_json(partial_folder / "metrics.json", metrics)
             figures.plot_policy_training(path, paths.visualizations)
-            inputs = {"policy": fingerprint, "base": base_record(self.base, paths)}
-            self.record(partial_folder, inputs=inputs, fingerprint=fingerprint, clock=clock)
+            inputs = {"policy": fingerprint, "base": base_record(config.shared.model, paths)}
+            finish_run(partial_folder, config=config, inputs=inputs, fingerprint=fingerprint, clock=clock)
         publish(partial_folder, directory)
         if is_main_process():
             run, took = read_run(directory) or {}, ("seconds", "peak_memory_bytes")
@@ -224,101 +206,46 @@ def _not_finished(
 
 
 # ------------------------------------------------------------------ training
-def _prepare(
-    methods: Sequence[str],
-    objective: str | None,
-    models: Sequence[Scorer],
-    tokens: PairTokens,
-    splits: Mapping[str, Split],
-    *,
-    shared: SharedConfig,
-    policy: PolicySection,
-    sample_pairs: PairsConfig,
-    training: TrainingConfig,
-    reward_model_length: int,
-) -> Prepared:
-    """What methods on the same pairs share, and the closed-form table where they read rewards of reference samples.
-
-    Args:
-        objective: whose pairs these are; None: those of all.
-        models: the reward models of all objectives; none where no method of the stage reads rewards.
-        reward_model_length: tokens to which stage 2 cut the prompts that it sampled.
-    """
-    drawing: dict[str, Any] = {"policy": policy, "sample_pairs": sample_pairs, "training": training}
-    mixture = method_mixture(methods[0], splits["train"], **drawing, seed=shared.seed)
-    settings: dict[str, Any] = {"shared": shared, "policy": policy, "sample_pairs": sample_pairs}
-    source = objective or shared.paths.approach
-    prepared = prepare(methods, models, tokens, splits=splits, mixture=mixture, source=source, **settings)
-    rewarded = any(method_of(method).reads_rewards for method in methods)
-    if rewarded and reference_sample_count(sample_pairs, shared.calibration):
-        describe_gate(models, tokens, splits, **settings, reward_model_length=reward_model_length)
-    return prepared
-
-
 def _train_alike(
     methods: Mapping[str, str],
     prepared: Prepared,
     folders: PolicyFolders,
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    shared: SharedConfig,
-    policy: PolicySection,
-    sample_pairs: PairsConfig,
-    tuning: TuningConfig,
-    training: TrainingConfig,
 ) -> None:
     """Train methods that see the same pairs; all their targets are made before the first one is trained.
 
     Args:
         methods: their fingerprints by name.
     """
-    drawing: dict[str, Any] = {
-        "sample_pairs": sample_pairs,
-        "max_length": training.max_length,
-        "seed": shared.seed,
-    }
-    inputs = {m: method_inputs(m, prepared, policy=policy, **drawing) for m in methods if m != BASELINE}
+    config = folders.config
+    inputs = {m: method_inputs(config, m, prepared) for m in methods if m != BASELINE}
     for method, own in inputs.items():
         say_inputs(method, own)
-    how: dict[str, Any] = {"shared": shared, "policy": policy, "tuning": tuning, "training": training}
     for method, fingerprint in methods.items():
         train: Callable[[Path, Path], dict[str, Any]]
         if method == BASELINE:
-            train = partial(_train_baseline, prepared.pairs, prepared.held_out, tokenizer, **how)
+            train = partial(_train_baseline, config, prepared.pairs, prepared.held_out, tokenizer)
         else:
-            train = partial(_distil, method, inputs.pop(method), tokenizer, **how)
+            train = partial(_distil, config, method, inputs.pop(method), tokenizer)
         folders.write(method, fingerprint, train, draws=prepared.draws)
 
 
 def _train_baseline(
+    config: PolicyConfig,
     pairs: PolicyPairs,
     held_out: PolicyPairs,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     log_directory: Path,
-    *,
-    shared: SharedConfig,
-    policy: PolicySection,
-    tuning: TuningConfig,
-    training: TrainingConfig,
 ) -> dict[str, Any]:
     notes = unweighted_notes(pairs.tokenized.pairs)
     for note in notes:
         logger.warning("policy %s: %s", BASELINE, note)
 
     def train() -> Trained:
-        curve = train_trl_dpo(
-            pairs,
-            held_out.tokenized,
-            tokenizer,
-            shared=shared,
-            beta=policy.beta,
-            tuning=tuning,
-            training=training,
-            directory=folder,
-            log_directory=log_directory,
-        )
-        return curve, kept_steps(pairs, training, shared.seed, folder)
+        where = {"directory": folder, "log_directory": log_directory}
+        curve = train_trl_dpo(config, pairs, held_out.tokenized, tokenizer, **where)
+        return curve, kept_steps(config, pairs, folder)
 
     curve, steps = trained_once(folder, train)
     if is_main_process():
@@ -327,18 +254,15 @@ def _train_baseline(
 
 
 def _distil(
+    config: PolicyConfig,
     method: str,
     inputs: MethodInputs,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     log_directory: Path,
-    *,
-    shared: SharedConfig,
-    policy: PolicySection,
-    tuning: TuningConfig,
-    training: TrainingConfig,
 ) -> dict[str, Any]:
     """Train one policy with our trainer."""
+    shared, tuning = config.shared, config.tuning
 
     def load(master_weights: bool) -> SequenceLogps:
         model = load_causal_lm(shared.model, shared.paths, master_weights=master_weights)
@@ -346,7 +270,7 @@ def _distil(
         return SequenceLogps(add_lora(model, tuning.lora, task="CAUSAL_LM") if lora else model)
 
     kind = method_of(method).loss
-    policy = with_clip(policy, inputs.targets)
+    policy = with_clip(config.policy, inputs.targets)
     before_step = None
     if kind == "edpo":
         before_step = choosing_members(inputs.train, beta=policy.beta, pad_id=tokenizer.pad_token_id)
@@ -356,7 +280,7 @@ def _distil(
         directory=folder,
         shared=shared,
         tuning=tuning,
-        training=training,
+        training=config.training,
         data=inputs.train,
         stream=inputs.stream,
         eval_data=inputs.held_out,
@@ -401,7 +325,7 @@ def _check_soup(folders: PolicyFolders, key: Callable[[str], Keys], being_traine
     Raises:
         DataError: one that is not about to be trained is missing, or was trained with other settings.
     """
-    names = soup_members(folders.paths.objectives)
+    names = soup_members(folders.config.paths.objectives)
     for name in names:
         source = folders.of(name)
         if name in being_trained or is_current(source, *key(name)):
@@ -412,12 +336,9 @@ def _check_soup(folders: PolicyFolders, key: Callable[[str], Keys], being_traine
         raise DataError(f"soup averages {members}, and {source} {state}; train them with: {command}")
 
 
-def _make_soup(folders: PolicyFolders, key: Callable[[str], Keys], objectives: Mapping[str, float]) -> None:
-    """Average the finished per-objective policies; nothing is trained.
-
-    Args:
-        objectives: their weights.
-    """
+def _make_soup(folders: PolicyFolders, key: Callable[[str], Keys]) -> None:
+    """Average the finished per-objective policies; nothing is trained."""
+    objectives = folders.config.policy.weights
     names, weights = soup_members(objectives), list(objectives.values())
     sources, keys = [folders.of(name) for name in names], [key(name) for name in names]
     fingerprints = tuple(io.fingerprint([SOUP, list(alike), weights]) for alike in zip(*keys, strict=True))

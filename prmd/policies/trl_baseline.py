@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from trl import DPOConfig, DPOTrainer
 
-from prmd.config.shared import SharedConfig, TrainingConfig, TuningConfig
+from prmd.config.policy import PolicyConfig
 from prmd.errors import ConfigError
 from prmd.models.loading import load_causal_lm, lora_config
 from prmd.pairs import PreferencePair
@@ -150,14 +150,11 @@ def _random_numbers_kept() -> AbstractContextManager[None]:
 
 
 def train_trl_dpo(
+    config: PolicyConfig,
     pairs: PolicyPairs,
     held_out: TokenizedPairs,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    shared: SharedConfig,
-    beta: float,
-    tuning: TuningConfig,
-    training: TrainingConfig,
     directory: Path,
     log_directory: Path,
 ) -> list[dict[str, float]]:
@@ -170,6 +167,7 @@ def train_trl_dpo(
         StoppedError: as `StopRequests.heard`.
         NotFiniteError: a gradient is NaN or infinite, or the weights are at the end.
     """
+    shared, tuning, training = config.shared, config.tuning, config.training
     # The plan of our own trainer, so that TRL sees the same pairs in the same steps.
     plan = plan_run(pairs.tokenized.rows, pairs.stream, training, seed=shared.seed)
     rows, ids = baseline_rows(pairs.tokenized.pairs, plan.batches), [p.id for p in pairs.tokenized.pairs]
@@ -179,16 +177,17 @@ def train_trl_dpo(
     watched = baseline_rows(held_out.pairs, [MicroBatch(tuple(range(len(held_out.pairs))))])
     shares = ShareCheckpoints(checkpoint_steps(training.checkpoints, plan.steps), evaluates=bool(watched))
     guard = RefuseNotFinite(NAME, [[ids[i] for i in rows] for rows in plan.pairs])
-    reporting = {"shared": shared, "log_directory": log_directory, "resumed": resume is not None}
     set_seed(shared.seed)
     trainer = _WatchedTrainer(
         model=load_causal_lm(shared.model, shared.paths, master_weights=precision.master_weights),
-        args=_dpo_arguments(precision, directory, plan, beta=beta, training=training, seed=shared.seed),
+        args=_dpo_arguments(config, precision, directory, plan),
         train_dataset=dataset_of(rows, directory / DATASET),
         eval_dataset=dataset_of(watched, directory / HELD_OUT) if watched else None,
         processing_class=tokenizer,
         peft_config=lora_config(tuning.lora, task="CAUSAL_LM") if tuning.method == "lora" else None,
-        callbacks=_callbacks(shares, stops, guard, beta=beta, **reporting),
+        callbacks=_callbacks(
+            config, shares, stops, guard, log_directory=log_directory, resumed=resume is not None
+        ),
     )
     with stops.heard(NAME):
         _train(trainer, resume)
@@ -197,11 +196,11 @@ def train_trl_dpo(
 
 
 def _callbacks(
-    *own: TrainerCallback, beta: float, shared: SharedConfig, log_directory: Path, resumed: bool
+    config: PolicyConfig, *own: TrainerCallback, log_directory: Path, resumed: bool
 ) -> list[TrainerCallback]:
     """The callbacks of a training; our columns come before the loggers, which read their values."""
-    columns = _OurColumns(beta, get_runtime().world_size)
-    reporting = reporting_callbacks(shared.report_to, log_directory, NAME, task="policy", resumed=resumed)
+    columns, report_to = _OurColumns(config.policy.beta, get_runtime().world_size), config.shared.report_to
+    reporting = reporting_callbacks(report_to, log_directory, NAME, task="policy", resumed=resumed)
     return [columns, RefuseUnsharded(), *own, *reporting]
 
 
@@ -214,10 +213,10 @@ def _train(trainer: DPOTrainer, resume: Path | None) -> None:
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
 
 
-def kept_steps(pairs: PolicyPairs, training: TrainingConfig, seed: int, directory: Path) -> dict[int, str]:
+def kept_steps(config: PolicyConfig, pairs: PolicyPairs, directory: Path) -> dict[int, str]:
     """The names by step of the checkpoints that TRL left in `directory` at the shares of `training.checkpoints`."""
-    plan = plan_run(pairs.tokenized.rows, pairs.stream, training, seed=seed)
-    steps = checkpoint_steps(training.checkpoints, plan.steps)
+    plan = plan_run(pairs.tokenized.rows, pairs.stream, config.training, seed=config.shared.seed)
+    steps = checkpoint_steps(config.training.checkpoints, plan.steps)
     return {step: name for step, name in steps.items() if (directory / f"{PREFIX}{step}").is_dir()}
 
 
@@ -249,21 +248,15 @@ def equal_batches(size: StepSize, most: int) -> int:
 
 
 def _dpo_arguments(
-    precision: Precision,
-    directory: Path,
-    plan: TrainingPlan,
-    *,
-    beta: float,
-    training: TrainingConfig,
-    seed: int,
+    config: PolicyConfig, precision: Precision, directory: Path, plan: TrainingPlan
 ) -> DPOConfig:
     """TRL's arguments for the configured training over the pairs of `plan` in their order."""
-    on_gpu = get_device().type == "cuda"
+    training, on_gpu = config.training, get_device().type == "cuda"
     own = equal_batches(plan.size, training.pairs_per_device)
     eight_bit = precision.optimizer == "adamw_8bit_stochastic"
     arguments = DPOConfig(
         output_dir=str(directory),
-        beta=beta,
+        beta=config.policy.beta,
         max_length=training.max_length + TEMPLATE_TAIL,
         precompute_ref_log_probs=True,
         num_train_epochs=1,
@@ -288,6 +281,6 @@ def _dpo_arguments(
         report_to="none",
         disable_tqdm=True,
         use_cpu=not on_gpu,
-        seed=seed,
+        seed=config.shared.seed,
     )
     return on_one_gpu(arguments)

@@ -89,16 +89,7 @@ def test_the_gate_takes_the_samples_of_the_calibration_before_stage_three(
         model.rewards(
             sample_rows(prompts[:scored], samples[:scored], tokenizer, keep_suffix=True), description="c"
         )
-    splits, count = read_splits(config.paths), config.pairs.reference_samples
-    length = config.reward_model_config.training.max_length
-    found = preview.cached_responses(
-        models,
-        tokens_of(config),
-        splits,
-        shared=shared,
-        sample_count=count,
-        reward_model_length=length,
-    )
+    found = preview.cached_responses(config, models, tokens_of(config), read_splits(config.paths))
     assert found.samples_per_prompt == 5 and found.by_prompt().shape == (3, M, 4, 5)
     assert found.by_prompt().mean(dim=-1).abs().max() < 1e-9  # centred on each prompt's own samples
     table = preview.gate_table(config.policy, found)

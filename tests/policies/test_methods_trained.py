@@ -175,7 +175,7 @@ def test_dpo_takes_out_of_each_label_what_the_features_of_its_objective_predict(
     seen: list[Any] = []
     original = train.method_inputs
     monkeypatch.setattr(
-        train, "method_inputs", lambda *a, **k: seen.append((a[1], original(*a, **k))) or seen[-1][1]
+        train, "method_inputs", lambda *a, **k: seen.append((a[2], original(*a, **k))) or seen[-1][1]
     )
     train_pessimistic(config)
     prepared, inputs = seen[0]

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_policies import mixture_of, tokens_of, trained_on
+from tiny_policies import tokens_of, trained_on
 from tiny_workspace import policy_config
 from torch import Tensor
 
@@ -98,17 +98,7 @@ def with_source(config: PolicyConfig, source: str) -> PolicyConfig:
 
 
 def prepared(config: PolicyConfig, models: list[StandIn]) -> Prepared:
-    return prepare(
-        ["hard_min"],
-        models,  # type: ignore[arg-type]
-        tokens_of(config),
-        splits=read_splits(config.paths),
-        mixture=mixture_of(config),
-        source="embedded",
-        shared=config.shared,
-        policy=config.policy,
-        sample_pairs=config.pairs,
-    )
+    return prepare(config, ["hard_min"], models, tokens_of(config), read_splits(config.paths))  # type: ignore[arg-type]
 
 
 def scored(config: PolicyConfig, models: list[StandIn]) -> tuple[PairScores, ScaleResponses]:

@@ -89,13 +89,10 @@ def train(
     held_out: TokenizedPairs | None = None,
 ) -> list[dict[str, float]]:
     return train_trl_dpo(
+        config,
         pairs,
         pairs.tokenized if held_out is None else held_out,
         load_tokenizer(config.shared.model, config.paths),
-        shared=config.shared,
-        beta=config.policy.beta,
-        tuning=config.tuning,
-        training=config.training,
         directory=directory,
         log_directory=log_directory,
     )
@@ -326,10 +323,10 @@ def test_the_held_out_loss_is_that_of_the_saved_policy(
 def test_its_checkpoints_are_kept_by_their_shares(
     config: PolicyConfig, pairs: PolicyPairs, tmp_path: Path
 ) -> None:
-    shared = config.training.model_copy(update={"checkpoints": (0.5, 1.0)})
-    folder = tmp_path / "policy"
-    train(config.model_copy(update={"training": shared}), pairs, folder, tmp_path / "logs")
-    steps = kept_steps(pairs, shared, config.seed, folder)
+    halves = config.training.model_copy(update={"checkpoints": (0.5, 1.0)})
+    config, folder = config.model_copy(update={"training": halves}), tmp_path / "policy"
+    train(config, pairs, folder, tmp_path / "logs")
+    steps = kept_steps(config, pairs, folder)
     assert list(steps.values()) == ["50", "end"]
     name_checkpoints(folder, steps)
     half, end, policy = (

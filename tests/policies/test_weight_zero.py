@@ -175,15 +175,11 @@ def test_members_of_an_objective_without_weight_are_not_spoken_of() -> None:
 
 # ------------------------------------------------------------------ fingerprints
 def keys_of(folder: Path, method: str, models: list[str], policy: PolicySection) -> tuple[str, ...]:
-    config = policy_config(folder)
+    config = policy_config(folder).model_copy(update={"policy": policy})
     return policy_fingerprints(
+        config,
         method,
         tokenizer=load_tokenizer(config.shared.model, config.paths),
-        shared=config.shared,
-        policy=policy,
-        sample_pairs=config.pairs,
-        tuning=config.tuning,
-        training=config.training,
         train={objective: [] for objective in config.paths.objectives},
         models=[SimpleNamespace(fingerprint=key) for key in models],
     )

@@ -187,13 +187,10 @@ def test_the_baseline_stops_at_its_step_instead_of_training_on_nan(tmp_path: Pat
     pairs = trained_on(config)
     with pytest.raises(NotFiniteError) as stop:
         train_trl_dpo(
+            config,
             pairs,
             pairs.tokenized,
             load_tokenizer(shared.model, shared.paths),
-            shared=shared,
-            beta=0.1,
-            tuning=tuning,
-            training=training,
             directory=tmp_path / "policy",
             log_directory=tmp_path / "logs",
         )
