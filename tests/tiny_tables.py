@@ -47,6 +47,10 @@ class Table:
         )
         return [torch.stack([table[tokens_key(r.prompt_ids, y)].double() for y in r.responses]) for r in rows]
 
+    def held(self, rows: list[PrefixRow]) -> list[bool]:
+        table = ScoreTable(self.paths.cache("rewards", self.fingerprint), self.members)
+        return [table.holds([row]) for row in rows]
+
     def reward(self, prompt: Tokens, response: Tokens) -> Tensor:
         seed = int.from_bytes(tokens_key(prompt, response)[:4], "little") + sum(self.fingerprint.encode())
         generator = torch.Generator().manual_seed(seed)

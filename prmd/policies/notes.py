@@ -108,7 +108,7 @@ def method_notes(policy: PolicySection, method: str, train: PairScores, targets:
         notes += _same_rewards(policy, method, k, m)
     if method_of(method).reads_rewards:
         notes += _without_margins(policy, train.rewards)
-    if kind in ("distil", "paper", "edpo"):
+    if method_of(method).reward is not None:
         notes += _same_margins(policy, method, m)
         notes += _one_model(policy, method, train.rewards)
     if method == "paper_eq5" and policy.loss == "squared":

@@ -18,7 +18,6 @@ from prmd.artifacts.runs import read_run
 from prmd.config.policy import PolicyConfig, PolicySection
 from prmd.config.shared import SharedConfig
 from prmd.errors import UserError
-from prmd.inference.cache import ScoreTable
 from prmd.inference.reference import calibration_sampling, samples_table, with_sample_count
 from prmd.models.loading import load_tokenizer
 from prmd.models.tokenization import Tokens
@@ -51,7 +50,6 @@ from prmd.policies.scores import (
     sample_prompts,
     score_samples,
 )
-from prmd.rewards.brought import BroughtReward
 from prmd.rewards.reward_model import Scorer, load_reward_models
 from prmd.runtime import is_main_process
 from prmd.training.dry_run import Sampled, describe_training, read_if_there
@@ -229,21 +227,12 @@ def _scored_prompts(
         return None
     messages = [tokens.messages_of(prompt) for prompt in cached]
     found = sample_prompts(sampling, tokens.tokenizer, cached, messages)
-    kept = set(range(len(cached)))
-    for model in models:
-        kept &= set(_cached(model, found.rows_for_rewards(model)))
+    held = [model.held(found.rows_for_rewards(model)) for model in models]
+    kept = [i for i, everywhere in enumerate(zip(*held, strict=True)) if all(everywhere)]
     if not kept:
         return None
     parts = (cached, found.responses, found.messages)
-    return SampledPrompts(*([part[i] for i in sorted(kept)] for part in parts))
-
-
-def _cached(model: Scorer, rows: Sequence[Any]) -> list[int]:
-    """The rows all of whose rewards are in the cache."""
-    if isinstance(model, BroughtReward):
-        return [i for i, held in enumerate(model.held(rows)) if held]
-    table = ScoreTable(model.paths.cache("rewards", model.fingerprint), model.members)
-    return [i for i, row in enumerate(rows) if table.holds([row])]
+    return SampledPrompts(*([part[i] for i in kept] for part in parts))
 
 
 def gate_table(policy: PolicySection, scored: ScaleResponses) -> dict[str, Any]:

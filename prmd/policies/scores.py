@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from prmd.config.shared import CalibrationConfig, SharedConfig
 from prmd.inference.generation import GeneratedResponse, sample_rows
 from prmd.inference.reference import reference_logps, reference_samples
-from prmd.models.tokenization import PrefixRow, TokenizedPairs, Tokens
+from prmd.models.tokenization import TokenizedPairs, Tokens
 from prmd.pairs import Message
 from prmd.pessimism.aggregation import stack_objectives
 from prmd.pessimism.calibration import calibrate, prompt_means
@@ -38,10 +38,6 @@ class SampledPrompts:
         if isinstance(model, BroughtReward):
             return model.rows_of_samples(self.messages, self.responses)
         return rows_of_samples(model, self.prompts, self.responses)
-
-    def rows_for_policies(self, tokenizer: PreTrainedTokenizerBase) -> list[PrefixRow]:
-        """Rows of a prompt and its samples as policies are trained on them, by the tokens that were sampled."""
-        return sample_rows(self.prompts, self.responses, tokenizer, keep_suffix=False)
 
 
 def sample_prompts(
@@ -145,8 +141,8 @@ def score_samples(
 def score_as_policy(
     shared: SharedConfig, tokenizer: PreTrainedTokenizerBase, sampled: SampledPrompts
 ) -> ReferenceSamples:
-    """Reference samples as the policy is trained on them."""
-    rows = sampled.rows_for_policies(tokenizer)
+    """Reference samples as the policy is trained on them, by the tokens that were sampled."""
+    rows = sample_rows(sampled.prompts, sampled.responses, tokenizer, keep_suffix=False)
     return ReferenceSamples(rows, torch.stack(reference_logps(shared, tokenizer, rows)))
 
 

@@ -103,7 +103,10 @@ def method_targets(
         reward = reward or solve_reward(policy, method, scale)
         margins = [_margins(policy, method, reward, scores) for scores in (train, held_out)]
         clip = _clip(policy, reward.reward_scale * margins[0])
-        targets = [_clipped(m, reward_scale=reward.reward_scale, margin_clip=clip) for m in margins]
+        how = {"reward_scale": reward.reward_scale, "margin_clip": clip}
+        targets = [
+            target_margins(chosen_rewards=m, rejected_rewards=torch.zeros_like(m), **how) for m in margins
+        ]
         clipped = float((targets[0].abs() >= clip).double().mean())
         columns = tuple(_columns(kind, policy, own) for own in targets)
         found = [c["target_margins"] for c in columns]
@@ -158,15 +161,6 @@ def _clip(policy: PolicySection, unclipped: Tensor) -> float:
     found = AUTO_CLIP * float(unclipped.double().square().mean().sqrt())
     # A float32, as the targets that the loss reads: what is cut is then equal to it there too.
     return float(np.float32(found)) or math.inf
-
-
-def _clipped(margins: Tensor, *, reward_scale: float, margin_clip: float) -> Tensor:
-    return target_margins(
-        chosen_rewards=margins,
-        rejected_rewards=torch.zeros_like(margins),
-        reward_scale=reward_scale,
-        margin_clip=margin_clip,
-    )
 
 
 def with_clip(policy: PolicySection, targets: Targets | None) -> PolicySection:

@@ -60,12 +60,12 @@ from prmd.policies.pairs import PairTokens, PolicyPairs, read_splits
 from prmd.policies.preview import describe_gate, describe_policies, gamma_lengths, preview_gate
 from prmd.policies.soup import average_policies
 from prmd.policies.targets import describe_targets, policy_loss, with_clip
-from prmd.policies.trl_baseline import kept_steps, train_trl_dpo, unweighted_notes
+from prmd.policies.trl_baseline import train_trl_dpo, unweighted_notes
 from prmd.report import figures
 from prmd.report.policy_sections import training_outcome
 from prmd.rewards.reward_model import load_reward_models
 from prmd.runtime import is_main_process, set_seed, wait_for_everyone
-from prmd.training.checkpoints import Trained, copy_model, name_checkpoints, trained_once
+from prmd.training.checkpoints import copy_model, name_checkpoints, trained_once
 from prmd.training.run import TrainingRun, check_training, run_training
 
 logger = logging.getLogger(__name__)
@@ -242,11 +242,8 @@ def _train_baseline(
     for note in notes:
         logger.warning("policy %s: %s", BASELINE, note)
 
-    def train() -> Trained:
-        where = {"directory": folder, "log_directory": log_directory}
-        curve = train_trl_dpo(config, pairs, held_out.tokenized, tokenizer, **where)
-        return curve, kept_steps(config, pairs, folder)
-
+    where = {"directory": folder, "log_directory": log_directory}
+    train = partial(train_trl_dpo, config, pairs, held_out.tokenized, tokenizer, **where)
     curve, steps = trained_once(folder, train)
     if is_main_process():
         name_checkpoints(folder, steps)  # the reward-KL frontier has points of every method

@@ -28,7 +28,13 @@ from prmd.policies.pairs import PolicyPairs, TokenizedPairs
 from prmd.runtime import get_device, get_runtime, is_main_process, set_seed, wait_for_everyone
 from prmd.training.arguments import on_one_gpu, reporting_callbacks
 from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_run
-from prmd.training.checkpoints import PREFIX, ShareCheckpoints, checkpoint_steps, newest_complete
+from prmd.training.checkpoints import (
+    PREFIX,
+    ShareCheckpoints,
+    Trained,
+    checkpoint_steps,
+    newest_complete,
+)
 from prmd.training.precision import Precision
 from prmd.training.run import choose_precision, refuse_other_steps
 from prmd.training.sharding import RefuseUnsharded, requested_sharding
@@ -157,11 +163,11 @@ def train_trl_dpo(
     *,
     directory: Path,
     log_directory: Path,
-) -> list[dict[str, float]]:
+) -> Trained:
     """Train with TRL and save the policy (adapter or full weights) to `directory`; resumes what was interrupted.
 
     Returns:
-        TRL's log rows; held-out keys begin with `eval_`.
+        TRL's log rows, held-out keys beginning with `eval_`, and the names by step of the checkpoints that are there.
 
     Raises:
         StoppedError: as `StopRequests.heard`.
@@ -175,7 +181,8 @@ def train_trl_dpo(
     resume, stops = newest_complete(directory), StopRequests()
     refuse_other_steps(directory, precision, plan, resumed=resume is not None)
     watched = baseline_rows(held_out.pairs, [MicroBatch(tuple(range(len(held_out.pairs))))])
-    shares = ShareCheckpoints(checkpoint_steps(training.checkpoints, plan.steps), evaluates=bool(watched))
+    steps = checkpoint_steps(training.checkpoints, plan.steps)
+    shares = ShareCheckpoints(steps, evaluates=bool(watched))
     guard = RefuseNotFinite(NAME, [[ids[i] for i in rows] for rows in plan.pairs])
     set_seed(shared.seed)
     trainer = _WatchedTrainer(
@@ -192,7 +199,8 @@ def train_trl_dpo(
     with stops.heard(NAME):
         _train(trainer, resume)
     _save(trainer, tokenizer, directory)
-    return trainer.state.log_history
+    kept = {step: name for step, name in steps.items() if (directory / f"{PREFIX}{step}").is_dir()}
+    return trainer.state.log_history, kept
 
 
 def _callbacks(
@@ -211,13 +219,6 @@ def _train(trainer: DPOTrainer, resume: Path | None) -> None:
     if resume is not None:
         logger.info("%s: resuming from %s", NAME, resume.name)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-
-
-def kept_steps(config: PolicyConfig, pairs: PolicyPairs, directory: Path) -> dict[int, str]:
-    """The names by step of the checkpoints that TRL left in `directory` at the shares of `training.checkpoints`."""
-    plan = plan_run(pairs.tokenized.rows, pairs.stream, config.training, seed=config.shared.seed)
-    steps = checkpoint_steps(config.training.checkpoints, plan.steps)
-    return {step: name for step, name in steps.items() if (directory / f"{PREFIX}{step}").is_dir()}
 
 
 def _save(trainer: DPOTrainer, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

@@ -102,8 +102,7 @@ class RewardModel:
         Returns:
             One float64 [n_responses, M] tensor per row.
         """
-        place, name = self.paths.cache("rewards", self.fingerprint), str(self.directory)
-        table = ScoreTable(place, self.members, model=name)
+        table = self._table("rewards", self.fingerprint, self.members)
 
         def values(features: Tensor, base: Tensor) -> Tensor:
             return self.ensemble.rewards(features, base) if self.ensemble else base[:, None]
@@ -111,17 +110,24 @@ class RewardModel:
         opened = self._open_adapters if self.adapters else lambda: self._open_backbone(values)
         return [found.double() for found in self._score(rows, opened, table, description)]
 
+    def held(self, rows: Sequence[PrefixRow]) -> list[bool]:
+        """Whether the rewards of every response of a row are in the cache."""
+        table = self._table("rewards", self.fingerprint, self.members)
+        return [table.holds([row]) for row in rows]
+
     def features(self, rows: Sequence[PrefixRow], *, description: str) -> list[Tensor]:
         """[r_0, h] of every response, cached: one float32 [n_responses, 1 + d] tensor per row."""
         config = load_folder_config(self.directory, trust=self.base_model.trust_remote_code)
         width = 1 + config.get_text_config().hidden_size
-        place, name = self.paths.cache("features", self.backbone_fingerprint), str(self.directory)
-        table = ScoreTable(place, width, model=name)
+        table = self._table("features", self.backbone_fingerprint, width)
 
         def values(features: Tensor, base: Tensor) -> Tensor:
             return torch.cat([base[:, None], features], dim=1)
 
         return self._score(rows, lambda: self._open_backbone(values), table, description)
+
+    def _table(self, kind: str, fingerprint: str, width: int) -> ScoreTable:
+        return ScoreTable(self.paths.cache(kind, fingerprint), width, model=str(self.directory))
 
     def _open_backbone(self, values: Callable[[Tensor, Tensor], Tensor]) -> Opened:
         scorer = SequenceRewards(self.model).eval()

@@ -86,7 +86,7 @@ def test_the_baseline_says_that_its_pairs_weigh_alike(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_tables(monkeypatch)
-    monkeypatch.setattr(train, "train_trl_dpo", lambda *_, **__: [])
+    monkeypatch.setattr(train, "train_trl_dpo", lambda *_, **__: ([], {}))
     config = table_config(tmp_path, tiny_base)
     weigh(config, lambda i: 0.25 + 0.3 * i)
     with logged() as log:

@@ -27,10 +27,10 @@ from prmd.pairs import PreferencePair
 from prmd.policies import trl_baseline
 from prmd.policies.pairs import PolicyPairs, TokenizedPairs
 from prmd.policies.targets import policy_loss
-from prmd.policies.trl_baseline import baseline_rows, equal_batches, kept_steps, train_trl_dpo
+from prmd.policies.trl_baseline import baseline_rows, equal_batches, train_trl_dpo
 from prmd.training import run as training_run
 from prmd.training.batches import MicroBatch, StepSize, TrainingPlan, plan_run
-from prmd.training.checkpoints import TRAINER_FILES, name_checkpoints, trained_once
+from prmd.training.checkpoints import TRAINER_FILES, Trained, name_checkpoints, trained_once
 from prmd.training.run import TrainingRun, run_training
 from prmd.training.trainer import PairData
 
@@ -87,7 +87,7 @@ def train(
     directory: Path,
     log_directory: Path,
     held_out: TokenizedPairs | None = None,
-) -> list[dict[str, float]]:
+) -> Trained:
     return train_trl_dpo(
         config,
         pairs,
@@ -227,7 +227,7 @@ def test_a_training_keeps_every_response_token_and_logs_what_ours_logs(
         return made[-1]
 
     monkeypatch.setattr(trl_baseline, "_WatchedTrainer", watched)
-    curve = train(config, pairs, tmp_path / "out", tmp_path / "logs")
+    curve, _ = train(config, pairs, tmp_path / "out", tmp_path / "logs")
     rows = [row for row in curve if "loss" in row]
     assert rows[0]["loss"] == pytest.approx(0.693147, abs=1e-5) and rows[0]["logratios/chosen"] == 0.0
     for row in rows:
@@ -252,7 +252,7 @@ def test_a_baseline_goes_on_where_it_was_stopped_and_is_not_trained_twice(
     monkeypatch.setattr(trl_baseline, "reporting_callbacks", lambda *arguments, **keywords: [_Halts(halts)])
 
     def trained(name: str) -> list[dict[str, float]]:
-        return train(config, pairs, tmp_path / name, tmp_path / "logs")
+        return train(config, pairs, tmp_path / name, tmp_path / "logs")[0]
 
     halts: set[int] = set()
     whole = trained("whole")
@@ -285,7 +285,7 @@ def test_watching_held_out_pairs_changes_no_bit_of_the_policy(
     dropping = config.model_copy(update={"tuning": config.tuning.model_copy(update={"lora": lora})})
     tokenized = pairs.tokenized
     for name, watched in (("watched", tokenized), ("alone", replace(tokenized, rows=[], pairs=[]))):
-        curve = train(dropping, pairs, tmp_path / name, tmp_path / "logs", watched)
+        curve, _ = train(dropping, pairs, tmp_path / name, tmp_path / "logs", watched)
         found = [row for row in curve if "eval_loss" in row]
         assert [row["step"] for row in found] == ([curve[-1]["step"]] if name == "watched" else [])
     ours, theirs = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("watched", "alone"))
@@ -295,7 +295,7 @@ def test_watching_held_out_pairs_changes_no_bit_of_the_policy(
 def test_the_held_out_loss_is_that_of_the_saved_policy(
     config: PolicyConfig, pairs: PolicyPairs, tmp_path: Path
 ) -> None:
-    curve = train(config, pairs, tmp_path / "out", tmp_path / "logs")
+    curve, _ = train(config, pairs, tmp_path / "out", tmp_path / "logs")
     logged = next(row for row in reversed(curve) if "eval_loss" in row)
     base = load_causal_lm(config.shared.model, config.paths)
     policy = PeftModel.from_pretrained(load_causal_lm(config.shared.model, config.paths), tmp_path / "out")
@@ -325,8 +325,7 @@ def test_its_checkpoints_are_kept_by_their_shares(
 ) -> None:
     halves = config.training.model_copy(update={"checkpoints": (0.5, 1.0)})
     config, folder = config.model_copy(update={"training": halves}), tmp_path / "policy"
-    train(config, pairs, folder, tmp_path / "logs")
-    steps = kept_steps(config, pairs, folder)
+    _, steps = train(config, pairs, folder, tmp_path / "logs")
     assert list(steps.values()) == ["50", "end"]
     name_checkpoints(folder, steps)
     half, end, policy = (
