@@ -95,6 +95,38 @@ def test_edpo_chooses_its_members_once_per_optimiser_step(trained: Trained) -> N
     assert sorted(row for rows in trained.selections for row in rows) == list(range(24))
 
 
+def test_edpo_goes_on_with_the_members_of_its_step(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, found, select = [], [], edpo._selected
+    stops = {4}
+
+    def recorded(model: Any, batches: Any, **how: Any) -> Columns:
+        asked.append(list(batches))
+        if len(asked) - 1 in stops:
+            raise RuntimeError("stopped")
+        return select(model, batches, **how)
+
+    use_tables(monkeypatch)
+    monkeypatch.setattr(edpo, "_selected", recorded)
+    for name in ("stopped", "whole"):
+        config = table_config(tmp_path / name, tiny_base, policy=PolicySection(methods=("edpo",)))
+        training = config.training.model_copy(update={"checkpoints": (0.5, 1.0)})
+        config = config.model_copy(update={"training": training})
+        write_prepared(config.paths, pairs=6)
+        if name == "stopped":
+            with pytest.raises(RuntimeError, match="stopped"):
+                train_pessimistic(config)
+            del asked[:]
+        stops.clear()
+        train_pessimistic(config)
+        found.append((adapter(config, "edpo"), list(asked)))
+        del asked[:]
+    (stopped, last), (whole, steps) = found
+    assert len(steps) == 6 and last == steps[3:]
+    assert all(torch.equal(stopped[key], whole[key]) for key in whole)
+
+
 def test_another_method_is_another_policy(trained: Trained) -> None:
     adapters = {method: adapter(trained.config, method) for method in ALL}
     weights = {m: torch.cat([v.flatten() for _, v in sorted(a.items())]) for m, a in adapters.items()}
