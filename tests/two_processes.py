@@ -7,6 +7,7 @@ a process beside the main one fails if anything of the project tries to write a 
 """
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,9 +28,16 @@ from prmd.pessimism.losses import dpo_loss
 from prmd.training.arguments import training_arguments
 from prmd.training.batches import TrainingPlan, plan_training
 from prmd.training.checkpoints import ShareCheckpoints, newest_complete
-from prmd.training.trainer import PAIR_WEIGHT, PairData, PairLoss, PairTrainer
+from prmd.training.trainer import PAIR_WEIGHT, Columns, PairData, PairLoss, PairTrainer
 
 ROWS_PER_BATCH = 2
+ASKED: list[list[int]] = []
+"""The rows of every step, as this process was given them before it."""
+
+
+def before_step(model: torch.nn.Module, batches: Sequence[Sequence[int]]) -> Columns:
+    ASKED.append(sorted(row for rows in batches for row in rows))
+    return {}
 
 
 def random_rows(n: int, seed: int) -> list[PrefixRow]:
@@ -88,6 +96,7 @@ def train(
         plan=plan.batches,
         eval_data=PairData(held_out, {"offset": torch.zeros(len(held_out))}),
         loss_function=loss,
+        before_step=before_step,
         tokenizer=load_tokenizer_from(directory / "tokenizer"),
         eval_tokens=10_000,  # one group of held-out pairs, fewer than processes
         callbacks=[ShareCheckpoints({2: "66", plan.steps: "end"})],
@@ -124,6 +133,7 @@ def main(directory: Path, pairs_per_step: int) -> None:
         "scores": scores,
         "scored_rows": sum(sizes),
         "complete": newest_complete(directory).name,
+        "asked": ASKED,
     }
     record_rank(directory, record)
     parameters = {name: p.detach().clone() for name, p in model.named_parameters()}

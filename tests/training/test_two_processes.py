@@ -55,6 +55,12 @@ def test_the_same_parameters_are_learnt(one, two):
 
 
 @pytest.mark.slow
+def test_before_a_step_every_process_is_given_all_its_rows(one, two):
+    assert [len(rows) for rows in one["asked"]] == [8, 8, 5]
+    assert one["asked"] == two[0]["asked"] == two[1]["asked"]
+
+
+@pytest.mark.slow
 def test_scores_are_shared_out_and_everybody_has_them_all(one, two):
     for record in two:
         for found, expected in zip(record["scores"], one["scores"], strict=True):
