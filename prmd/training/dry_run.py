@@ -352,9 +352,10 @@ def describe_training(
     """
     describe_inputs(read)
     step_pairs, epochs = step_size(training, 1).pairs, training.epochs
+    steps = f"about {round(drawn / epochs)} pairs x {epochs:g} epochs = {math.ceil(drawn / step_pairs)} optimiser steps"
     logger.info(
-        "would train %s on about %d pairs x %g epochs = %d optimiser steps of %d pairs (%s, %s)",
-        *(name, round(drawn / epochs), epochs, math.ceil(drawn / step_pairs), step_pairs),
+        "would train %s on %s of %d pairs (%s, %s)",
+        *(name, steps if drawn else "pairs that are not known yet, in steps", step_pairs),
         *(shared.model.name, tuning.method),
     )
     for line in memory_lines(shared, tuning, training, task, pairs=pairs, sampled=sampled, sampling=sampling):
