@@ -34,13 +34,14 @@ from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
 from prmd.models.loading import load_model_config
 from prmd.objectives import OBJECTIVES
+from prmd.policies.methods import BASELINE, SOUP
+from prmd.policies.pairs import objective_draws
 from prmd.training.rehearsal import meta_model
 from utils import user_errors_exit
 
 HH_TRAIN_PAIRS = {"helpful": 43_835 + 22_007 + 52_421, "harmless": 42_537}
 """HH-RLHF's own train files: helpful-base, -online and -rejection-sampled; harmless-base."""
 TRUTHFULQA_QUESTIONS = 817
-POLICIES = 3
 PAIR_TOKENS = {"helpful": (319, 161), "harmless": (237, 92), "honest": (68, 24)}
 """Tokens of a pair with its prompt once, and those of its responses among them: means of 400 random pairs of each of the
 HH-RLHF files, weighted by `HH_TRAIN_PAIRS`, and of TruthfulQA, prompts cut to 512 tokens, in tokens of SmolLM2."""
@@ -136,7 +137,7 @@ def stages(
     pairs_rm: int | None = None,
     pairs_policy: int | None = None,
 ) -> list[Stage]:
-    """Every training of the configurations.
+    """Every training that `run_pipeline.py` does by the configurations, but for judges; policies draw from all objectives.
 
     Args:
         pairs_rm, pairs_policy: train pairs of each reward model and of each policy; None takes those of the data sets.
@@ -144,8 +145,9 @@ def stages(
     sizes = train_pairs(config)
     fitted = 1 - config.ensemble.fit_fraction  # the rest of a train split is for the ensemble's heads alone
     pooled = pairs_policy or min(sum(sizes.values()), policy.training.max_pairs or sum(sizes.values()))
-    weights = policy.policy.weights  # pairs are pooled by them, not by the sizes
-    tokens, responses = (sum(weights[o] * PAIR_TOKENS[o][i] for o in OBJECTIVES) for i in (0, 1))
+    # as many of each objective as its weight asks for and `pairs.max_repeats` allows
+    draws = objective_draws(sizes, policy.policy.weights, pooled, policy.pairs.max_repeats)
+    tokens, responses = (sum(draws[o] * PAIR_TOKENS[o][i] for o in OBJECTIVES) for i in (0, 1))
     epochs = config.training.epochs
     made = []
     for o in OBJECTIVES:
@@ -153,8 +155,9 @@ def stages(
         all_tokens = pairs * epochs * PAIR_TOKENS[o][0]
         made.append(Stage(f"reward model, {o}", pairs, epochs, all_tokens, "reward_model", 0.0))
     epochs, share = policy.training.epochs, responses / tokens
-    for i in range(POLICIES):
-        made.append(Stage(f"policy {i + 1}", pooled, epochs, pooled * epochs * tokens, "dpo", share))
+    for method in dict.fromkeys((BASELINE, *policy.policy.methods, "hierarchical")):
+        if method != SOUP:
+            made.append(Stage(f"policy, {method}", pooled, epochs, epochs * tokens, "dpo", share))
     return made
 
 

@@ -8,12 +8,14 @@ import pytest
 from tiny_models import tiny_config
 
 from benchmarks import hours
-from prmd.artifacts.paths import PROJECT_ROOT
+from prmd.artifacts.paths import CONFIG_DIR, PROJECT_ROOT
+from prmd.config.loading import load_config
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 from prmd.errors import DataError
 
 CONFIG = RewardModelConfig()
+SHIPPED = load_config(CONFIG_DIR, PolicyConfig)
 COMMON = {"hardware": "a test machine", "versions": "torch 0", "tokens_per_pair": 200.0}
 
 
@@ -49,11 +51,11 @@ def test_measured_rows_of_the_shape_are_taken_as_they_are() -> None:
     hours_rm = [1800 * epochs * tokens / (5.0 * 200) / 3600 for tokens in (319, 237, 68)]
     assert taken[:3] == pytest.approx(hours_rm)
     hours_policy = 7200 * (319 + 237 + 68) / 3 / (4.0 * 200) / 3600
-    assert taken[3:] == pytest.approx([hours_policy] * 3, rel=1e-4)
+    assert taken[3:] == pytest.approx([hours_policy] * 4, rel=1e-4)
     assert made[3].tokens == pytest.approx(7200 * 208, rel=1e-4) and found[3] == 800
     text = hours.table(made, found, sources)
     assert "measured at random weights of Qwen2.5-3B's shape" in text and "NOT MEASURED" not in text
-    assert f"| {sum(hours_rm) + 3 * hours_policy:.2g} |" in next(
+    assert f"| {sum(hours_rm) + 4 * hours_policy:.2g} |" in next(
         line for line in text.splitlines() if line.startswith("| all")
     )
 
@@ -63,6 +65,16 @@ def test_by_default_heads_keep_their_share_and_policies_take_all() -> None:
     pairs = hours.train_pairs(CONFIG)
     assert made[0].pairs == round(0.9 * pairs["helpful"])
     assert made[5].pairs == sum(pairs.values())
+    names = [stage.name for stage in made[3:]]
+    assert names == [f"policy, {m}" for m in ("baseline_dpo", "hard_min", "cvar", "hierarchical")]
+
+
+def test_pairs_of_an_objective_are_repeated_no_more_often_than_configured() -> None:
+    """Ten passes over the 919 honest pairs; what is left over is halved between the other two objectives."""
+    limited = PolicyConfig.model_validate({"pairs": {"max_repeats": 10}})
+    others = (sum(hours.train_pairs(CONFIG).values()) - 9190) / 2
+    tokens = others * (319 + 237) + 9190 * 68
+    assert hours.stages(CONFIG, limited)[3].tokens == pytest.approx(tokens, rel=1e-4)
 
 
 def test_a_smaller_model_gives_hours_that_are_called_computed(tmp_path: Path) -> None:
@@ -108,7 +120,7 @@ def test_rows_of_the_stages_themselves_come_first_and_the_newest_counts() -> Non
     ]
     made = hours.stages(CONFIG, PolicyConfig())
     found, sources = hours.speeds(rows, made, CONFIG)
-    assert found == [9000.0] * 3 + [6000.0] * 3
+    assert found == [9000.0] * 3 + [6000.0] * 4
     lines = hours.table(made, found, sources).splitlines()
     tokens = round(0.9 * hours.train_pairs(CONFIG)["harmless"]) * 3 * 237
     assert f"| {tokens / 1e6:.1f} | 9e+03 | {tokens / 9000 / 3600:.2g} |" in lines[3]
@@ -121,7 +133,7 @@ def test_without_rows_hours_are_assumed_and_said_to_be(capsys: pytest.CaptureFix
     printed = capsys.readouterr().out
     layer = 2 * 2048 * 2048 + 2048 + 2 * (2048 * 256 + 256) + 3 * 2048 * 11_008 + 2 * 2048
     counted = 36 * layer + 2048
-    tokens = sum(stage.tokens for stage in hours.stages(CONFIG, PolicyConfig()))
+    tokens = sum(stage.tokens for stage in hours.stages(CONFIG, SHIPPED))
     at = [6 * counted * tokens / (share * 209.5e12) / 3600 for share in (0.2, 0.3, 0.4)]
     cells = " | ".join(f"{value:.2g}" for value in at)
     assert f"| all |  | {tokens / 1e6:.1f} | {6 * counted * tokens / 1e18:.3g} | {cells} |" in printed
@@ -149,4 +161,4 @@ def test_command_line_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFix
     hours.main(["--rows", str(file), "--pairs-rm", "3600", "--pairs-policy", "14400"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| training | pairs |")
-    assert "| policy 3 | 14,400 | 1 | 3.0 | 800 | 1 |" in lines
+    assert "| policy, cvar | 14,400 | 1 | 3.0 | 800 | 1 |" in lines
