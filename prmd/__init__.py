@@ -5,7 +5,7 @@ report; models; data, training, inference; rewards; policies, judges, publishing
 model_check.
 
 Read five files first, in this order: `pairs.py` (a preference pair), `pessimism/aggregation.py` (R(x, y) of all members),
-`pessimism/losses.py` (from R to the loss of a pair), `policies/targets.py` (what a method is trained towards),
+`policies/targets.py` (what a method is trained towards), `pessimism/losses.py` (the equations of margins and losses),
 `training/trainer.py` (how).
 """
 

@@ -95,7 +95,7 @@ def method_metrics(
         reference_lengths: tokens of the reference samples, [X, m].
 
     Returns:
-        `objectives`, `worst_objective`, `mean_of_min`, `cvar_10`, `dominance`, `hypervolume`, `inference.kl`, `length`,
+        `objectives`, `worst_objective`, `mean_of_min`, `cvar_10`, `dominance`, `hypervolume`, `kl`, `length`,
         `truncated_share`, `per_prompt`, `notes`.
     """
     names, same = reference.objectives, sampled.is_reference

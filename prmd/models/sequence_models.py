@@ -1,8 +1,8 @@
 """What a language model computes for a batch of prefix-shared rows: log-probabilities or rewards of every response.
 
 `SequenceLogps` and `SequenceRewards` wrap a model so that everything happens inside one `forward`: a backbone called
-beside its distributed wrapper would train silently wrong. Loading is in `loading`, adapters are in `loading`, batches in `prefix_rows`,
-masks in `attention`.
+beside its distributed wrapper would train silently wrong. Loading and adapters are in `loading`, batches in `prefix_rows`, masks
+in `attention`.
 """
 
 import functools

@@ -1,9 +1,9 @@
 """Pessimism: from the rewards of K objectives x M members to one robust reward.
 
 Here: the operators that combine members of one objective (`within`) and objectives (`across`), and the named methods
-as data. Not here: calibration of the rewards (`calibration.py`; every function below
-expects calibrated units), CVaR itself (`cvar.py`), margin-level forms (`draft_equations.py`), objective weights
-that are solved for (`maxmin.py`, to be read next), clipping and the loss (`losses.py`).
+as data. Not here: calibration of the rewards (`calibration.py`; every function below expects calibrated units), CVaR itself
+(`cvar.py`), margin-level forms (`draft_equations.py`), objective weights that are solved for (`maxmin.py`), and what a policy
+learns from R (`policies/targets.py`, to be read next).
 """
 
 from collections.abc import Callable, Sequence

@@ -2,7 +2,8 @@
 
 Here: functions from margins to one loss per pair; every one takes and returns tensors, and reduction is the
 caller's. Not here: how targets are made pessimistic (`aggregation.py`), how log-probabilities are computed
-(`models/sequence_models.py`), the reference-sample and likelihood anchors (`policies/targets.py`). Read `aggregation.py` next.
+(`models/sequence_models.py`), the reference-sample and likelihood anchors (`policies/targets.py`), and how a loss is trained
+(`training/trainer.py`, to be read next).
 """
 
 import math

@@ -4,8 +4,8 @@
     Delta_theta = beta [log pi_theta/pi_ref (x, y_w) - log pi_theta/pi_ref (x, y_l)]
 
 R is a method's aggregate of the calibrated rewards of all K x M members (`pessimism.aggregation`). What the methods are is in
-`methods`, what each training is fed in `inputs`, targets and losses in `targets`; every method sees
-the same labelled pairs in the same order. The TRL baseline is in `trl_baseline`, the closed-form gate in `preview`.
+`methods`, what each training is fed in `inputs`, targets and losses in `targets`; every method sees the same labelled pairs in
+the same order. The TRL baseline is in `trl_baseline`, the closed-form gate in `preview`.
 """
 
 import logging

@@ -1,7 +1,7 @@
 """What `--dry-run` says of one training: what would be read, trained and written, and whether it fits the memory.
 
 No model is loaded and nothing is written; a missing input is said with the command that makes it. The plan of the memory is
-made of the model's configuration and the longest row of the prepared data.
+made of the model's configuration and the longest row of the pairs that would be trained on.
 """
 
 import heapq
@@ -352,11 +352,11 @@ def describe_training(
     """
     describe_inputs(read)
     step_pairs, epochs = step_size(training, 1).pairs, training.epochs
-    steps = f"about {round(drawn / epochs)} pairs x {epochs:g} epochs = {math.ceil(drawn / step_pairs)} optimiser steps"
+    counted = f"about {drawn / epochs:.0f} pairs x {epochs:g} epochs = {math.ceil(drawn / step_pairs)} optimiser steps"
     logger.info(
         "would train %s on %s of %d pairs (%s, %s)",
-        *(name, steps if drawn else "pairs that are not known yet, in steps", step_pairs),
-        *(shared.model.name, tuning.method),
+        *(name, counted if drawn else f"pairs that are not known yet, {epochs:g} epochs in steps"),
+        *(step_pairs, shared.model.name, tuning.method),
     )
     for line in memory_lines(shared, tuning, training, task, pairs=pairs, sampled=sampled, sampling=sampling):
         logger.info("%s", line)

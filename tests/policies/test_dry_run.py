@@ -358,4 +358,4 @@ def test_data_that_the_run_refuses_are_said(
     write_prepared(config.paths, pairs=1)
     train_reward_model(config, objective="helpful", dry_run=True)
     assert "the data would be refused: ensemble.fit_fraction: 0.5 of 1 train pairs" in caplog.text
-    assert "on pairs that are not known yet, in steps of" in caplog.text
+    assert "on pairs that are not known yet, 3 epochs in steps of 4 pairs" in caplog.text
