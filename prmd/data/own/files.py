@@ -11,6 +11,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from prmd.artifacts.paths import places_tried
 from prmd.config.shared import DataConfig, OwnPairsConfig, OwnSource
 from prmd.data.own.scored import as_score, scored_rows
 from prmd.data.readers import (
@@ -80,7 +81,8 @@ def _planned(
     if path is None:
         if settings.revision is None:
             raise ConfigError(
-                f"{key}.revision: got none, wanted the commit of {settings.path} on the hub, so that its pairs stay the same"
+                f"{key}.revision: got none, wanted the commit of {settings.path} on the hub, so that its pairs stay the same; "
+                f"if a file is meant: {places_tried(settings.path)}"
             )
         read = partial(split_rows, f"{key}.path", settings.path, settings.revision, settings.split)
         origin = f"{settings.path}@{settings.revision}:{settings.split} {kept}"
