@@ -70,7 +70,6 @@ def describe_policies(config: PolicyConfig, methods: Sequence[str]) -> None:
         "tuning": config.tuning,
         "training": config.training,
         "task": "policy",
-        "read": files,
     }
     for method in dict.fromkeys(methods):
         directory, reads = paths.policy(method, config.run_name), method_of(method).reads_rewards
@@ -81,18 +80,20 @@ def describe_policies(config: PolicyConfig, methods: Sequence[str]) -> None:
         sampled = _sampled(config, method)
         mixture = training_mixture(config, train, method_of(method).objective)
         drawn = drawn_pairs(sizes, mixture) if train else []
+        draws = describe_draws(sizes, mixture) if train else {}
         describe_training(
             shared,
             name=f"policy {method}",
             pairs=[train[k][i] for k, i in dict.fromkeys(drawn)],
+            epoch=sum(int(row["draws"]) for row in draws.values()),
             drawn=len(drawn),
             output=directory,
             sampled=sampled,
             sampling=with_sample_count(shared, count).calibration if count and reads else None,
             **how,
         )
-        if train:
-            logger.info("%s", draws_line(describe_draws(sizes, mixture)))
+        if draws:
+            logger.info("%s", draws_line(draws))
         if method == BASELINE:
             logger.info(
                 "TRL trains it: prompts twice, padded, all logits at once; the memory above is too low"

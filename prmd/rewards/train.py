@@ -144,8 +144,8 @@ def _say_what_would_be_trained(task: RewardTask) -> None:
     describe_training(
         config,
         name=task.name,
-        read=files,
         pairs=train,
+        epoch=len(train),
         drawn=round(config.training.epochs * len(train)),
         tuning=config.tuning,
         training=config.training,

@@ -73,13 +73,13 @@ class KnownRows:
 
 
 def read_if_there(files: Sequence[Path], read: Callable[[], Read]) -> Read | None:
-    """What a stage reads to begin with; None where one of its files is missing, or where it refuses them, which is said."""
-    if all(path.is_file() for path in files):
-        try:
-            return read()
-        except UserError as error:
-            logger.info("the data would be refused: %s", error)
-    return None
+    """What a stage reads to begin with, each file said; None where one is missing, or where it refuses them, which is said too."""
+    try:
+        describe_inputs(files)
+        return read() if all(path.is_file() for path in files) else None
+    except UserError as error:
+        logger.info("the data would be refused: %s", error)
+        return None
 
 
 def known_rows(
@@ -332,8 +332,8 @@ def describe_training(
     shared: SharedConfig,
     *,
     name: str,
-    read: Sequence[Path],
     pairs: Sequence[PreferencePair],
+    epoch: int,
     drawn: int,
     tuning: TuningConfig,
     training: TrainingConfig,
@@ -345,14 +345,13 @@ def describe_training(
     """Log what one training would do.
 
     Args:
-        read: the files that it reads.
         pairs: those that are trained on; none where they are not known.
-        drawn: how often one of them is trained on, over all epochs.
+        epoch: how often one of them is trained on in an epoch.
+        drawn: the same over all epochs.
         sampling: as for `memory_lines`.
     """
-    describe_inputs(read)
     step_pairs, epochs = step_size(training, 1).pairs, training.epochs
-    counted = f"about {drawn / epochs:.0f} pairs x {epochs:g} epochs = {math.ceil(drawn / step_pairs)} optimiser steps"
+    counted = f"about {epoch} pairs x {epochs:g} epochs = {math.ceil(drawn / step_pairs)} optimiser steps"
     logger.info(
         "would train %s on %s of %d pairs (%s, %s)",
         *(name, counted if drawn else f"pairs that are not known yet, {epochs:g} epochs in steps"),

@@ -359,3 +359,37 @@ def test_data_that_the_run_refuses_are_said(
     train_reward_model(config, objective="helpful", dry_run=True)
     assert "the data would be refused: ensemble.fit_fraction: 0.5 of 1 train pairs" in caplog.text
     assert "on pairs that are not known yet, 3 epochs in steps of 4 pairs" in caplog.text
+
+
+def test_files_are_said_once_for_all_methods_and_a_broken_one_in_a_line(
+    config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dry_run, "_plan_lines", lambda *given, **known: [])
+    write_prepared(config.paths, pairs=6)
+    methods = PolicySection(methods=("dpo", "dpo_helpful"))
+    policies = PolicyConfig(reward_model_config=config, training=TRAINING, policy=methods)
+    train_pessimistic(policies, dry_run=True)
+    file = config.paths.split("helpful", "train")
+    assert caplog.text.count(f"would read  {file} (6 rows") == 1 and caplog.text.count("would train") == 2
+    caplog.clear()
+    file.write_text('{"prompt"\n', encoding="utf-8")
+    train_pessimistic(policies, dry_run=True)
+    train_reward_model(config, objective="helpful", dry_run=True)
+    refused = [r.getMessage() for r in caplog.records if "the data would be refused" in r.getMessage()]
+    assert len(refused) == 2 and all(f": {file}:1: not JSON" in line for line in refused)
+    assert caplog.text.count("would write") == 3
+
+
+def test_a_part_of_an_epoch_is_one_of_the_pairs_that_there_are(
+    config: RewardModelConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """3 pairs x 0.25 are one pair, and 18 x 0.1 are two: not a part of 4 and of 20."""
+    monkeypatch.setattr(dry_run, "_plan_lines", lambda *given, **known: [])
+    write_prepared(config.paths, pairs=6)
+    short = TRAINING.model_copy(update={"epochs": 0.25, "max_pairs": 3})
+    one = config.model_copy(update={"training": short, "ensemble": EnsembleConfig(members=1)})
+    train_reward_model(one, objective="helpful", dry_run=True)
+    assert "on about 3 pairs x 0.25 epochs = 1 optimiser steps of 4 pairs" in caplog.text
+    tenth = TRAINING.model_copy(update={"epochs": 0.1})
+    train_baseline_dpo(PolicyConfig(reward_model_config=config, training=tenth), dry_run=True)
+    assert "on about 18 pairs x 0.1 epochs = 1 optimiser steps of 4 pairs" in caplog.text
