@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.policy import PolicyConfig
-from prmd.errors import DataError
+from prmd.errors import ConfigError, DataError
 from prmd.models.chat_templates import render, template_fingerprint
 from prmd.models.tokenization import (
     PrefixRow,
@@ -177,11 +177,21 @@ def _epoch_size(sizes: Mapping[str, int], mixture: Mixture) -> int:
 
 
 def drawn_pairs(sizes: Mapping[str, int], mixture: Mixture) -> list[tuple[str, int]]:
-    """The (objective, index) of every pair over all epochs, in the order of training."""
+    """The (objective, index) of every pair over all epochs, in the order of training.
+
+    Raises:
+        ConfigError: there is none.
+    """
     drawn: list[tuple[str, int]] = []
     for epoch in range(-int(-mixture.epochs // 1)):
         drawn += pool_order(sizes, mixture.weights, mixture.total, mixture.seed + epoch, mixture.max_repeats)
-    return drawn[: round(mixture.epochs * _epoch_size(sizes, mixture))]
+    drawn = drawn[: round(mixture.epochs * _epoch_size(sizes, mixture))]
+    if not drawn:
+        raise ConfigError(
+            f"training.max_pairs: {mixture.total} pairs, shared out by policy.weights among {len(sizes)} objectives, for "
+            f"training.epochs: {mixture.epochs:g} come to none, wanted at least one; raise max_pairs or epochs, or give more data"
+        )
+    return drawn
 
 
 def split_sizes(split: Split) -> dict[str, int]:
@@ -206,6 +216,8 @@ def held_out_pairs(split: Split, mixture: Mixture, tokens: "PairTokens", trained
         trained: distinct pairs of the training.
     """
     total = max(3, min(EVAL_PAIRS, int(EVAL_SHARE * trained)))
+    while not any(objective_draws(split_sizes(split), mixture.weights, total).values()):
+        total += 1  # of many objectives none has a share that rounds to a pair
     return pooled_pairs(split, replace(mixture, total=total, epochs=1.0, max_repeats=None), tokens).tokenized
 
 

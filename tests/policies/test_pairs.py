@@ -14,7 +14,7 @@ from tiny_workspace import policy_config
 from transformers import AutoTokenizer
 
 from prmd.config.policy import PolicyConfig, PolicySection
-from prmd.errors import DataError
+from prmd.errors import ConfigError, DataError
 from prmd.models.tokenization import tokenize_pairs, tokenize_prompt, tokenize_row
 from prmd.objectives import OBJECTIVES
 from prmd.pairs import PreferencePair, make_pair
@@ -23,7 +23,9 @@ from prmd.policies.pairs import (
     PairTokens,
     binding_repeats,
     describe_draws,
+    drawn_pairs,
     draws_line,
+    held_out_pairs,
     objective_draws,
     pool_order,
     pooled_pairs,
@@ -102,6 +104,24 @@ def test_an_epoch_without_enough_draws_is_shorter(config: PolicyConfig) -> None:
     held = len(train["honest"])
     assert len(pairs.stream) == 3 * held < 1.5 * mixture.total
     assert max(Counter(pairs.stream[: 2 * held]).values()) == 2
+
+
+@pytest.mark.parametrize(("total", "epochs"), [(1, 1.0), (18, 0.02)])
+def test_a_training_of_no_pair_is_refused_in_a_line(total: int, epochs: float) -> None:
+    """A third of one pair rounds to none, and so does .02 x 18."""
+    mixture = Mixture(dict.fromkeys(OBJECTIVES, 1 / K), total, epochs, 0)
+    with pytest.raises(ConfigError, match=rf"training\.max_pairs: {total} pairs, .* come to none") as error:
+        drawn_pairs(dict.fromkeys(OBJECTIVES, 6), mixture)
+    assert "\n" not in str(error.value)
+
+
+def test_of_many_objectives_there_are_held_out_pairs_beside_a_small_training(config: PolicyConfig) -> None:
+    """3 x 0.1 rounds to none for each of ten; 6 x 0.1 is the first that rounds to one."""
+    val = read_splits(config.paths)["val"]["honest"]
+    many = {f"own{i}": [replace(pair, id=f"{i}-{pair.id}") for pair in val] for i in range(10)}
+    mixture = Mixture(dict.fromkeys(many, 0.1), 20, 1.0, 0)
+    held = held_out_pairs(many, mixture, tokens_of(config), 12)
+    assert len({pair.id.partition("-")[0] for pair in held.pairs}) == len(held.pairs) == 6
 
 
 def test_pool_is_mixed_and_another_seed_is_another_order() -> None:
