@@ -321,11 +321,14 @@ def _say_what_would_be_benchmarked(config: EvaluationConfig, target: Path) -> No
 def _say_inputs(config: EvaluationConfig) -> None:
     """Held-out pairs, models and memory, or the command that makes what is missing."""
     paths, model = config.paths, config.shared.model
+    unread: list[str] = []
     for objective in paths.objectives:
         try:
             logger.info("%s: %d held-out test pairs", objective, len(read_pairs(paths, objective, "test")))
         except UserError as error:
-            logger.warning("%s", error)
+            unread.append(str(error))
+    for line in dict.fromkeys(unread):  # one for all, where nothing was prepared
+        logger.warning("%s", line)
     folders = policy_folders(paths)
     for folder in folders:
         size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))

@@ -42,11 +42,8 @@ def _member_losses(implicit: Tensor, columns: Columns) -> Tensor:
     )
 
 
-def choosing_members(data: PairData, *, beta: float, pad_id: int) -> BeforeStep:
-    """What chooses the members of every optimiser step of a training.
-
-    Args:
-        data: its pairs, with the columns `ref_logps` [n, 2] and `member_targets` [n, K, M], and weights w [n] where they have any.
+def check_launch() -> None:
+    """Refuse, before anything is computed, to train e-DPO on weights that are spread over processes.
 
     Raises:
         ConfigError: launched by accelerate with FSDP or DeepSpeed: parts of the weights cannot be passed through beside the
@@ -58,6 +55,14 @@ def choosing_members(data: PairData, *, beta: float, pad_id: int) -> BeforeStep:
                 f"policy.methods: edpo does not run under {name}, whose processes hold parts of the weights; launch it on "
                 "one GPU or with configs/accelerate/ddp.yaml"
             )
+
+
+def choosing_members(data: PairData, *, beta: float, pad_id: int) -> BeforeStep:
+    """What chooses the members of every optimiser step of a training.
+
+    Args:
+        data: its pairs, with the columns `ref_logps` [n, 2] and `member_targets` [n, K, M], and weights w [n] where they have any.
+    """
     rows = [PrefixRow(row.prompt_ids, row.responses[:2]) for row in data.rows]  # no samples of the gamma term
     return partial(_selected, pairs=PairData(rows, data.columns), beta=beta, pad_id=pad_id)
 

@@ -38,7 +38,7 @@ from prmd.models.bases import base_record
 from prmd.models.loading import add_lora, load_causal_lm, load_tokenizer
 from prmd.models.sequence_models import SequenceLogps
 from prmd.pessimism.losses import UNDER_TRAINED
-from prmd.policies.edpo import choosing_members
+from prmd.policies.edpo import check_launch, choosing_members
 from prmd.policies.inputs import (
     Keys,
     MethodInputs,
@@ -95,6 +95,8 @@ def train_hierarchical(config: PolicyConfig, *, force: bool = False, dry_run: bo
 def _train_methods(config: PolicyConfig, methods: Sequence[str], force: bool, dry_run: bool) -> Path:
     shared, policy, training = config.shared, config.policy, config.training
     check_methods(methods, policy, samples=reference_sample_count(config.pairs, shared.calibration))
+    if any(method_of(method).loss == "edpo" for method in methods if method != SOUP):
+        check_launch()
     trained = [method for method in dict.fromkeys(methods) if method != SOUP]
     if dry_run:
         describe_policies(config, methods)

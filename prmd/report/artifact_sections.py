@@ -30,12 +30,13 @@ from prmd.report.tables import (
 Section = dict[str, Any]
 
 
-def load(path: Path) -> Any:
-    """The JSON of `path`, or None where it is not there or cannot be read (the report states both as missing)."""
+def load(path: Path, kind: type = dict) -> Any:
+    """The JSON of `path`, or None where it is not there, cannot be read or is of another kind: all of it is missing."""
     try:
-        return io.read_json(path) if path.exists() else None
+        found = io.read_json(path) if path.exists() else None
     except DataError:
         return None
+    return found if isinstance(found, kind) else None
 
 
 def load_rows(path: Path) -> list[dict[str, Any]]:
@@ -335,7 +336,7 @@ def data_section(paths: ArtifactPaths) -> Section:
         for reason, count in (stats.get(key) or {}).items()
         if count
     )
-    examples = {k: load(paths.visualizations / f"examples_{k}.json") or [] for k in paths.objectives}
+    examples = {k: load(paths.visualizations / f"examples_{k}.json", list) or [] for k in paths.objectives}
     caption = "Every refused row lies in quarantine.jsonl beside the splits."
     return {
         "missing": None,

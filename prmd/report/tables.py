@@ -90,15 +90,15 @@ def with_mark(estimate: Estimate | None, neutral: float = 0.5, digits: int = 2) 
 
 
 def with_agreed_mark(
-    plain: Estimate | None, controlled: Estimate | None, *, needs_both: bool, digits: int = 2
+    plain: Estimate | None, controlled: Estimate | None, *, needs_both: bool
 ) -> tuple[str, str]:
     """A win rate as it is and at equal length, with their arrows; where both are needed, only arrows that agree."""
-    cells = (with_mark(plain, digits=digits), with_mark(controlled, digits=digits))
+    cells = (with_mark(plain), with_mark(controlled))
     arrows = {cell[-1] for cell in cells if cell[-1] in (UP, DOWN)}
     agree = len(arrows) == 1 and all(cell[-1] in arrows for cell in cells)
     if not needs_both or agree:
         return cells
-    return (format_estimate(plain, digits), format_estimate(controlled, digits))
+    return (format_estimate(plain), format_estimate(controlled))
 
 
 _INTERVAL = re.compile(r"(\[[^][]*\])")

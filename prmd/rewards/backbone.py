@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from prmd.artifacts import io
+from prmd.errors import ConfigError
 from prmd.models.classifiers import save_code
 from prmd.models.loading import add_lora, load_adapted, load_base_classifier, save_merged
 from prmd.models.sequence_models import SequenceRewards
@@ -51,7 +52,15 @@ WITH_OFFSET = "eval_rewards/accuracies_with_offset"
 
 
 def epoch_stream(n: int, epochs: float, seed: int) -> list[int]:
-    """Indices of round(epochs x n) pairs: every epoch shuffled anew, a fractional last one cut short."""
+    """Indices of round(epochs x n) pairs: every epoch shuffled anew, a fractional last one cut short.
+
+    Raises:
+        ConfigError: they are none.
+    """
+    if not round(epochs * n):
+        raise ConfigError(
+            f"training.epochs: {epochs:g} of {n} pairs come to none, wanted at least one; raise it, or give more data"
+        )
     stream: list[int] = []
     for epoch in range(math.ceil(epochs)):
         order = list(range(n))

@@ -34,7 +34,7 @@ from prmd.inference.reference import calibration_sampling, check_engine
 from prmd.models.bases import base_record
 from prmd.models.chat_templates import describe_template
 from prmd.models.loading import load_tokenizer
-from prmd.rewards.backbone import train_backbone, train_members
+from prmd.rewards.backbone import epoch_stream, train_backbone, train_members
 from prmd.rewards.bring import bring_reward, check_functions
 from prmd.rewards.debias import DEBIAS_FILE, Debiasing, FittedBias, prepare_debiasing
 from prmd.rewards.fitting import calibrate_reward_model, fit_heads, measure
@@ -146,7 +146,7 @@ def _say_what_would_be_trained(task: RewardTask) -> None:
         name=task.name,
         pairs=train,
         epoch=len(train),
-        drawn=round(config.training.epochs * len(train)),
+        drawn=len(epoch_stream(len(train), config.training.epochs, config.seed)) if train else 0,
         tuning=config.tuning,
         training=config.training,
         task="reward_model",

@@ -162,9 +162,8 @@ def planned_sizes(
     moved = [p for p in skeleton.parameters() if p.requires_grad]
     held, trained = _bytes(skeleton.parameters()), _bytes(moved)
     states = sum(state_bytes(p, precision.optimizer) for p in moved)
-    finished = trained * (
-        len(training.checkpoints) + 1
-    )  # the models at its checkpoints, and the last one beside them
+    # The models at its checkpoints, and the last one beside them.
+    finished = trained * (len(training.checkpoints) + 1)
     # FSDP and ZeRO-3 resume from a copy of their own: frozen weights too, tied ones twice
     resumable = states + (_bytes(skeleton.state_dict().values()) if requested_sharding() else 0)
     return Sizes(

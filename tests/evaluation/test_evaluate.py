@@ -265,3 +265,11 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
     assert "7 prompts x 3 responses x 1 methods = 21 responses" in caplog.text
     assert "no finished policy" in caplog.text
+
+
+def test_a_dry_run_says_of_data_that_are_not_prepared_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compute_metrics(evaluation_config(tmp_path), dry_run=True)
+    said = [record.message for record in caplog.records if "split_objectives.py" in record.message]
+    assert len([line for line in said if line.startswith("the prepared data")]) == 1

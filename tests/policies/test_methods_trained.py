@@ -251,6 +251,19 @@ def test_a_method_without_its_samples_is_refused_before_anything_is_written(
     assert not list(tmp_path.iterdir()) and not tables
 
 
+def test_edpo_on_spread_weights_is_refused_before_anything_is_read(
+    tmp_path: Path, tiny_base: Path, tables: dict[str, Table], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = table_config(
+        tmp_path, tiny_base, pairs=PairsConfig(), policy=PolicySection(methods=("hard_min", "edpo"))
+    )
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    for dry_run in (True, False):
+        with pytest.raises(ConfigError, match=r"edpo does not run under FSDP.*ddp\.yaml"):
+            train_pessimistic(config, dry_run=dry_run)
+    assert not list(tmp_path.iterdir()) and not tables
+
+
 def test_without_reference_samples_the_dry_run_says_so(
     tmp_path: Path, tiny_base: Path, tables: dict[str, Table], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -149,13 +149,6 @@ def test_members_are_chosen_on_the_whole_effective_batch(policy_model: SequenceL
     assert light(policy_model, [(0, 1), (2,)])["selected"].tolist() == [1] * K
 
 
-def test_sharded_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    choosing_members(PairData(ROWS, {}), beta=0.5, pad_id=0)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ConfigError, match=r"edpo does not run under FSDP.*ddp\.yaml"):
-        choosing_members(PairData(ROWS, {}), beta=0.5, pad_id=0)
-
-
 # ------------------------------------------------------------------ soup
 def write_policy(folder: Path, value: float, name: str = "a.weight") -> Path:
     folder.mkdir()

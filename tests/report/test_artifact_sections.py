@@ -6,7 +6,7 @@ from synthetic_outputs import run_record
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.report.artifact_sections import data_section, reward_models_section, runs_section
+from prmd.report.artifact_sections import data_section, load, reward_models_section, runs_section
 from prmd.report.policy_sections import policies_section, training_outcome
 
 
@@ -112,3 +112,9 @@ def test_draws_and_how_far_targets_were_reached_stand_beside_the_kl(tmp_path: Pa
         -1
     ].startswith("1.40")
     assert {r[0]: r[-1] for r in section["table"].rows}["dpo"] == "helpful 90% (2.50)"
+
+
+def test_json_of_another_kind_is_missing(tmp_path: Path) -> None:
+    path = io.write_json(tmp_path / "metrics.json", ["not", "a", "record"])
+    assert load(path) is None and load(path, list) == ["not", "a", "record"]
+    assert load(io.write_json(path, {"a": 1})) == {"a": 1} and load(tmp_path / "none.json") is None

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from prmd.errors import ConfigError
 from prmd.rewards.backbone import epoch_stream, reward_loss
 
 
@@ -15,6 +16,13 @@ def test_stream_takes_every_pair_once_an_epoch(n: int, epochs: float, wanted: in
         assert len(set(part)) == len(part) and set(part) <= set(range(n))
     if wanted > n:
         assert stream[:n] != stream[n : 2 * n]
+
+
+def test_a_stream_of_no_pair_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^training\.epochs: 0\.1 of 4 pairs come to none, wanted at least one"
+    ):
+        epoch_stream(4, 0.1, seed=1)
 
 
 def test_loss_is_bradley_terry_with_centring() -> None:
