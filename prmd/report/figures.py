@@ -105,6 +105,7 @@ def canvas(
         with io.atomic_path(path) as temporary:
             figure.savefig(temporary, format="png", metadata={"Software": None})
         if vector:
+            figure.set_layout_engine("none")  # where everything stands in the PNG, found once
             known = dict.fromkeys(("Creator", "Date", "Format", "Type"))
             with io.atomic_path(path.with_suffix(".svg")) as temporary:
                 figure.savefig(temporary, format="svg", metadata=known, facecolor="none")
