@@ -123,7 +123,7 @@ def test_policy_files_keep_the_learning_rates_apart() -> None:
         assert (
             training.pairs_per_device * training.gradient_accumulation_steps == training.pairs_per_step == 32
         )
-    assert load_config(QUICKSTART, EvaluationConfig).generation.max_new_tokens == 48
+    assert load_config(QUICKSTART, EvaluationConfig).generation.max_new_tokens == 32
 
 
 @pytest.mark.parametrize(

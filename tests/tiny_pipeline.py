@@ -40,6 +40,7 @@ training:
   epochs: 1.0
   max_length: 240
   logging_steps: 1
+  checkpoints: [0.0, 0.33, 0.66, 1.0]
 scoring_tokens: 4096
 ensemble: {{members: 3, fit_fraction: 0.3}}
 calibration: {{source: validation_responses, samples_per_prompt: 2, prompts: 30, max_new_tokens: 8}}
@@ -56,6 +57,7 @@ training:
   max_pairs: 18
   max_length: 240
   logging_steps: 1
+  checkpoints: [0.33, 0.66, 1.0]
 """
 EVALUATION = """
 extends: {quickstart}/evaluation_config.yaml
