@@ -47,7 +47,9 @@ def plot_reward_model(analysis_json: Path) -> list[Path]:
     )
     written = []
     for name, needs, draw in drawings:
-        if analysis.get(needs) and not (name == "members" and len(analysis[needs]) < 2):
+        # One member agrees with itself, and one checkpoint is no curve.
+        fewest = 2 if name in ("members", "curve") else 1
+        if len(analysis.get(needs) or ()) >= fewest:
             path = analysis_json.with_name(f"{analysis_json.stem}_{name}.png")
             draw(path, analysis)
             written.append(path)

@@ -76,10 +76,10 @@ def test_reward_model_draws_what_the_file_holds(paths: ArtifactPaths, tmp_path: 
     ]
     analysis = io.read_json(source)
     analysis["member_correlation_matrix"], analysis["disagreement"] = [[1.0]], None
-    analysis["curve"] = []
-    io.write_json(tmp_path / "honest.json", analysis)
-    names = [p.stem for p in plot_reward_model(tmp_path / "honest.json")]
-    assert names == ["honest_rewards", "honest_margins", "honest_reliability"]
+    for curve in ([], analysis["curve"][:1]):
+        io.write_json(tmp_path / "honest.json", analysis | {"curve": curve})
+        names = [p.stem for p in plot_reward_model(tmp_path / "honest.json")]
+        assert names == ["honest_rewards", "honest_margins", "honest_reliability"]
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 7, 2000])
