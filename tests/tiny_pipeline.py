@@ -31,13 +31,17 @@ POLICIES = ("baseline_dpo", *METHODS, "hierarchical")
 REWARD_MODELS = """
 extends: {quickstart}/reward_model_config.yaml
 artifact_root: {root}
-data: {{approach: embedded, max_pairs_per_objective: 40}}
+data:
+  approach: embedded
+  max_pairs_per_objective: 40
+  splits: {{val_fraction: 0.07, test_fraction: 0.14, judge_fraction: 0.2}}
 model: {{source: hub, name: {model}, revision: null, dtype: float32}}
 tuning: {{method: lora, lora: {{r: 4, alpha: 8, learning_rate: 1e-2}}}}
 training:
   pairs_per_device: 2
   gradient_accumulation_steps: 2
   epochs: 1.0
+  max_pairs: 66
   max_length: 240
   logging_steps: 1
   checkpoints: [0.0, 0.33, 0.66, 1.0]
@@ -66,6 +70,7 @@ judges:
   tuning: {{method: lora, lora: {{r: 4, alpha: 8, learning_rate: 1e-2}}}}
   training: {{pairs_per_device: 2, gradient_accumulation_steps: 2, max_pairs: 8, max_length: 240}}
 generation: {{prompts: 6, samples_per_prompt: 2, max_new_tokens: 8, batch_size: 12}}
+benchmarks: {{hh_holdout: {{max_pairs: 16}}}}
 bootstrap_resamples: 200
 """
 
