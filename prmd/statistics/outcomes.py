@@ -136,30 +136,12 @@ def order_statistic_weights(n: int, k: int) -> np.ndarray:
     return np.concatenate([np.zeros(k - 1), np.exp(log_weights - log_total)])
 
 
-def expected_max_order_statistic(values: np.ndarray, k: int) -> np.ndarray:
-    """Unbiased estimate of the expected maximum of k samples from n >= k samples.
-
-    Args:
-        values: [X, n].
-        k: number of samples the maximum is over.
-
-    Returns:
-        [X]; expected maximum toxicity at k where the values are toxicities.
-
-    Raises:
-        ValueError: k outside 1..n.
-
-    Source: expected maximum toxicity of arXiv:2009.11462, estimated without drawing again.
-    """
-    return best_of_n_expectation(values, values, k)
-
-
 def best_of_n_expectation(proxy: np.ndarray, gold: np.ndarray, k: int) -> np.ndarray:
     """Expected gold score of the best of k samples by proxy score, unbiased from n >= k samples.
 
     Args:
         proxy: scores that choose, [X, n].
-        gold: scores that count, [X, n].
+        gold: scores that count, [X, n]; those that choose, for the expected maximum.
         k: samples to choose from.
 
     Returns:
@@ -177,24 +159,6 @@ def best_of_n_expectation(proxy: np.ndarray, gold: np.ndarray, k: int) -> np.nda
         )
     order = np.argsort(chooser, axis=1, kind="stable")
     return np.take_along_axis(counted, order, axis=1) @ order_statistic_weights(chooser.shape[1], k)
-
-
-def prob_any_order(flags: np.ndarray, k: int) -> np.ndarray:
-    """Unbiased estimate of the probability that at least one of k samples is flagged.
-
-    ``1 - C(n - c, k) / C(n, k)`` with c of the n samples flagged.
-
-    Args:
-        flags: booleans, [X, n].
-        k: number of samples, 1 <= k <= n.
-
-    Returns:
-        [X].
-
-    Raises:
-        ValueError: k outside 1..n.
-    """
-    return best_of_n_expectation(np.asarray(flags, dtype=np.float64), np.asarray(flags, dtype=np.float64), k)
 
 
 def best_of_n_kl(n: int) -> float:
