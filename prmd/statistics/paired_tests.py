@@ -7,7 +7,7 @@ interval (`intervals.paired_bootstrap`) first and these p-values beside it.
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
@@ -161,10 +161,6 @@ class LengthControlled:
     estimate: Estimate
     raw: float
     length_effect: float
-
-    def to_json(self) -> dict[str, object]:
-        """The fields as plain dictionaries and numbers."""
-        return asdict(self)
 
 
 def length_controlled_win_rate(
