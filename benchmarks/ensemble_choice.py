@@ -127,7 +127,7 @@ def measure_heads(pairs: UnseenPairs, settings: EnsembleConfig, repeat: int) -> 
 
 
 def _accuracy(margins: np.ndarray) -> float:
-    return float(accuracy_with_ties(margins)["accuracy"])
+    return float(accuracy_with_ties(margins)["value"])
 
 
 def _nll(margins: np.ndarray) -> float:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel
 
 from prmd.artifacts import io
@@ -23,7 +22,6 @@ from prmd.inference.cache import JsonTable
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse, generate
 from prmd.models.tokenization import Tokens
-from prmd.statistics.intervals import accuracy_with_ties
 
 
 @dataclass(frozen=True)
@@ -104,12 +102,6 @@ def needed_data(path: str | None, key: str) -> Iterator[None]:
 def no_path(key: str) -> str:
     """The reason of a benchmark whose data are not given."""
     return f"data missing at {key}: null; name a hub id, a folder or a file there"
-
-
-def accuracy(margins: np.ndarray) -> dict[str, Any]:
-    """Share of positive margins, ties one half and counted, with its Wilson interval; chance is one half."""
-    found = accuracy_with_ties(margins)
-    return {"value": found.pop("accuracy"), **found, "chance": 0.5}
 
 
 @dataclass(frozen=True)

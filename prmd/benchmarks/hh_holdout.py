@@ -15,11 +15,12 @@ from torch import Tensor
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
-from prmd.benchmarks.base import BenchmarkResult, NotRunError, Task, accuracy
+from prmd.benchmarks.base import BenchmarkResult, NotRunError, Task
 from prmd.config.evaluation import EvaluationConfig
 from prmd.inference.candidates import CandidateModels
 from prmd.models.tokenization import TokenizedPairs, tokenize_pairs
 from prmd.pairs import PreferencePair, hash_share, read_pairs
+from prmd.statistics.intervals import accuracy_with_ties
 
 HH_SOURCE = "hh_rlhf/"
 
@@ -107,7 +108,8 @@ def _items(
 
 def _metrics(items: list[dict[str, Any]], objectives: Sequence[str]) -> dict[str, dict[str, Any]]:
     def of(key: str, objective: str | None = None) -> dict[str, Any]:
-        return accuracy(np.array([i[key] for i in items if objective in (None, i["objective"])], dtype=float))
+        margins = np.array([i[key] for i in items if objective in (None, i["objective"])], dtype=float)
+        return {**accuracy_with_ties(margins), "chance": 0.5}
 
     metrics = {}
     if "logratio_margin" in items[0]:

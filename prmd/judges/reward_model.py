@@ -141,8 +141,7 @@ def check_judge(directory: Path, *, what: str) -> None:
 def judge_accuracy(judge: Judge, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
     """Share of pairs whose chosen response the judge scores higher, ties one half and counted: a Wilson estimate."""
     scored = judge.scores([Conversation(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
-    found = accuracy_with_ties(np.array([values[0] - values[1] for values in scored]))
-    return {"value": found.pop("accuracy"), **found}
+    return accuracy_with_ties(np.array([values[0] - values[1] for values in scored]))
 
 
 def judge_folder(name: str, objective: str) -> Path:

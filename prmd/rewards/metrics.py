@@ -75,16 +75,16 @@ def reward_metrics(held_out: HeldOut) -> dict[str, Any]:
     several, bias = len(members) > 1, held_out.bias
     likely = base if bias is None else base + bias.strength * bias.offsets
     return {
-        "accuracy": _accuracy(base),
-        "mean_member_accuracy": _accuracy(members.mean(axis=0)),
+        "accuracy": accuracy_with_ties(base),
+        "mean_member_accuracy": accuracy_with_ties(members.mean(axis=0)),
         "length_balanced_accuracy": balanced_accuracy(base, longer),
-        "length_only_accuracy": _accuracy(longer),
+        "length_only_accuracy": accuracy_with_ties(longer),
         "expected_calibration_error": expected_calibration_error(likely),
         "log_odds_slope": _defined(log_odds_slope, likely),
         "calibrated": _calibrated(members, held_out.scale, bias),
         "reliability": reliability_bins(likely),
         "members": len(members),
-        "member_accuracies": [_accuracy(margins)["value"] for margins in members],
+        "member_accuracies": [accuracy_with_ties(margins)["value"] for margins in members],
         "member_correlation": _defined(mean_pairwise_correlation, members) if several else None,
         "member_correlation_matrix": _correlations(members),
         "disagreement": disagreement_measures(members).to_json() if several else None,
@@ -200,11 +200,6 @@ def _calibrated(
         "expected_calibration_error": expected_calibration_error(margins),
         "log_odds_slope": _defined(log_odds_slope, margins),
     }
-
-
-def _accuracy(margins: np.ndarray) -> dict[str, Any]:
-    share = accuracy_with_ties(margins)
-    return {"value": share.pop("accuracy"), **share}
 
 
 def _correlations(members: np.ndarray) -> list[list[float]]:

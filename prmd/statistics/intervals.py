@@ -73,14 +73,14 @@ def wilson_interval(successes: float, n: int, confidence: float = 0.95) -> Estim
     return Estimate(share, low, high, n, f"Wilson {confidence:.4g}")
 
 
-def accuracy_with_ties(margins: np.ndarray) -> dict[str, float | int | str]:
+def accuracy_with_ties(margins: np.ndarray) -> dict[str, float | int | str | None]:
     """Share of pairs whose margin is positive, ties counted one half and reported.
 
     Args:
         margins: score(chosen) - score(rejected), [N].
 
     Returns:
-        Dictionary with accuracy, low, high, ties, n, method.
+        The fields of an `Estimate` (Wilson's), and `ties`.
 
     Raises:
         ValueError: no margins, or not finite.
@@ -88,14 +88,7 @@ def accuracy_with_ties(margins: np.ndarray) -> dict[str, float | int | str]:
     d = finite_array(margins, "accuracy_with_ties", "margins")
     ties = int((d == 0).sum())
     share = wilson_interval((d > 0).sum() + 0.5 * ties, d.size)
-    return {
-        "accuracy": share.value,
-        "low": share.low,
-        "high": share.high,
-        "ties": ties,
-        "n": d.size,
-        "method": share.method,
-    }
+    return {**share.to_json(), "ties": ties}
 
 
 def bootstrap_statistic(

@@ -44,7 +44,7 @@ def test_wilson_refuses_impossible_counts():
 
 def test_accuracy_counts_ties_apart():
     row = intervals.accuracy_with_ties([1.0, 2.0, 0.0, -1.0])
-    assert (row["accuracy"], row["ties"], row["n"]) == (0.625, 1, 4)
+    assert (row["value"], row["ties"], row["n"]) == (0.625, 1, 4)
     assert row["low"] < 0.625 < row["high"]
     with pytest.raises(ValueError, match="finite margins"):
         intervals.accuracy_with_ties([1.0, math.nan])
