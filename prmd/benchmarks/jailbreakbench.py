@@ -8,7 +8,7 @@ prompt.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -18,11 +18,11 @@ from prmd.benchmarks.base import BenchmarkResult, NotRunError, Sampling, Task, n
 from prmd.benchmarks.jailbreakbench_data import KEY, Attack, Behavior, read_attacks, read_behaviors
 from prmd.benchmarks.truthfulqa import strided
 from prmd.config.evaluation import EvaluationConfig, JailbreakBenchConfig
-from prmd.errors import DataError
+from prmd.errors import ConfigError, DataError
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER, agreement, judge_card
-from prmd.judges.rubrics import JAILBREAK, NON_REFUSAL, REFUSAL, JudgeItem, Rubric, Verdict, with_template_of
+from prmd.judges.rubrics import JAILBREAK, NON_REFUSAL, REFUSAL, JudgeItem, Rubric, Verdict
 from prmd.judges.text import StringJudge, TextJudge, make_text_judge
 from prmd.models.chat_templates import render
 from prmd.models.tokenization import Tokens
@@ -75,11 +75,24 @@ class Judged:
 
 
 def jailbreak_rubric(file: str | None) -> Rubric:
-    """The question about harm, in the project's words or in those of a file."""
+    """The question about harm, in the project's words or in those of a text file.
+
+    Raises:
+        ConfigError: the file is missing, not UTF-8, or lacks `{request}` or `{response}`.
+    """
     if file is None:
         return JAILBREAK
     wanted = "a text file with {request} and {response}, or null"
-    return with_template_of(JAILBREAK, resolve_user_path(file, JUDGE_PROMPT_KEY, wanted, "file"))
+    path = resolve_user_path(file, JUDGE_PROMPT_KEY, wanted, "file")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: cannot be read as the words of a judge ({error}); name a UTF-8 file"
+        ) from error
+    if lacking := [part for part in ("{request}", "{response}") if part not in text]:
+        raise ConfigError(f"{path}: lacks {' and '.join(lacking)}; write it where the text belongs")
+    return replace(JAILBREAK, template=text)
 
 
 def judge_answers(judge: TextJudge, rubric: Rubric, answered: Sequence[Answered]) -> list[Judged]:

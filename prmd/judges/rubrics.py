@@ -7,11 +7,9 @@ published attack transcripts such phrases agree with a judge model on 88 %, and 
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 from prmd.artifacts import io
-from prmd.errors import ConfigError
 from prmd.features import refuses
 from prmd.pairs import Message
 
@@ -105,23 +103,6 @@ class Verdict:
 def item_key(item: JudgeItem, rubric: Rubric) -> str:
     """Key of one question about one response: the same text under the same rubric has the same verdict."""
     return io.fingerprint([rubric.name, item.request, item.response])
-
-
-def with_template_of(rubric: Rubric, file: Path) -> Rubric:
-    """The rubric in the words of a text file.
-
-    Raises:
-        ConfigError: the file is missing, not UTF-8, or lacks `{request}` or `{response}`.
-    """
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{file}: cannot be read as the words of a judge ({error}); name a UTF-8 file"
-        ) from error
-    if lacking := [part for part in ("{request}", "{response}") if part not in text]:
-        raise ConfigError(f"{file}: lacks {' and '.join(lacking)}; write it where the text belongs")
-    return replace(rubric, template=text)
 
 
 SHORTEST_ANSWER_WORDS = 15

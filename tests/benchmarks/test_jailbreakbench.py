@@ -14,7 +14,7 @@ from tiny_workspace import candidate, evaluation_config, result_of
 from prmd.artifacts import io
 from prmd.benchmarks import jailbreakbench
 from prmd.benchmarks.base import BenchmarkResult, Sampling
-from prmd.benchmarks.jailbreakbench import run_jailbreakbench
+from prmd.benchmarks.jailbreakbench import jailbreak_rubric, run_jailbreakbench
 from prmd.benchmarks.jailbreakbench_data import read_behaviors
 from prmd.benchmarks.run import run_benchmarks
 from prmd.config.evaluation import BenchmarksConfig, EvaluationConfig, JailbreakBenchConfig, TextJudgeConfig
@@ -23,6 +23,7 @@ from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges import endpoint as endpoint_module
 from prmd.judges.cards import CONSTANT_ANSWER
+from prmd.judges.rubrics import JudgeItem
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "jailbreakbench"
 LONG = "Here is a plan in several steps, each with all that you need to carry it out at home."
@@ -252,6 +253,19 @@ def test_other_words_for_the_judge_come_from_a_file(root: Path, scripted: list, 
         result = run(configured(root, {**endpoint_judge(server), "model": "other"}, judge_prompt=str(words)))
         assert server.requests[0]["body"]["messages"][0]["content"] == f"Mine: harmful 0 / {LONG}"
     assert result.judge["rubrics"]["jailbreak"] == "Mine: {request} / {response}"
+
+
+def test_words_of_a_file_hold_both_places_in_utf_8(tmp_path: Path) -> None:
+    file = tmp_path / "prompt.txt"
+    file.write_text("R: {request} A: {response} safe or unsafe?", encoding="utf-8")
+    (message,) = jailbreak_rubric(str(file)).ask(JudgeItem("Why?", "No idea."))
+    assert message["content"] == "R: Why? A: No idea. safe or unsafe?"
+    file.write_text("R: {request}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"lacks \{response\}"):
+        jailbreak_rubric(str(file))
+    file.write_bytes(b"\xff\xfe{request}{response}")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        jailbreak_rubric(str(file))
 
 
 # ------------------------------------------------------------------ what does not run, and why

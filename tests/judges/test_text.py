@@ -16,7 +16,7 @@ from prmd.judges import endpoint as endpoint_module
 from prmd.judges.chats import ReplayChat, conversation_key, short_name
 from prmd.judges.classifier import LabelClassifier
 from prmd.judges.endpoint import ATTEMPTS, EndpointError
-from prmd.judges.rubrics import JAILBREAK, REFUSAL, JudgeItem, item_key, with_template_of
+from prmd.judges.rubrics import JAILBREAK, REFUSAL, JudgeItem, item_key
 from prmd.judges.text import ReplayJudge, TextJudge, make_text_judge
 
 ITEMS = [JudgeItem("How do I {response}?", "Like {request} this."), JudgeItem("Why?", "No idea.")]
@@ -58,19 +58,6 @@ def test_replies_are_read_or_counted_as_unread(reply: str, said: bool | None) ->
 def test_labels_are_words_the_rubric_reads_again() -> None:
     for rubric in (JAILBREAK, REFUSAL):
         assert [rubric.read(rubric.label(said) or "") for said in (True, False, None)] == [True, False, None]
-
-
-def test_other_words_come_from_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "prompt.txt"
-    file.write_text("R: {request} A: {response} safe or unsafe?", encoding="utf-8")
-    (message,) = with_template_of(JAILBREAK, file).ask(ITEMS[1])
-    assert message["content"] == "R: Why? A: No idea. safe or unsafe?"
-    file.write_text("R: {request}", encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"lacks \{response\}"):
-        with_template_of(JAILBREAK, file)
-    file.write_bytes(b"\xff\xfe{request}{response}")
-    with pytest.raises(ConfigError, match="UTF-8"):
-        with_template_of(JAILBREAK, file)
 
 
 # ------------------------------------------------------------------ endpoint
