@@ -182,7 +182,7 @@ def _debias_table(models: dict[str, dict[str, Any]]) -> Table | None:
             f"{objective}: {name}",
             format_estimate(one["share"]),
             *(format_estimate(one[column]) for column in ("sign", "size")),
-            _asked_and_reached(found),
+            f"{_from_to(found['member_strengths'])}, {_from_to(found['member_strengths_reached'])}",
             format_number(one["slope"]),
             _from_to(one["member_slopes"]),
             with_mark(metrics.get("accuracy")),
@@ -203,10 +203,6 @@ def _debias_table(models: dict[str, dict[str, Any]]) -> Table | None:
         "size. Balanced: the chosen response has more in half of the pairs; a model that follows the feature alone gets ½."
     )
     return Table(columns, rows, caption) if rows else None
-
-
-def _asked_and_reached(found: dict[str, Any]) -> str:
-    return f"{_from_to(found['member_strengths'])}, {_from_to(found['member_strengths_reached'])}"
 
 
 def _from_to(values: list[Any]) -> str:
