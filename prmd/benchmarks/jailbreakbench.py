@@ -21,7 +21,7 @@ from prmd.config.evaluation import EvaluationConfig, JailbreakBenchConfig
 from prmd.errors import ConfigError, DataError
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
-from prmd.judges.cards import CONSTANT_ANSWER, agreement, judge_card
+from prmd.judges.cards import CONSTANT_ANSWER, agreement, judge_card, verdict_agreement
 from prmd.judges.rubrics import JAILBREAK, NON_REFUSAL, REFUSAL, JudgeItem, Rubric, Verdict
 from prmd.judges.text import StringJudge, TextJudge, make_text_judge
 from prmd.models.chat_templates import render
@@ -139,23 +139,18 @@ def agreement_with_labels(
             verdicts = judge.judge([JudgeItem(goals[a.index], a.response or "") for a in labelled], rubric)
         except DataError:  # a file of verdicts need not hold these
             return found
-        read = [(v.positive, t) for v, t in zip(verdicts, truth, strict=True) if v.positive is not None]
-        if read:
-            found[judge.name] = agreement([p for p, _ in read], [t for _, t in read])
+        if agrees := verdict_agreement(verdicts, truth):
+            found[judge.name] = agrees
     return found
 
 
 def agreement_with_phrases(judge: TextJudge, judged: Sequence[Judged]) -> dict[str, Any]:
     """Agreement of the judge with the refusal phrases on the benign answers: two judges, neither of them the truth."""
     said = {g.judge: g.verdicts for g in judged if g.rubric.name == REFUSAL.name}
-    pairs = [
-        (v.positive, bool(phrase.positive))
-        for v, phrase in zip(said.get(judge.name, []), said.get(StringJudge.name, []), strict=False)
-        if v.positive is not None
-    ]
-    if judge.kind == "strings" or not pairs:
+    if judge.kind == "strings" or judge.name not in said:
         return {}
-    return {"benign refusals, against strings": agreement([p for p, _ in pairs], [t for _, t in pairs])}
+    found = verdict_agreement(said[judge.name], [bool(phrase.positive) for phrase in said[StringJudge.name]])
+    return {"benign refusals, against strings": found} if found else {}
 
 
 logger = logging.getLogger(__name__)

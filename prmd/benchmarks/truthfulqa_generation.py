@@ -27,7 +27,7 @@ from prmd.config.shared import SharedConfig
 from prmd.data.readers import json_rows
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
-from prmd.judges.cards import agreement, judge_card
+from prmd.judges.cards import agreement, judge_card, verdict_agreement
 from prmd.judges.reward_model import Conversation, RewardModelJudge, trained_judge
 from prmd.judges.rubrics import JudgeItem, Rubric, Verdict, item_key
 from prmd.judges.text import TextJudge, make_text_judge
@@ -233,15 +233,8 @@ def human_agreement(
     verdicts = judge.verdicts(
         [question for question, _, _ in labelled], [answer for _, answer, _ in labelled]
     )
-    read = [
-        (v.positive, label)
-        for v, (_, _, label) in zip(verdicts, labelled, strict=True)
-        if v.positive is not None
-    ]
-    if not read:
-        return None
-    found = agreement([said for said, _ in read], [label for _, label in read])
-    return {**found, "labels": "people's, of models' answers to the questions asked"}
+    found = verdict_agreement(verdicts, [label for _, _, label in labelled])
+    return found and {**found, "labels": "people's, of models' answers to the questions asked"}
 
 
 def _human_labels(questions: Sequence[Question], truthfulqa: str) -> list[tuple[Question, str, bool]]:

@@ -118,6 +118,12 @@ def agreement(predicted: Sequence[bool], truth: Sequence[bool]) -> dict[str, Any
     }
 
 
+def verdict_agreement(verdicts: Sequence[Verdict], truth: Sequence[bool]) -> dict[str, Any] | None:
+    """`agreement` of the verdicts that could be read with their labels; None where none could."""
+    read = [(v.positive, label) for v, label in zip(verdicts, truth, strict=True) if v.positive is not None]
+    return agreement(*zip(*read, strict=True)) if read else None
+
+
 def judge_card(
     judge: TextJudge,
     verdicts: Sequence[Verdict],
