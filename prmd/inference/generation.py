@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -37,15 +38,15 @@ from prmd.errors import NotFiniteError, UserError
 from prmd.inference.batching import Batch, BatchPlan, Halving, Sampled
 from prmd.inference.cache import JsonTable, tokens_key
 from prmd.inference.noise import KeyedGumbel, sample_key
-from prmd.inference.scoring import gather, place_among_processes, time_to_save
+from prmd.inference.scoring import gather, keep_in_turns, place_among_processes
 from prmd.models.chat_templates import read_template, stop_token
 from prmd.models.tokenization import PrefixRow, Tokens
-from prmd.runtime import is_main_process, progress, wait_for_everyone
+from prmd.runtime import is_main_process, progress
 
 logger = logging.getLogger(__name__)
 
 TURNS_PER_SHARD = 8
-"""In several processes a table is saved after this many turns (`scoring.time_to_save`)."""
+"""In several processes a table is saved after this many turns (`scoring.keep_in_turns`)."""
 
 ENDED_SHARE = 0.25
 """Samples leave their batch once so many of it have ended: each time what the others have cached is copied."""
@@ -172,26 +173,10 @@ def generate(
     plan = BatchPlan(samples_per_prompt, max_new_tokens, batch_size)
     batches, began = plan.batches(model, missing), time.monotonic()
     sample = Halving(lambda batch: _sample(model, batch, decoding), plan, description)
-    _sample_all(sample, batches, found, table, description)
+    turns = _sample_in_turns(sample, batches, description)
+    keep_in_turns(turns, partial(_keep, found, table), every=TURNS_PER_SHARD)
     _tell_speed([found[key] for key in missing], began, batches, description)
-    wait_for_everyone()  # no process may open this table again before the main one has written it
     return [[_response(tokenizer, ids, stop) for ids in found[key]] for key in keys]
-
-
-def _sample_all(
-    sample: Halving,
-    batches: Sequence[Batch],
-    found: dict[str, list[list[int]]],
-    table: JsonTable | None,
-    description: str,
-) -> None:
-    """Fill `found` and the table, which is saved now and then."""
-    fresh, saved = list[Sampled](), time.monotonic()
-    for turn, done in enumerate(_sample_in_turns(sample, batches, description)):
-        fresh += done
-        if time_to_save(turn, saved, every=TURNS_PER_SHARD):
-            fresh, saved = _keep(fresh, found, table), time.monotonic()
-    _keep(fresh, found, table)
 
 
 def _sample_in_turns(sample: Halving, batches: Sequence[Batch], description: str) -> Iterator[list[Sampled]]:
@@ -219,11 +204,10 @@ def _sample(model: nn.Module | Engine, batch: Batch, decoding: Decoding) -> list
     return list(zip(keys, tokens, strict=True))
 
 
-def _keep(fresh: list[Sampled], found: dict[str, list[list[int]]], table: JsonTable | None) -> list[Sampled]:
+def _keep(found: dict[str, list[list[int]]], table: JsonTable | None, fresh: list[Sampled]) -> None:
     found.update(fresh)
     if table is not None:
         table.append(fresh, write=is_main_process())
-    return []
 
 
 def _tell_speed(

@@ -8,7 +8,8 @@ batch (`PrimedLogps`), with the same results and the same table.
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -55,26 +56,20 @@ def score_rows(
     missing = _missing_rows(rows, table)
     groups = plan_scoring(missing, tokens_per_batch=tokens_per_batch, share_prompt=share_prompt)
     rank, world = place_among_processes()
-    pending: list[tuple[bytes, Tensor]] = []
-    saved = time.monotonic()
-    for number, turn in enumerate(
-        progress(range(0, len(groups), world), -(-len(groups) // world), description)
-    ):
-        done: list[tuple[list[bytes], Tensor]] = []
-        if turn + rank < len(groups):
-            group = [missing[i] for i in groups[turn + rank]]
-            batch = collate_rows(group, pad_id=pad_id, share_prompt=share_prompt)
-            with torch.inference_mode():
-                values = compute(on_device(batch, device)).float().cpu()
-            done = [(_keys(group), values.clone())]
-        for keys, rows_values in gather(
-            done
-        ):  # whole tensors: a row of one would carry all of it between processes
-            pending += zip(keys, rows_values, strict=True)
-        if time_to_save(number, saved):
-            pending, saved = _flush(table, pending), time.monotonic()
-    _flush(table, pending)
-    wait_for_everyone()  # no process may open this table again before the main one has written it
+
+    def turns() -> Iterator[list[tuple[bytes, Tensor]]]:
+        for turn in progress(range(0, len(groups), world), -(-len(groups) // world), description):
+            done: list[tuple[list[bytes], Tensor]] = []
+            if turn + rank < len(groups):
+                group = [missing[i] for i in groups[turn + rank]]
+                batch = collate_rows(group, pad_id=pad_id, share_prompt=share_prompt)
+                with torch.inference_mode():
+                    values = compute(on_device(batch, device)).float().cpu()
+                done = [(_keys(group), values.clone())]
+            # whole tensors: a row of one would carry all of it between processes
+            yield [pair for keys, found in gather(done) for pair in zip(keys, found, strict=True)]
+
+    keep_in_turns(turns(), partial(keep_scores, table))
     return [lookup(table, row) for row in rows]
 
 
@@ -98,15 +93,34 @@ def lookup(table: ScoreTable, row: PrefixRow) -> Tensor:
     return torch.stack([table[tokens_key(row.prompt_ids, response)] for response in row.responses])
 
 
-def time_to_save(turn: int, saved: float, *, every: int = 32) -> bool:
-    """Whether a table is saved after this turn: by the clock in one process, by turns in several, whose clocks differ.
+def keep_in_turns(
+    turns: Iterable[list[Item]], keep: Callable[[list[Item]], None], *, every: int = 32
+) -> None:
+    """Have `keep` save what turns make, now and then and at the end, also where a turn fails; wait for all processes.
+
+    By the clock in one process, by turns in several, whose clocks differ.
 
     Args:
-        saved: `time.monotonic` of the last time.
         every: turns from one time to the next in several processes.
     """
+    fresh, saved = list[Item](), time.monotonic()
     _, world = place_among_processes()
-    return turn % every == every - 1 if world > 1 else time.monotonic() - saved > SHARD_SECONDS
+    try:
+        for turn, made in enumerate(turns):
+            fresh += made
+            if turn % every == every - 1 if world > 1 else time.monotonic() - saved > SHARD_SECONDS:
+                keep(fresh)
+                fresh, saved = [], time.monotonic()
+    finally:  # what was made before a failure is not made again
+        keep(fresh)
+    wait_for_everyone()  # no process may open the table again before the main one has written it
+
+
+def keep_scores(table: ScoreTable, fresh: Sequence[tuple[bytes, Tensor]]) -> None:
+    """Add keys with their rows [width] to the table, which the main process writes."""
+    if fresh:
+        keys, values = zip(*fresh, strict=True)
+        table.append(keys, torch.stack(values), write=is_main_process())
 
 
 def _keys(rows: Sequence[PrefixRow]) -> list[bytes]:
@@ -127,14 +141,6 @@ def _missing_rows(rows: Sequence[PrefixRow], table: ScoreTable) -> list[PrefixRo
         if wanted:
             missing.append(PrefixRow(row.prompt_ids, tuple(wanted)))
     return missing
-
-
-def _flush(table: ScoreTable, pending: list[tuple[bytes, Tensor]]) -> list[tuple[bytes, Tensor]]:
-    if pending:
-        table.append(
-            [key for key, _ in pending], torch.stack([v for _, v in pending]), write=is_main_process()
-        )
-    return []
 
 
 def score_logps(

@@ -6,9 +6,9 @@ Trained reward models are in `reward_model`; the user's function itself is loade
 
 import hashlib
 import json
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,11 +20,11 @@ from prmd.config.shared import BroughtConfig, SharedConfig
 from prmd.errors import DataError
 from prmd.inference.cache import KEY_BYTES, ScoreTable
 from prmd.inference.generation import GeneratedResponse
-from prmd.inference.scoring import gather, place_among_processes, time_to_save
+from prmd.inference.scoring import gather, keep_in_turns, keep_scores, place_among_processes
 from prmd.pairs import Message, PreferencePair
 from prmd.pessimism.calibration import Calibration
 from prmd.rewards.functions import RewardFunction, load_function
-from prmd.runtime import is_main_process, progress, wait_for_everyone
+from prmd.runtime import progress
 
 _AT_ONCE = 64
 """Responses a function is asked for between two looks at the clock."""
@@ -171,27 +171,19 @@ class BroughtReward:
             for i, key in enumerate(own)
             if key not in table
         }
-        asks, pending, saved = place_among_processes()[0] == 0, {}, time.monotonic()
-        todo = list(missing.items())
-        turns = [todo[i : i + _AT_ONCE] for i in range(0, len(todo), _AT_ONCE)]
-        try:
-            for turn, some in enumerate(progress(turns, len(turns), description)):
+        asks, todo = place_among_processes()[0] == 0, list(missing.items())
+        parts = [todo[i : i + _AT_ONCE] for i in range(0, len(todo), _AT_ONCE)]
+
+        def turns() -> Iterator[list[tuple[bytes, Tensor]]]:
+            for part in progress(parts, len(parts), description):
                 said = [
-                    self.function(row.prompt, row.responses[i], row.names[i]) for _, (row, i) in some if asks
+                    self.function(row.prompt, row.responses[i], row.names[i]) for _, (row, i) in part if asks
                 ]
-                pending |= dict(zip((key for key, _ in some), gather(said), strict=True))
-                if time_to_save(turn, saved):
-                    pending, saved = _keep(table, pending), time.monotonic()
-        finally:  # what was said before it failed is not asked again
-            _keep(table, pending)
-        wait_for_everyone()
+                values = torch.tensor(gather(said), dtype=torch.float32)[:, None]
+                yield list(zip((key for key, _ in part), values, strict=True))
+
+        keep_in_turns(turns(), partial(keep_scores, table))
         return [[float(table[key][0]) for key in own] for own in keys]
-
-
-def _keep(table: ScoreTable, said: Mapping[bytes, float]) -> dict[bytes, float]:
-    values = torch.tensor(list(said.values()), dtype=torch.float32)[:, None]
-    table.append(list(said), values, write=is_main_process())
-    return {}
 
 
 def brought_reward(shared: SharedConfig, objective: str, directory: Path) -> BroughtReward:

@@ -101,8 +101,9 @@ def test_the_prompt_is_encoded_once_for_all_its_responses(tmp_path):
     assert [b["input_ids"].numel() for b in apart.batches] == [6 * 32]
 
 
-def test_an_interruption_keeps_what_was_saved_and_the_rest_follows(tmp_path, monkeypatch):
-    monkeypatch.setattr(scoring, "SHARD_SECONDS", -1.0)
+@pytest.mark.parametrize("seconds", [-1.0, 3600.0])
+def test_an_interruption_keeps_what_was_computed_and_the_rest_follows(tmp_path, monkeypatch, seconds):
+    monkeypatch.setattr(scoring, "SHARD_SECONDS", seconds)
     rows = random_rows(16)
     torn, rest = Counting(fail_at=3), Counting()
     with pytest.raises(KeyboardInterrupt):
