@@ -143,7 +143,12 @@ class SourceFile:
     @property
     def name(self) -> str:
         """File name in `data/raw/<source>/`."""
-        return safe_name(self.label.replace("/", "-")) + ".jsonl"
+        return stored_name(self.label)
+
+
+def stored_name(label: str) -> str:
+    """File name in `data/raw/<source>/` of the file with this label."""
+    return safe_name(label.replace("/", "-")) + ".jsonl"
 
 
 # ------------------------------------------------------------------ benchmarks
@@ -236,6 +241,10 @@ def split_rows(
 
 _CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub")
 """Libraries whose errors say that the connection broke."""
+_SAYS_NOTHING = "An error occurred while generating the dataset"
+"""What `datasets` says of a file that it cannot read; the cause says what."""
+_NOT_AS_ROWS = ("Config name is missing", "BuilderConfig", "Dataset scripts are no longer supported")
+"""How `datasets` begins a plain ValueError or RuntimeError about a data set that is not one table; its own errors say the rest."""
 
 
 @cache
@@ -248,10 +257,12 @@ def _load(key: str, path: str, revision: str, name: str | None, subset: str | No
             return load_dataset(str(own), name, data_dir=subset)
         return load_dataset(path, name, data_dir=subset, revision=revision)
     except Exception as error:  # unreachable, offline, no such repository or revision, no room: OSErrors, but for the clients' own
-        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _CLIENTS:
+        theirs = type(error).__module__.partition(".")[0] in (*_CLIENTS, "datasets")
+        if not (theirs or isinstance(error, OSError) or str(error).startswith(_NOT_AS_ROWS)):
             raise
-        detail = str(error).strip().splitlines() or [type(error).__name__]
+        said = error.__cause__ if str(error) == _SAYS_NOTHING and error.__cause__ else error
+        detail = " ".join(str(said).split())[:240] or type(said).__name__
         raise ConfigError(
-            f"{key}: cannot get {path!r} at revision {revision} from the hub ({detail[0][:160]}), and {places_tried(path)}; "
+            f"{key}: cannot get {path!r} at revision {revision} from the hub ({detail}), and {places_tried(path)}; "
             f"check the connection and the id, or set {key} to a local folder in the hub's file layout"
         ) from error

@@ -116,6 +116,35 @@ def test_every_kind_of_file_gives_the_same_pairs(write, zipped, tmp_path):
     assert found == {(r["prompt"], r["chosen"], r["rejected"]) for r in rows("polite")}
 
 
+@pytest.mark.parametrize(
+    ("names", "stored"),
+    [
+        (("part.0.jsonl", "part.1.jsonl"), {"polite-part.jsonl", "polite-part_2.jsonl"}),
+        (("höflich.jsonl", "hüflich.jsonl"), {"polite-h--flich.jsonl", "polite-h--flich_2.jsonl"}),
+        (("一.jsonl", "二.jsonl"), {"polite.jsonl", "polite---_2.jsonl"}),
+    ],
+)
+def test_files_of_a_folder_that_would_be_stored_under_one_name_are_all_read(names, stored, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / names[0], rows("polite")[:15])
+    write_jsonl(folder / names[1], rows("polite")[15:])
+    config = own_config(tmp_path, folder)
+    prepared(config)
+    assert {p.first_turn for p in all_pairs(config, "polite")} == {r["prompt"] for r in rows("polite")}
+    kept = {path.name for path in config.paths.raw("own_pairs").glob("polite*.jsonl")}
+    assert kept == stored
+
+
+def test_a_spreadsheet_writes_a_mark_line_ends_and_empty_columns_that_do_no_harm(tmp_path):
+    lines = [f"{r['prompt']},{r['chosen']},{r['rejected']},," for r in rows("polite")]
+    text = "\r\n".join(["prompt,chosen,rejected,,", *lines, ",,,,", ""])
+    (tmp_path / "p.csv").write_bytes(text.encode("utf-8-sig"))
+    config = own_config(tmp_path, tmp_path / "p.csv")
+    stats = json.loads((prepared(config) / "stats.json").read_text(encoding="utf-8"))
+    assert len(all_pairs(config, "polite")) == 40 and stats["quarantined"] == {"empty_response": 1}
+
+
 def test_messages_in_a_csv_cell_are_messages(tmp_path):
     values = [
         {
@@ -447,6 +476,14 @@ def test_an_id_or_source_of_blanks_is_none(tmp_path):
         ("p.txt", "a", "got .txt, wanted .jsonl"),
         ("p.csv", "chosen,rejected\na\n", "row 1 has more or fewer cells"),
         ("p.csv", 'chosen,rejected\n"a', "not readable as UTF-8 CSV"),
+        (
+            "p.csv",
+            "\ufeffprompt;chosen;rejected\r\na, b;c, d, e;f\r\n",
+            r"p.csv: its cells are separated by ';', wanted commas",
+        ),
+        ("p.csv", "sep=;\nprompt;chosen\n", "its cells are separated by ';'"),
+        ("p.csv", "prompt\tchosen\na\tb\n", r"its cells are separated by '\\t'"),
+        ("p.csv", "prompt,chosen,rejected,chosen\na,b,c,d\n", "the header names 'chosen' twice"),
         ("p.parquet", "a", "not readable as parquet"),
         ("p.jsonl", "{", "p.jsonl:1: not JSON"),
         ("p.jsonl", "", "polite has 0 pairs of 0 rows"),

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import datasets
 import pytest
@@ -228,6 +229,35 @@ def test_unreachable_hub_is_one_line_that_names_the_key(hub, source, error):
     message = str(caught.value)
     assert message.startswith(f"data.{source}.path: ") and "\n" not in message
     assert "local folder in the hub's file layout" in message
+
+
+def of_two_kinds():
+    """As `datasets` raises it: what is wrong is in the cause alone."""
+    error = datasets.exceptions.DatasetGenerationError("An error occurred while generating the dataset")
+    error.__cause__ = ValueError("Expected object or value in part-3.json")
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("Config name is missing.\nPlease pick one among: ['a', 'b']"), "missing. Please pick one among"),
+        (RuntimeError("Dataset scripts are no longer supported, but found prefs.py"), "but found prefs.py"),
+        (datasets.exceptions.DatasetGenerationCastError("All files must have\nthe same columns"), "have the same"),
+        (of_two_kinds(), "Expected object or value in part-3.json"),
+    ],
+)  # fmt: skip
+def test_a_hub_data_set_that_is_not_one_table_is_one_line(hub, error, said):
+    hub.answer = error
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        rows_of(plan_source("truthfulqa", DataConfig()))
+    assert "\n" not in str(caught.value) and str(caught.value).startswith("data.truthfulqa.path: ")
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(hub):
+    hub.answer = ValueError("too many values to unpack")
+    with pytest.raises(ValueError, match="unpack"):
+        rows_of(plan_source("truthfulqa", DataConfig()))
 
 
 def test_hub_data_set_without_the_split(hub):

@@ -5,7 +5,7 @@ JSON, JSON Lines, CSV and Parquet, gzipped or not; a file, a folder of such file
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from math import isfinite
 from pathlib import Path
@@ -23,6 +23,7 @@ from prmd.data.readers import (
     open_csv,
     parquet_rows,
     split_rows,
+    stored_name,
 )
 from prmd.errors import ConfigError, DataError
 
@@ -92,11 +93,28 @@ def _planned(
     if not found:
         raise ConfigError(f"{key}.path: {path} holds no {', '.join(_SUFFIXES)} file (or .gz); put one there")
     files = []
-    for file in found:
-        own_label = label if path.is_file() else f"{label}/{file.name.partition('.')[0]}"
+    for file, own_label in zip(found, [label] if path.is_file() else _labels(label, found), strict=True):
         one = local_file(file, own_label, None, partial(_kept, keep, partial(table_rows, file), str(file)))
         files.append(SourceFile(one.label, None, f"{one.origin} {kept}", one.size, one.read))
     return files
+
+
+def _labels(label: str, files: Iterable[Path]) -> list[str]:
+    """`polite/pairs` of a folder's `pairs.csv`; a number behind it where another file would be stored under the same name.
+
+    So are `part.0.parquet` and `part.1.parquet`, and names in letters that no stored name has.
+    """
+    found: list[str] = []
+    taken: set[str] = set()
+    for file in files:
+        stem = own = f"{label}/{file.name.partition('.')[0]}"
+        number = 1
+        while (stored := stored_name(own).lower()) in taken:
+            number += 1
+            own = f"{stem}_{number}"
+        taken.add(stored)
+        found.append(own)
+    return found
 
 
 def _kept(
@@ -129,12 +147,23 @@ def table_rows(path: Path) -> Iterable[Row]:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     with open_csv(path, strict=True, longest_cell=_LONGEST_CELL) as reader:
+        _check_header(reader.fieldnames or (), path)
         for number, row in enumerate(reader, start=1):
             if None in row or None in row.values():
                 raise DataError(
                     f"{path}: row {number} has more or fewer cells than the header; mend the file"
                 )
             yield {name: _cell(text) for name, text in row.items()}
+
+
+def _check_header(names: Sequence[str], path: Path) -> None:
+    """Refuse what a spreadsheet may write in the place of CSV with commas, and columns of which one would hide another."""
+    if len(names) == 1 and (other := next((sign for sign in ";\t|" if sign in names[0]), None)):
+        raise DataError(
+            f"{path}: its cells are separated by {other!r}, wanted commas; save it as CSV with commas, or as JSON Lines"
+        )
+    if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+        raise DataError(f"{path}: the header names {twice[0]!r} twice; rename or remove one of these columns")
 
 
 def _cell(text: str) -> Any:
