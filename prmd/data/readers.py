@@ -182,7 +182,7 @@ def local_path(text: str, key: str) -> Path | None:
         return found.resolve()
     if not HUB_ID.fullmatch(text):
         raise ConfigError(
-            f"{key}: {text!r} is neither an existing folder nor a hub id such as owner/name ({places_tried(text)}); "
+            f"{key}: {text!r} is neither an existing file or folder nor a hub id such as owner/name ({places_tried(text)}); "
             "correct it"
         )
     return None

@@ -500,9 +500,18 @@ def test_an_empty_folder_and_a_lost_path_are_named(tmp_path):
     with pytest.raises(ConfigError, match=r"objectives\.polite\.path: .*empty holds no \.jsonl"):
         download_dataset(own_config(tmp_path, tmp_path / "empty"))
     with pytest.raises(
-        ConfigError, match=r"objectives\.polite\.path: .*lost\.jsonl.* neither an existing folder"
+        ConfigError, match=r"objectives\.polite\.path: .*lost\.jsonl.* neither an existing file or folder"
     ):
         download_dataset(own_config(tmp_path, tmp_path / "lost.jsonl"))
+
+
+@pytest.mark.parametrize("name", ["lost.jsonl", "lost.CSV", "folder/lost.parquet.gz"])
+def test_a_lost_file_beside_the_command_is_no_hub_id(name, tmp_path):
+    with pytest.raises(
+        ConfigError, match=rf"polite\.path: got {name}, wanted a file; .*{name} is not there"
+    ) as said:
+        download_dataset(own_config(tmp_path, name))
+    assert "hub" not in str(said.value)
 
 
 def test_the_shipped_example_prepares_from_anywhere(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_the_bare_repository_and_red_team_rows_are_refused(tmp_path, subset):
 def test_wrong_local_path_names_the_key(tmp_path, source):
     for path in (str(tmp_path / "absent"), "./absent", "a/b/c"):
         with pytest.raises(
-            ConfigError, match=rf"^data\.{source}\.path: .*neither an existing folder nor a hub id"
+            ConfigError, match=rf"^data\.{source}\.path: .*neither an existing file or folder nor a hub id"
         ):
             plan_source(source, data(source, path=path))
     with pytest.raises(ConfigError, match=rf"^data\.{source}\.path: .*layout"):

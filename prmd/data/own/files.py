@@ -80,6 +80,10 @@ def _planned(
     path, kept = local_path(settings.path, f"{key}.path"), settings.kept_columns
     kept |= {"rewards": rewards} if rewards else {}
     if path is None:
+        if Path(settings.path.removesuffix(".gz")).suffix.lower() in _SUFFIXES and settings.revision is None:
+            raise ConfigError(
+                f"{key}.path: got {settings.path}, wanted a file; {places_tried(settings.path)}; correct the path"
+            )
         if settings.revision is None:
             raise ConfigError(
                 f"{key}.revision: got none, wanted the commit of {settings.path} on the hub, so that its pairs stay the same; "
