@@ -28,8 +28,13 @@ def safe_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._@+=-]+", "--", text).strip("-.") or "unnamed"
 
 
+def is_safe_name(name: str) -> bool:
+    """Whether an artifact can be called so: one portable path component that leads nowhere else."""
+    return bool(_SAFE_NAME.fullmatch(name)) and ".." not in name
+
+
 def _component(name: str) -> str:
-    if not _SAFE_NAME.fullmatch(name) or ".." in name:
+    if not is_safe_name(name):
         raise ConfigError(
             f"{name!r} cannot name an artifact: it must be letters, digits and . _ @ + = - (no slash, no '..'), "
             "so that no path leaves the artifact root; choose another name"

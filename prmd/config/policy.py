@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
+from prmd.artifacts.paths import is_safe_name
 from prmd.config import brought
 from prmd.config.shared import (
     LoraConfig,
@@ -147,6 +148,17 @@ class PolicyConfig(RefersToRewardModelConfig):
         epochs=1.0,
         checkpoints=(0.33, 0.66, 1.0),
     )
+
+    @field_validator("run_name")
+    @classmethod
+    def run_name_ends_a_folder_name(cls, value: str | None) -> str | None:
+        """Refused when the file is read: in a pipeline the first folder of this name is written hours later."""
+        if value and not is_safe_name(f"dpo-{value}"):
+            raise ValueError(
+                f"got {value!r:.60}, wanted letters, digits and . _ @ + = - (no blank, no slash, no '..'): it ends the names of "
+                "folders"
+            )
+        return value
 
     @field_validator("policy")
     @classmethod

@@ -188,6 +188,15 @@ def test_unknown_key_without_a_near_one_lists_the_known(folder: Path) -> None:
     assert "wanted one of learning_rate, pairs_per_device" in line and "did you mean" not in line
 
 
+@pytest.mark.parametrize("name", ["../x", "a b", "a/b", "ü", "a..b"])
+def test_a_run_name_that_can_end_no_folder_name_is_refused_before_anything_runs(
+    folder: Path, name: str
+) -> None:
+    (line,) = mistakes(folder, PolicyConfig, [f"run_name={name}"])
+    assert f"got {name!r}, wanted letters, digits and" in line
+    assert load_config(folder, PolicyConfig, ["run_name=beta=0.2"]).run_name == "beta=0.2"
+
+
 def test_key_in_the_wrong_section_is_found(folder: Path) -> None:
     path = write(folder / "reward_model_config.yaml", "members: 3\n")
     (line,) = mistakes(path, RewardModelConfig)
