@@ -52,7 +52,7 @@ def explain(error: ValidationError, tree: Node, kind: type[BaseModel]) -> Iterat
         inside = getattr(item.get("ctx", {}).get("error"), "keys", ())
         node, keys = _locate(tree, (*item["loc"], *inside))
         shown = keys[1:] if keys[:1] == (REFERRED,) and len(keys) > 1 else keys
-        place = node.where if node.where.startswith(COMMAND_LINE) else f"{node.where}: {_dotted(shown)}"
+        place = _place(node.where, shown)
         if item["type"] == "extra_forbidden":
             section, prefix = _section_at(kind, keys[:-1]), _dotted(shown[:-1])
             siblings = [f"{prefix}.{name}".lstrip(".") for name in section.model_fields]
@@ -65,6 +65,15 @@ def explain(error: ValidationError, tree: Node, kind: type[BaseModel]) -> Iterat
             wanted.setdefault((place, quote(node.plain()), item["type"] == "value_error"), []).append(item)
     for (place, got, _), items in wanted.items():
         yield f"{place}: {_complaint(got, items)}"
+
+
+def _place(where: str, keys: Sequence[str | int]) -> str:
+    """Where a value stands: file, line and key; of an override its text, and the key where that lies within its value."""
+    if not where.startswith(COMMAND_LINE):
+        return f"{where}: {_dotted(keys)}"
+    given = where.removeprefix(f"{COMMAND_LINE}: ").partition("=")[0].strip()
+    named, inside = given.removeprefix(f"{REFERRED}."), _dotted(keys)
+    return f"{where}: {inside}" if inside.startswith(f"{named}.") else where
 
 
 def _in_brackets(node: Node, keys: Sequence[str | int]) -> str:

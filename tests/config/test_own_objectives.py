@@ -103,6 +103,22 @@ def test_mistakes_are_one_line_each_with_their_place(overrides: list[str], said:
     assert len(str(refused.value).splitlines()) == 1 and overrides[0].split("=")[0] in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.own_pairs.objectives={a: {path: a}, b: {path: 3}}", ": data.own_pairs.objectives.b.path: got 3, wanted"),
+        ("data.own_pairs.objectives={a: {path: a}, b: x.csv}", ': data.own_pairs.objectives.b: got "x.csv", wanted'),
+        ("policy.weights={concise: half, polite: 0.5}", ': policy.weights.concise: got "half", wanted a valid number'),
+        ("policy.weights.concise=half", 'concise=half: got "half", wanted a valid number'),
+        ("reward_model_config.model.name=3", "reward_model_config.model.name=3: got 3, wanted a valid string"),
+    ],
+)  # fmt: skip
+def test_a_value_inside_a_mapping_on_the_command_line_has_its_key(override: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        policy(override)
+    assert str(refused.value).startswith(f"command line: {override}: ") and said in str(refused.value)
+
+
 def test_a_judge_of_no_objective_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"judges.paths names ..helpful.*known objectives are concise, polite"
