@@ -7,6 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.integrations import TensorBoardCallback, WandbCallback
 
 from prmd.config.shared import TrainingConfig
+from prmd.errors import ConfigError
 from prmd.runtime import get_device, is_main_process, progress
 
 
@@ -25,6 +27,9 @@ def reporting_callbacks(
     Args:
         task: `reward_model` or `policy`, in front of TensorBoard's tags, so that their losses share no chart.
         resumed: keep the curves that the interrupted run wrote; otherwise those of an older training are removed.
+
+    Raises:
+        ConfigError: Weights & Biases is not installed.
     """
     callbacks: list[TrainerCallback] = [_ProgressBar(description)]
     if is_main_process() and "tensorboard" in report_to:
@@ -38,6 +43,10 @@ def reporting_callbacks(
             shutil.rmtree(log_directory, ignore_errors=True)
         callbacks.append(TensorBoardCallback(TaskWriter(str(log_directory))))
     if "wandb" in report_to:
+        if find_spec("wandb") is None:
+            raise ConfigError(
+                "report_to: got wandb, which is not installed; give `pip install wandb`, or leave it out"
+            )
         callbacks.append(WandbCallback())
     return callbacks
 
