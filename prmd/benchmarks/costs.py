@@ -4,8 +4,10 @@ Counts are of one method, at most: what is cached is neither sampled nor judged 
 """
 
 from prmd.artifacts.paths import find_user_path
+from prmd.benchmarks.base import NotRunError, needed_data
 from prmd.benchmarks.mt_bench import TURNS, no_writer
 from prmd.config.evaluation import EvaluationConfig, JailbreakBenchConfig, MtBenchConfig, TextJudgeConfig
+from prmd.data.readers import local_path
 
 _DOWNLOADS = {"realtoxicityprompts": "70 MB", "jailbreakbench": "0.1 MB", "mt_bench": "0.1 MB"}
 """About what the pinned revisions take."""
@@ -37,8 +39,15 @@ def cost_of(name: str, config: EvaluationConfig) -> str | None:
 
 
 def why_not(name: str, config: EvaluationConfig) -> str | None:
-    """Why a benchmark will not run whatever its data hold; None where nothing speaks against it yet."""
-    kind = config.text_judge.kind
+    """Why a benchmark will not run whatever its data hold, or that they are nowhere; None where nothing speaks against it yet."""
+    kind, section = config.text_judge.kind, getattr(config.benchmarks, name, None)
+    if hasattr(section, "path"):
+        key = f"benchmarks.{name}.path"
+        try:
+            with needed_data(section.path, key):
+                local_path(section.path, key)
+        except NotRunError as error:
+            return str(error)
     if name == "mt_bench" and kind in ("none", "strings", "classifier"):
         return no_writer(kind)
     if name == "jailbreakbench" and kind == "none":

@@ -28,7 +28,6 @@ from prmd.artifacts.runs import (
     write_step_result,
 )
 from prmd.benchmarks import benchmark_names
-from prmd.benchmarks.base import no_path
 from prmd.benchmarks.costs import cost_of, why_not
 from prmd.benchmarks.run import run_benchmarks
 from prmd.benchmarks.truthfulqa import read_questions
@@ -306,9 +305,7 @@ def _say_what_would_be_benchmarked(config: EvaluationConfig, target: Path) -> No
     except UserError as error:
         logger.warning("TruthfulQA: %s", error)
     for name in benchmark_names(config.benchmarks.run):
-        if getattr(getattr(config.benchmarks, name, None), "path", "") is None:
-            logger.warning("%s: would not run: %s", name, no_path(f"benchmarks.{name}.path"))
-        elif reason := why_not(name, config):
+        if reason := why_not(name, config):
             logger.warning("%s: would not run: %s", name, reason)
         else:
             folder = config.paths.benchmark(name)

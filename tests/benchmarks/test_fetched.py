@@ -182,6 +182,19 @@ def test_the_dry_run_says_what_each_costs(
     assert "no judge's verdict (refusal phrases)" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["realtoxicityprompts", "jailbreakbench", "mt_bench"])
+def test_the_dry_run_downloads_no_folder_that_is_nowhere(
+    workspace: EvaluationConfig, caplog: pytest.LogCaptureFixture, tmp_path: Path, name: str
+) -> None:
+    config, lost = fetched_by_default(workspace, text_judge=WRITER), str(tmp_path / "lost")
+    getattr(config.benchmarks, name).__dict__["path"] = lost
+    with caplog.at_level(logging.INFO):
+        benchmark_eval(config, dry_run=True)
+    (line,) = [r.message for r in caplog.records if r.message.startswith(f"{name}: ")]
+    assert line.startswith(f"{name}: would not run: data missing at {lost}: benchmarks.{name}.path: ")
+    assert f"{lost} is not there" in line
+
+
 def test_local_files_download_nothing(workspace: EvaluationConfig, tmp_path: Path) -> None:
     config = fetched_by_default(workspace)
     config.benchmarks.realtoxicityprompts.__dict__["path"] = str(tmp_path)
