@@ -54,6 +54,11 @@ _REMEDIES = {
 """What to do about each error of a disk; other errors of the system are no user's to mend."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, for a message: its first line, at most 200 characters; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
 def user_line(error: BaseException) -> str:
     """The line of an error that a user can mend; empty where it is none."""
     if isinstance(error, UserError):

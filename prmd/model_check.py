@@ -22,7 +22,7 @@ from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.loading import load_pipeline
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
-from prmd.errors import UserError
+from prmd.errors import UserError, first_line
 from prmd.models.agreement import measure_agreement, rope_type, trained_length
 from prmd.models.attention import attention_implementation
 from prmd.models.chat_templates import (
@@ -114,7 +114,7 @@ def check_model(
         policy = meta_model(config, task="policy", dtype=torch.bfloat16, lora=None)
     except ValueError as error:
         none = f"transformers has no causal language model of the {config.model_type} family"
-        return [*checks, Check("fail", "policy", f"{none} ({_first_line(error)})", _OTHER_FAMILY)]
+        return [*checks, Check("fail", "policy", f"{none} ({first_line(error)})", _OTHER_FAMILY)]
     checks += [*_check_computation(base, policy), *_check_memory(base, reward_models, policies)]
     return [*checks, *(_check_weights(base, reward_models.seed) if load else [_NOT_MEASURED])]
 
@@ -144,10 +144,6 @@ def _failed(name: str, error: Exception) -> Check:
     """The check of an error, whose message ends in what to do."""
     detail, _, remedy = " ".join(str(error).split()).rpartition("; ")
     return Check("fail", name, detail or remedy, remedy if detail else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:100]
 
 
 # ------------------------------------------------------------------ where it is, and its papers
@@ -344,7 +340,7 @@ def _check_classifier(base: _Base) -> Check:
     except UserError as error:
         return _failed("reward model", error)
     except ValueError as error:
-        return Check("fail", "reward model", f"{found}: {_first_line(error)}", _OTHER_FAMILY)
+        return Check("fail", "reward model", f"{found}: {first_line(error)}", _OTHER_FAMILY)
     if not hasattr(model, "score"):
         return Check(
             "fail",

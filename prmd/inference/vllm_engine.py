@@ -19,7 +19,7 @@ from typing import Any
 from prmd.artifacts import hub, io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.shared import ModelConfig, SamplingEngine
-from prmd.errors import ConfigError
+from prmd.errors import ConfigError, first_line
 from prmd.inference.generation import Decoding
 from prmd.models.loading import model_source
 from prmd.models.tokenization import Tokens
@@ -112,7 +112,7 @@ class VllmEngine:
             import vllm  # absent on most machines, and slow to import
         except ImportError as error:
             raise ConfigError(
-                f"the installed package vllm cannot be imported ({str(error).splitlines()[0]:.100}); install it again, or set "
+                f"the installed package vllm cannot be imported ({first_line(error)}); install it again, or set "
                 "calibration.engine and generation.engine: transformers"
             ) from error
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
-from prmd.errors import ConfigError
+from prmd.errors import ConfigError, first_line
 from prmd.inference.cache import KEY_BYTES, ScoreTable
 from prmd.judges.chats import short_name
 from prmd.models.identity import earlier_or_whole
@@ -109,9 +109,8 @@ class LabelClassifier:
         try:
             model, tokenizer = load_labelled_classifier(self.location, trust=self.trust)
         except (OSError, ValueError) as error:
-            detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise ConfigError(
-                f"{self.key}: {self.source!r} cannot be loaded as a text classifier ({detail}; {places_tried(self.source)}); "
+                f"{self.key}: {self.source!r} cannot be loaded as a text classifier ({first_line(error)}; {places_tried(self.source)}); "
                 "give its folder"
             ) from error
         index = self._index(model.config.id2label)

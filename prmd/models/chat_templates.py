@@ -18,7 +18,7 @@ from jinja2 import Environment
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from prmd.errors import ConfigError, DataError
+from prmd.errors import ConfigError, DataError, first_line
 from prmd.pairs import Message
 
 SYSTEM, QUESTION, ANSWER, NEXT = "Sysprobe", "Askprobe", "Replyprobe", "Nextprobe"
@@ -99,7 +99,7 @@ def _read(tokenizer: PreTrainedTokenizerBase, source: str, pad: str | None) -> C
         prompt = _text(tokenizer, template, turns[:1], add_generation_prompt=True)
     except (TemplateError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{folder}: the chat template does not render a question and its answer ({_first_line(error)}); choose an "
+            f"{folder}: the chat template does not render a question and its answer ({first_line(error)}); choose an "
             "instruct model"
         ) from error
     control = _control_tokens(tokenizer, source, f"{longer}{whole}{prompt}")
@@ -177,10 +177,6 @@ def _with_fixed_date(source: str) -> str:
     return macro + source
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
 # ------------------------------------------------------------------ rendering
 def _text(
     tokenizer: PreTrainedTokenizerBase,
@@ -209,7 +205,7 @@ def render(
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages)
         raise DataError(
-            f"the chat template of {template.folder} refuses turns of {roles} ({_first_line(error)}); leave such rows out "
+            f"the chat template of {template.folder} refuses turns of {roles} ({first_line(error)}); leave such rows out "
             "or choose another instruct model in model.name"
         ) from error
     return _encode(tokenizer, text) if mark is None else _encode_marked(tokenizer, text, mark)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prmd.artifacts import hub, io
 from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
 from prmd.config.shared import ModelConfig
-from prmd.errors import ConfigError, NotFiniteError
+from prmd.errors import ConfigError, NotFiniteError, first_line
 from prmd.models.bases import adapter_base
 from prmd.models.chat_templates import ANSWER, NEXT, QUESTION, SYSTEM, render, set_thinking, stop_token
 from prmd.models.identity import content_key, weight_files
@@ -118,7 +118,7 @@ def policy_folder(source: str, key: str, *, trust: bool) -> tuple[Path, str]:
     except (OSError, ValueError) as error:  # unreachable, unknown or offline; not a repository's name
         raise ConfigError(
             f"{key}: {source!r} is no folder ({places_tried(source)}) and cannot be fetched from the hub "
-            f"({_first_line(error)}); give the folder of a policy saved by save_pretrained"
+            f"({first_line(error)}); give the folder of a policy saved by save_pretrained"
         ) from error
     return folder, f"{hub_id}@{folder.name}"
 
@@ -152,7 +152,7 @@ def _check_full(folder: Path, key: str, model: ModelConfig, paths: ArtifactPaths
         config = load_folder_config(folder, trust=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"{key}: {folder} is no model folder ({_first_line(error)}); give one saved by save_pretrained"
+            f"{key}: {folder} is no model folder ({first_line(error)}); give one saved by save_pretrained"
         ) from error
     names = list(config.architectures or [])
     if odd := [name for name in names if "Classification" in name or "Reward" in name]:
@@ -232,7 +232,7 @@ def load_foreign(
         raise NotFiniteError(f"{key}: {found}; take another copy, or leave it out") from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"{key}: the weights in {policy.folder} do not fit ({policy.base}): {_first_line(error)}; take another copy, or set "
+            f"{key}: the weights in {policy.folder} do not fit ({policy.base}): {first_line(error)}; take another copy, or set "
             "model.name to the base it was trained from"
         ) from error
     if isinstance(loaded, PeftModel):
@@ -250,7 +250,3 @@ def _require_every_tensor(model: PeftModel, folder: Path, key: str) -> None:
             f"{key}: {len(odd)} tensors of {folder / ADAPTER_WEIGHTS} and the base do not answer each other, the first is "
             f"{odd[0]}; set model.name to the base it was trained from, or merge it into that (merge_and_unload) and name the folder"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]

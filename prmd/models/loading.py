@@ -31,7 +31,7 @@ from transformers.utils import logging as transformers_logging
 from prmd.artifacts import hub, io, locks
 from prmd.artifacts.paths import ArtifactPaths, find_user_path, places_tried
 from prmd.config.shared import LoraConfig, ModelConfig
-from prmd.errors import ConfigError, DataError, NotFiniteError
+from prmd.errors import ConfigError, DataError, NotFiniteError, first_line
 from prmd.models.attention import attention_implementation, or_eager
 from prmd.models.card import Loaded, read_onto
 from prmd.models.chat_templates import check_template, check_trained_template, set_thinking
@@ -96,10 +96,9 @@ def _convert_wheel(name: str, target: Path) -> None:
 
 
 def _explain(error: Exception, source: str) -> ConfigError:
-    detail = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     tried = "" if Path(source).is_dir() else f", and {places_tried(source)}"
     return ConfigError(
-        f"model.name: cannot load {source!r} ({detail}){tried}; if the hub cannot be reached, download the model elsewhere "
+        f"model.name: cannot load {source!r} ({first_line(error)}){tried}; if the hub cannot be reached, download the model elsewhere "
         "and set model.name to its folder"
     )
 

@@ -18,7 +18,7 @@ from prmd.artifacts.manifest import EVERYTHING
 from prmd.artifacts.paths import find_user_path, policy_command, reward_model_command, stage_command
 from prmd.artifacts.runs import CONFIG_COPY, require_artifact
 from prmd.config.loading import kept_values
-from prmd.errors import ConfigError, DataError
+from prmd.errors import ConfigError, DataError, first_line
 from prmd.publishing.card import Facts, model_card
 from prmd.publishing.records import base_license, newest_evaluation
 from prmd.rewards.brought import BROUGHT_FILE
@@ -70,9 +70,8 @@ def _push(folder: Path, hub_id: str) -> str:
         api.create_repo(hub_id, exist_ok=True)
         return str(api.upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Publish the model"))
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, ConnectionError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"--to: {hub_id} was not written ({reason}); log in with `hf auth login`, or give --folder PATH"
+            f"--to: {hub_id} was not written ({first_line(error)}); log in with `hf auth login`, or give --folder PATH"
         ) from error
 
 

@@ -9,6 +9,7 @@ from huggingface_hub import hf_hub_download, metadata_load
 from prmd.artifacts import hub, io
 from prmd.artifacts.paths import find_user_path
 from prmd.artifacts.runs import is_as_recorded, read_run
+from prmd.errors import first_line
 from prmd.inference.candidates import policy_key
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def base_license(model: dict[str, Any]) -> str | None:
             card = (folder or Path(model["name"])) / CARD_FILE
         stated = metadata_load(card) if card.is_file() else None
     except (OSError, ValueError) as error:  # offline, unknown, gated; a header that is none
-        logger.info("%s: its card cannot be read (%s)", model["name"], str(error).strip().partition("\n")[0])
+        logger.info("%s: its card cannot be read (%s)", model["name"], first_line(error))
         return None
     names = [str((stated or {}).get(key) or "") for key in ("license", "license_name")]
     return " ".join(filter(None, (names[0], f"({names[1]})" if names[1] else ""))) or None

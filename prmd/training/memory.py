@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from prmd.config.shared import LoraConfig, ModelConfig, TrainingConfig, TuningConfig
-from prmd.errors import ConfigError
+from prmd.errors import ConfigError, first_line
 from prmd.models.card import USABLE
 from prmd.models.sequence_models import supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
@@ -163,9 +163,8 @@ def plan_memory(
         asked = plan.fits is False and not rows
         return replace(plan, first_change=_first_change(setting)) if asked else plan
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # by code of any family
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:100]
         raise ConfigError(
-            f"the memory of the {model_config.model_type} family cannot be planned ({reason}); nothing is wrong with the "
+            f"the memory of the {model_config.model_type} family cannot be planned ({first_line(error)}); nothing is wrong with the "
             "model: begin with training.pairs_per_device=1"
         ) from error
 

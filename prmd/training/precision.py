@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 
 from prmd.config.shared import ModelConfig, TuningConfig
-from prmd.errors import ConfigError
+from prmd.errors import ConfigError, first_line
 from prmd.runtime import get_device, missing_compiler
 
 LEAST_PROGRESS = 0.5
@@ -193,7 +193,7 @@ def _displacement(precision: Precision, start: list[Tensor], gradients: list[Ten
             optimizer.step()
     except TorchDynamoException as error:
         raise ConfigError(
-            f"tuning.optimizer: the 8-bit AdamW step does not compile here ({str(error).strip().splitlines()[0][:200]}); "
+            f"tuning.optimizer: the 8-bit AdamW step does not compile here ({first_line(error)}); "
             f"{_LORA_REMEDY}"
         ) from error
     moves = [(w.detach().double() - s.double()).flatten() for w, s in zip(weights, start, strict=True)]

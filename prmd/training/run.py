@@ -18,7 +18,7 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.artifacts.runs import partial_path
 from prmd.config.shared import ModelConfig, SharedConfig, TrainingConfig, TuningConfig
-from prmd.errors import ConfigError
+from prmd.errors import ConfigError, first_line
 from prmd.models.agreement import check_agreement
 from prmd.models.attention import attention_implementation
 from prmd.models.loading import load_model_config
@@ -314,7 +314,7 @@ def _does_not_fit(
         ]
     remedy = " and ".join(remedies) or "a smaller training.max_length, tuning.method: lora, or a larger card"
     return ConfigError(
-        f"{run.name}: the card's memory is full at step {step} ({str(error).strip().splitlines()[0][:100]}); set {remedy}"
+        f"{run.name}: the card's memory is full at step {step} ({first_line(error)}); set {remedy}"
     )
 
 
