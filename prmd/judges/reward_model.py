@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from huggingface_hub import snapshot_download
 
-from prmd.artifacts import hub, io
+from prmd.artifacts import io
 from prmd.artifacts.manifest import EVERYTHING
-from prmd.artifacts.paths import find_user_path, places_tried, stage_command
+from prmd.artifacts.paths import stage_command
 from prmd.artifacts.runs import read_run, require_artifact
-from prmd.errors import ConfigError, DataError
+from prmd.errors import DataError
+from prmd.models.foreign import model_folder
 from prmd.models.identity import weight_files
 from prmd.models.tokenization import PrefixRow, tokenize_row
 from prmd.pairs import Message, PreferencePair, hash_share, read_pairs
@@ -105,7 +105,7 @@ def given_judge(objective: str, name: str, load: Callable[[Path], RewardModel]) 
     """The judge `judges.paths` names for an objective, its accuracy measured on held-out pairs of the approach.
 
     Args:
-        name: what `judges.paths` gives, a folder or hub id.
+        name: what `judges.paths` gives, a folder or hub id, `@revision` behind it.
         load: opens a reward model's folder.
     """
     directory = judge_folder(name, objective)
@@ -145,27 +145,13 @@ def judge_accuracy(judge: Judge, pairs: Sequence[PreferencePair]) -> dict[str, A
 
 
 def judge_folder(name: str, objective: str) -> Path:
-    """The local folder of a judge given by path or hub id (fetched into the hub's own cache).
+    """The local folder of a judge given by path or hub id, `@revision` behind it (fetched into the hub's own cache).
 
     Raises:
         ConfigError: it is neither an existing folder nor a hub id that can be reached.
     """
-    if folder := find_user_path(name, "folder"):
-        return folder.resolve()
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"],
-                cache_dir=hub.cache_of(name),
-            )
-        )
-    except (OSError, ValueError) as error:  # unreachable, unknown or offline; not a repository's name
-        detail = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-        raise ConfigError(
-            f"judges.paths.{objective}: {name!r} is no folder ({places_tried(name)}) and cannot be fetched from the hub "
-            f"({detail}); give the folder of a one-logit classifier, or remove the key to train a judge"
-        ) from error
+    remedy = "give the folder of a one-logit classifier, or remove the key to train a judge"
+    return model_folder(name, f"judges.paths.{objective}", remedy)[0]
 
 
 def check_scores(scores: np.ndarray, judge: Judge) -> None:

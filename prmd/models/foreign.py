@@ -7,6 +7,7 @@ configured base model. No record of this project is needed beside it.
 
 import json
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def find_foreign(
         DataError: there are no weights in its folder.
     """
     key = f"generation.policies.{name}"
-    folder, shown = policy_folder(source, key, trust=model.trust_remote_code)
+    remedy, trust = "give the folder of a policy saved by save_pretrained", model.trust_remote_code
+    folder, shown = model_folder(source, key, remedy, trust=trust, ignored=["*/*"])
     weight_files(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         adapter, base = _check_adapter(folder, key), adapter_base(folder, model, paths, what=key)
@@ -90,13 +92,16 @@ def find_foreign(
     return found
 
 
-def policy_folder(source: str, key: str, *, trust: bool) -> tuple[Path, str]:
-    """Its local folder (fetched into the hub's own cache), and how results call it.
+def model_folder(
+    source: str, key: str, remedy: str, *, trust: bool = False, ignored: Sequence[str] = ()
+) -> tuple[Path, str]:
+    """The local folder of a policy or judge (fetched into the hub's own cache), and how results call it.
 
     Args:
         source: a folder or hub id, `@revision` behind it.
-        key: where it is configured, for messages.
+        key, remedy: where it is configured and what to do without it, for messages.
         trust: whether its Python code may be fetched.
+        ignored: patterns of files that are not.
 
     Raises:
         ConfigError: it is neither an existing folder nor a hub id that can be reached.
@@ -111,14 +116,14 @@ def policy_folder(source: str, key: str, *, trust: bool) -> tuple[Path, str]:
                 hub_id,
                 revision=revision or None,
                 allow_patterns=patterns,
-                ignore_patterns=["*/*"],
+                ignore_patterns=list(ignored),
                 cache_dir=hub.cache_of(hub_id, revision or None),
             )
         )
     except (OSError, ValueError) as error:  # unreachable, unknown or offline; not a repository's name
         raise ConfigError(
             f"{key}: {source!r} is no folder ({places_tried(source)}) and cannot be fetched from the hub "
-            f"({first_line(error)}); give the folder of a policy saved by save_pretrained"
+            f"({first_line(error)}); {remedy}"
         ) from error
     return folder, f"{hub_id}@{folder.name}"
 

@@ -24,7 +24,7 @@ from prmd.errors import ConfigError
 from prmd.judges.classifier import LabelClassifier
 from prmd.judges.reward_model import judge_folder
 from prmd.judges.text import ReplayJudge, make_text_judge
-from prmd.models.foreign import policy_folder
+from prmd.models.foreign import model_folder
 from prmd.models.loading import base_model_key, load_tokenizer, model_source
 
 NAME = "my/own/files"  # three parts: no hub id, so that nothing asks the hub
@@ -108,7 +108,7 @@ REFUSED_WHERE_MISSING: dict[str, Callable[[str], str]] = {
         f"{text}/words.txt"
     ).template.split(" {")[0],
     "text_judge.file": replayed_verdicts,
-    "generation.policies.theirs": lambda text: policy_folder(text, "generation.policies.theirs", trust=False)[
+    "generation.policies.theirs": lambda text: model_folder(text, "generation.policies.theirs", "")[
         0
     ].as_posix(),
     "judges.paths.helpful": lambda text: judge_folder(text, "helpful").as_posix(),

@@ -4,6 +4,7 @@ import logging
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,7 +148,7 @@ def test_a_judge_that_cannot_be_found_names_the_key(monkeypatch: pytest.MonkeyPa
     def unreachable(*_: object, **__: object) -> str:
         raise OSError("no connection")
 
-    monkeypatch.setattr("prmd.judges.reward_model.snapshot_download", unreachable)
+    monkeypatch.setattr("prmd.models.foreign.snapshot_download", unreachable)
     with pytest.raises(
         ConfigError, match=r"judges\.paths\.honest: 'some/judge' .*no connection.*remove the key"
     ):
@@ -157,11 +158,19 @@ def test_a_judge_that_cannot_be_found_names_the_key(monkeypatch: pytest.MonkeyPa
         judge_folder("not/a/hub/id", "honest")
 
 
-def test_a_hub_id_is_fetched_once_to_a_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    monkeypatch.setattr(
-        "prmd.judges.reward_model.snapshot_download", lambda name, allow_patterns, cache_dir: str(folder)
-    )
-    assert judge_folder("some/judge", "honest") == folder
+@pytest.mark.parametrize(("name", "revision"), [("some/judge", None), ("some/judge@v1", "v1")])
+def test_a_hub_id_is_fetched_at_its_revision_with_its_members(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, revision: str | None
+) -> None:
+    asked = []
+
+    def fetch(name: str, **how: Any) -> str:
+        asked.append((name, how["revision"], how["ignore_patterns"]))
+        return str(folder)
+
+    monkeypatch.setattr("prmd.models.foreign.snapshot_download", fetch)
+    assert judge_folder(name, "honest") == folder
+    assert asked == [("some/judge", revision, [])]
 
 
 def test_a_base_model_is_no_judge(config: EvaluationConfig, tmp_path: Path) -> None:
