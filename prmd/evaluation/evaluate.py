@@ -39,7 +39,7 @@ from prmd.evaluation.comparison import compare_benchmarks, compare_methods
 from prmd.evaluation.frontier import write_frontier
 from prmd.evaluation.held_out import Evaluation, evaluate_methods, is_finished
 from prmd.inference.candidates import Candidate, evaluation_prompts, find_candidates, policy_folders
-from prmd.judges.reward_model import Judge, check_judge, given_judge, trained_judge
+from prmd.judges.reward_model import RewardModelJudge, check_judge, given_judge, trained_judge
 from prmd.models.loading import load_tokenizer
 from prmd.pairs import PREPARE_COMMAND, read_pairs
 from prmd.report.benchmark_sections import benchmark_results, benchmark_table
@@ -118,10 +118,10 @@ def _candidates(config: EvaluationConfig, tokenizer: PreTrainedTokenizerBase) ->
     return find_candidates(*settings, other_approaches=others, elsewhere=elsewhere)
 
 
-def _judges(config: EvaluationConfig, force: bool) -> list[Judge]:
+def _judges(config: EvaluationConfig, force: bool) -> list[RewardModelJudge]:
     """One judge per objective: the one the configuration gives, else one trained on the judge split."""
     load = partial(load_reward_model, shared=config.shared)
-    judges: list[Judge] = []
+    judges: list[RewardModelJudge] = []
     for objective in config.paths.objectives:
         if objective in config.judges.paths:
             judges.append(given_judge(objective, config.judges.paths[objective], load))

@@ -33,7 +33,7 @@ from prmd.inference.candidates import (
 )
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.cards import CONSTANT_ANSWER
-from prmd.judges.reward_model import Conversation, Judge, check_scores
+from prmd.judges.reward_model import Conversation, RewardModelJudge, check_scores
 from prmd.models.tokenization import tokenize_row
 from prmd.rewards.brought import BroughtReward
 from prmd.rewards.reward_model import Scorer
@@ -59,7 +59,7 @@ class Evaluation:
     config: EvaluationConfig
     tokenizer: PreTrainedTokenizerBase
     prompts: list[EvaluationPrompt]
-    judges: list[Judge]
+    judges: list[RewardModelJudge]
     reference: Candidate
     reward_models: tuple[Scorer, ...] = ()
 

@@ -1,4 +1,4 @@
-"""Who judges sampled responses: one protocol, and the judge that reads a reward model.
+"""Who judges sampled responses: reward models.
 
 A judge gives every response of a prompt a number, higher is better; calibration and win rates are made of these numbers in
 `evaluation.metrics`. A reward model judges well only if no policy was trained on it: by default it is trained on the `judge`
@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -39,24 +39,6 @@ class Conversation:
     responses: tuple[str, ...]
 
 
-class Judge(Protocol):
-    """What an evaluation needs of a judge."""
-
-    @property
-    def objective(self) -> str:
-        """What it judges."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Key of everything its verdicts depend on; results of different judges are never compared."""
-
-    def card(self) -> dict[str, Any]:
-        """What is reported of it: `path`, `fingerprint`, `accuracy` (an estimate with `ties`)."""
-
-    def scores(self, conversations: Sequence[Conversation]) -> list[np.ndarray]:
-        """One float64 array [n_responses] per conversation."""
-
-
 @dataclass(frozen=True)
 class RewardModelJudge:
     """A reward model as a judge.
@@ -65,7 +47,8 @@ class RewardModelJudge:
         objective: what it judges.
         name: how the configuration or the results call it.
         reward_model: its weights are loaded when something really has to be judged.
-        fingerprint: of what its folder holds, the template included, and of the precision.
+        fingerprint: of what its folder holds, the template included, and of the precision; results of different judges are
+            never compared.
         accuracy: on held-out pairs; None until it was measured.
     """
 
@@ -76,11 +59,11 @@ class RewardModelJudge:
     accuracy: dict[str, Any] | None = None
 
     def card(self) -> dict[str, Any]:
-        """Path, fingerprint and held-out accuracy."""
+        """What is reported of it: `path`, `fingerprint`, `accuracy` (an estimate with `ties`)."""
         return {"path": self.name, "fingerprint": self.fingerprint, "accuracy": self.accuracy}
 
     def scores(self, conversations: Sequence[Conversation]) -> list[np.ndarray]:
-        """Rewards, averaged over the members where the folder holds an ensemble; the model is freed afterwards."""
+        """One float64 array [n_responses] per conversation, the mean of the members where there are some; frees the model."""
         rows = [_row(self.reward_model.tokenizer, conversation) for conversation in conversations]
         rewards = self.reward_model.rewards(rows, description=f"{self.objective} judge")
         self.reward_model.release()
@@ -138,7 +121,7 @@ def check_judge(directory: Path, *, what: str) -> None:
         require_artifact(directory, what=what, command=stage_command("compute_metrics"), read=EVERYTHING)
 
 
-def judge_accuracy(judge: Judge, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
+def judge_accuracy(judge: RewardModelJudge, pairs: Sequence[PreferencePair]) -> dict[str, Any]:
     """Share of pairs whose chosen response the judge scores higher, ties one half and counted: a Wilson estimate."""
     scored = judge.scores([Conversation(pair.prompt, (pair.chosen, pair.rejected)) for pair in pairs])
     return accuracy_with_ties(np.array([values[0] - values[1] for values in scored]))
@@ -154,7 +137,7 @@ def judge_folder(name: str, objective: str) -> Path:
     return model_folder(name, f"judges.paths.{objective}", remedy)[0]
 
 
-def check_scores(scores: np.ndarray, judge: Judge) -> None:
+def check_scores(scores: np.ndarray, judge: RewardModelJudge) -> None:
     """Refuse verdicts nothing can be computed from.
 
     Args:

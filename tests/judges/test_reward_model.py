@@ -18,7 +18,6 @@ from prmd.config.evaluation import EvaluationConfig, JudgeConfig
 from prmd.errors import ConfigError, DataError
 from prmd.judges.reward_model import (
     Conversation,
-    Judge,
     RewardModelJudge,
     check_scores,
     given_judge,
@@ -106,7 +105,7 @@ def test_the_card_of_a_given_judge_is_measured_on_held_out_pairs(
 
 
 def test_accuracy_counts_ties_one_half() -> None:
-    judge: Judge = LengthJudge()
+    judge: Any = LengthJudge()
     texts = [("long", "a"), ("a", "long"), ("ab", "cd"), ("abc", "a")]
     pairs = [
         make_pair(prompt=PROMPT, chosen=c, rejected=r, source="s:1", objective="helpful") for c, r in texts
@@ -195,6 +194,6 @@ def test_verdicts_that_differ_anywhere_pass() -> None:
     check_scores(np.array([[1.0, 1.0], [2.0, 2.5]]), LengthJudge())
 
 
-def test_the_reward_model_judge_is_a_judge(config: EvaluationConfig) -> None:
-    judge: Judge = judge_of(config)
+def test_a_judge_says_what_it_judges(config: EvaluationConfig) -> None:
+    judge = judge_of(config)
     assert judge.objective == "helpful" and judge.card()["accuracy"]["n"] == PAIRS
