@@ -4,7 +4,6 @@
 are opened with `--load` alone, for the comparison of `models.agreement`. Whether the machine is fit says `setup_check`.
 """
 
-import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,6 @@ import torch
 from jinja2.exceptions import TemplateError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from prmd.artifacts.paths import ArtifactPaths
 from prmd.config.loading import load_pipeline
@@ -47,6 +45,7 @@ from prmd.models.loading import (
 )
 from prmd.models.pypi_wheel import WHEEL_MODELS
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards, why_not_shared
+from prmd.publishing.records import base_license
 from prmd.runtime import GIB, free_memory, set_seed
 from prmd.setup_check import Check
 from prmd.training.dry_run import PLANNED_CARD, precision_on
@@ -60,8 +59,6 @@ _ANY_ROWS = 2**62
 _OWN_CODE = "model.trust_remote_code"
 _FOLLOW_LENGTHS = ("dynamic", "longrope")
 """Kinds of RoPE that turn positions by the longest row of a batch, where it is longer than the rows of training."""
-_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*$", re.DOTALL | re.MULTILINE)
-_LICENSE = re.compile(r"^(license\w*):(?:[ \t]*|\s*-[ \t]*)(\S.*?)[ \t]*$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -168,23 +165,10 @@ def _check_source(base: _Base, given: ModelConfig) -> Iterator[Check]:
         missing.append(f"model.source={base.settings.source}")
     remedy = f"for the scripts set also {' and '.join(missing)}" if missing else ""
     yield Check("warn" if missing else "ok", "model", found, remedy)
-    license = _license(base.source, base.settings.revision)
-    if license:
-        yield Check("ok", "license", license)
+    if license := base_license(base.settings.model_dump()):
+        yield Check("ok", "license", ", ".join(license))
     else:
         yield Check("warn", "license", "unknown, no model card names it", "read the model's page")
-
-
-def _license(source: str, revision: str | None) -> str:
-    """What the model card says, by its front matter; empty where there is none, or it cannot be reached."""
-    try:
-        card = cached_file(source, "README.md", revision=None if Path(source).is_dir() else revision)
-        text = Path(card).read_text(encoding="utf-8-sig", errors="replace") if card else ""
-    except OSError:
-        return ""
-    front = _FRONT_MATTER.match(text)
-    said = {key: value.strip("\"'") for key, value in _LICENSE.findall(front[1])} if front else {}
-    return ", ".join(said[key] for key in ("license", "license_name", "license_link") if key in said)
 
 
 def _check_own_code(base: _Base, tokenizer: PreTrainedTokenizerBase) -> Check:

@@ -30,6 +30,7 @@ from prmd.config.policy import PolicyConfig
 from prmd.config.shared import LoraConfig, ModelConfig, RewardModelConfig, TrainingConfig, TuningConfig
 from prmd.errors import ConfigError
 from prmd.model_check import COLUMNS, check_model, report
+from prmd.publishing.records import base_license
 from prmd.runtime import GIB
 from prmd.setup_check import Check
 from prmd.training import memory
@@ -193,13 +194,15 @@ CARDS = {
     "---\nlicense: other\nlicense_name: 'own-1'\nlicense_link: LICENSE\n---\n": "other, own-1, LICENSE",
     "---\nlicense:\nlanguage: en\n---\n": "",
     "# A model\nlicense: mit\n": "",
+    "---\nlicense:\n- mit\n- apache-2.0\n---\n": "mit, apache-2.0",
+    "---\nlicense: mit\n\tx: [\n---\n": "",
 }
 
 
 @pytest.mark.parametrize(("card", "license"), CARDS.items())
 def test_the_license_is_that_of_the_model_card(tmp_path: Path, card: str, license: str) -> None:
     (tmp_path / "README.md").write_text(card, encoding="utf-8")
-    assert model_check._license(str(tmp_path), None) == license
+    assert ", ".join(base_license({"name": str(tmp_path)})) == license
 
 
 @pytest.mark.usefixtures("unplanned")

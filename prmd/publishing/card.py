@@ -64,7 +64,7 @@ class Facts:
         here: how a reader names what was published.
         base: hub id of the base, or the name of its local folder.
         is_hub_base: whether a stranger can fetch the base by that name.
-        base_license: what the base's own card states; None where that is not known.
+        base_license: what the base's own card states (`records.base_license`).
         license: what the user gives for own pairs; else None.
         evaluation: of a policy, what `compute_metrics` measured of these very weights; None where it has not.
     """
@@ -74,7 +74,7 @@ class Facts:
     here: str
     base: str
     is_hub_base: bool
-    base_license: str | None
+    base_license: list[str]
     revision: str | None
     approach: str
     metrics: dict[str, Any]
@@ -161,8 +161,10 @@ def _loading(facts: Facts) -> str:
 
 
 def _licenses(facts: Facts, data: list[tuple[str, str]]) -> str:
-    known = f"{facts.base_license}, by its own card" if facts.base_license else None
-    base = known or "no card of it states a license here; look for it before you use what is made of it"
+    base = "no card of it states a license here; look for it before you use what is made of it"
+    if facts.base_license:
+        license_, *more = facts.base_license
+        base = f"{' '.join([license_, *(f'({one})' for one in more)])}, by its own card"
     return "\n".join([f"- base model {facts.base}: {base}", *(f"- {what}: {name}" for what, name in data)])
 
 

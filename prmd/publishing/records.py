@@ -37,14 +37,14 @@ def newest_evaluation(policy: Path, root: Path) -> dict[str, Any] | None:
     return max(found, key=lambda one: one[:2])[2] if found else None
 
 
-def base_license(model: dict[str, Any]) -> str | None:
-    """The license that the card of a base model states, on this machine or on the hub; None where none is known.
+def base_license(model: dict[str, Any]) -> list[str]:
+    """License of a base model, its name and its link, as far as its card states them, on this machine or on the hub.
 
     Args:
-        model: `source`, `name` and `revision` of the base, as the configuration kept beside the artifact names it.
+        model: `source`, `name` and `revision` of the base, as section `model` of the configuration names it.
     """
     if model.get("source", "hub") != "hub":
-        return None
+        return []
     folder = find_user_path(model["name"], "folder")
     try:
         if folder is None and not Path(model["name"]).is_absolute():
@@ -58,9 +58,11 @@ def base_license(model: dict[str, Any]) -> str | None:
             )
         else:
             card = (folder or Path(model["name"])) / CARD_FILE
-        stated = metadata_load(card) if card.is_file() else None
-    except (OSError, ValueError) as error:  # offline, unknown, gated; a header that is none
+        stated = (metadata_load(card) if card.is_file() else None) or {}
+    except Exception as error:  # offline, unknown, gated; a header that is none, of which YAML raises its own
         logger.info("%s: its card cannot be read (%s)", model["name"], first_line(error))
-        return None
-    names = [str((stated or {}).get(key) or "") for key in ("license", "license_name")]
-    return " ".join(filter(None, (names[0], f"({names[1]})" if names[1] else ""))) or None
+        return []
+    values = [stated.get(key) for key in ("license", "license_name", "license_link")]
+    return [
+        ", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values if value
+    ]

@@ -267,8 +267,8 @@ def test_the_card_of_a_hub_base_is_fetched_at_its_revision(
 
     monkeypatch.setattr(records, "hf_hub_download", fetch)
     model = {"source": "hub", "name": "org/base", "revision": "abc"}
-    assert records.base_license(model) == "mit" and asked == [("org/base", "README.md", "abc")]
-    assert records.base_license({"source": "pypi_wheel", "name": "org/base"}) is None
+    assert records.base_license(model) == ["mit"] and asked == [("org/base", "README.md", "abc")]
+    assert records.base_license({"source": "pypi_wheel", "name": "org/base"}) == []
 
 
 # ------------------------------------------------------------------ other programs
