@@ -1,6 +1,6 @@
 """Pessimistic reward model distillation: the library behind the numbered scripts.
 
-Rooms, each importing only those before it: errors, objectives; pessimism, statistics; runtime; artifacts; config; pairs, features;
+Rooms, each importing only those before it: errors, objectives, features; pessimism, statistics; runtime; artifacts; config; pairs;
 report; models; data, training, inference; rewards; policies, judges, publishing; benchmarks; evaluation; setup_check;
 model_check.
 

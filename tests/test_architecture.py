@@ -19,12 +19,12 @@ from prmd.objectives import OBJECTIVES
 from utils import config_file_of
 
 LEVELS = (
-    "errors objectives",
+    "errors objectives features",
     "pessimism statistics",
     "runtime",
     "artifacts",
     "config",
-    "pairs features",
+    "pairs",
     "report",
     "models",
     "data training inference",

@@ -18,7 +18,7 @@ from pydantic import (
 
 from prmd.artifacts.paths import REFERENCE
 from prmd.config.masking import MASK, address_fault, masked_address
-from prmd.config.policy import OF_ONE_OBJECTIVE, one_of, policy_methods
+from prmd.config.policy import OF_ONE_OBJECTIVE, policy_methods
 from prmd.config.shared import (
     Approach,
     BatchSize,
@@ -32,6 +32,7 @@ from prmd.config.shared import (
     TrainingConfig,
     TuningConfig,
     check_objectives,
+    one_of,
 )
 from prmd.objectives import TAKEN_BY_WINDOWS
 

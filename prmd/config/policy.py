@@ -5,10 +5,9 @@ Every default lives in a field and nowhere else; a field is here only if some co
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
-from pydantic_core import PydanticCustomError
 
 from prmd.artifacts.paths import is_safe_name
 from prmd.config import brought
@@ -23,14 +22,11 @@ from prmd.config.shared import (
     TuningConfig,
     check_objectives,
     checked,
+    one_of,
 )
 from prmd.objectives import METHOD_LIKE, OBJECTIVES
 
 # ------------------------------------------------------------------ policies
-PaperMethod = Literal["paper_eq5", "paper_eq6", "paper_eq7", "paper_eq9"]
-LabelMethod = Literal[
-    "dpo", "rdpo", "dpo_debiased", "ipo", "modpo", "dpo_helpful", "dpo_harmless", "dpo_honest", "soup"
-]
 OF_ONE_OBJECTIVE = "dpo_"
 """How a method begins that learns from the labels of one objective, whose name follows."""
 
@@ -40,16 +36,11 @@ OF_ONE_OBJECTIVE = "dpo_"
 def policy_methods() -> tuple[str, ...]:
     """What `policy.methods` may name; `policies.methods` says what each is."""
     from prmd.pessimism.aggregation import METHODS
+    from prmd.pessimism.draft_equations import PAPER_METHODS
 
-    return (*METHODS, "edpo", *get_args(PaperMethod), *get_args(LabelMethod))
-
-
-def one_of(names: Sequence[str], value: Any) -> Any:
-    """The value, or the complaint of a `Literal` of these names."""
-    if value in names:
-        return value
-    expected = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
-    raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
+    of_labels = ("dpo", "rdpo", "dpo_debiased", "ipo", "modpo")
+    of_one = (f"{OF_ONE_OBJECTIVE}{objective}" for objective in OBJECTIVES)
+    return (*METHODS, "edpo", *PAPER_METHODS, *of_labels, *of_one, "soup")
 
 
 def _known_method(value: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -16,9 +17,11 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from prmd.artifacts.paths import ArtifactPaths, resolve_artifact_root
 from prmd.config import brought
+from prmd.features import MEANINGS
 from prmd.objectives import OBJECTIVES, names_problem
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -27,6 +30,14 @@ BatchSize = Literal["auto"] | PositiveInt
 SamplingEngine = Literal["auto", "transformers", "vllm"]
 Approach = Literal["hh_truthfulqa", "pku_safe", "embedded", "own_pairs"]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+
+
+def one_of(names: Sequence[str], value: Any) -> Any:
+    """The value, or the complaint of a `Literal` of these names."""
+    if value in names:
+        return value
+    expected = ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
+    raise PydanticCustomError("literal_error", "Input should be {expected}", {"expected": expected})
 
 
 class Section(BaseModel):
@@ -305,18 +316,8 @@ class TrainingConfig(Section):
         return value
 
 
-Feature = Literal[
-    "length",
-    "list_items",
-    "refusal",
-    "questions",
-    "digits",
-    "first_person",
-    "hedges",
-    "markdown",
-    "emoji",
-]
-"""What `debias.features` may name; `features.MEANINGS` says what each is."""
+Feature = Annotated[str, BeforeValidator(lambda value: one_of(tuple(MEANINGS), value))]
+"""What `debias.features` may name: a key of `features.MEANINGS`."""
 
 
 class DebiasConfig(Section):
