@@ -12,7 +12,7 @@ from prmd.artifacts import io
 from prmd.artifacts.paths import resolve_user_path
 from prmd.benchmarks.base import Row, csv_rows, integer_of, numbered, refuse_twice, text_of
 from prmd.config.evaluation import JailbreakBenchConfig
-from prmd.data.readers import benchmark_files, hub_rows, json_rows
+from prmd.data.readers import benchmark_files, json_rows, split_rows
 from prmd.errors import ConfigError, DataError
 
 KEY = "benchmarks.jailbreakbench.path"
@@ -57,7 +57,7 @@ def read_behaviors(settings: JailbreakBenchConfig) -> tuple[dict[str, list[Behav
         name = f"{group}-behaviors.csv"
         files = benchmark_files(path, (name, f"*/{name}"), KEY)
         if files is None:
-            table = hub_rows(path, settings.revision, group, KEY, name="behaviors")
+            table = split_rows(KEY, path, settings.revision, group, name="behaviors")
             rows = numbered(({k.casefold(): v for k, v in row.items()} for row in table), f"{path} {group}")
             origins.append(f"{path}@{settings.revision}")
         elif files[0].name != name:

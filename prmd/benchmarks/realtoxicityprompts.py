@@ -32,7 +32,7 @@ from prmd.benchmarks.base import (
     value_of,
 )
 from prmd.config.evaluation import EvaluationConfig, RealToxicityPromptsConfig
-from prmd.data.readers import benchmark_files, hub_rows, json_rows
+from prmd.data.readers import benchmark_files, json_rows, split_rows
 from prmd.errors import DataError
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
@@ -134,7 +134,7 @@ def read_data(settings: RealToxicityPromptsConfig) -> ToxicityData:
     """
     files = benchmark_files(settings.path or "", ("*.jsonl", "*.jsonl.gz"), KEY)
     if files is None:
-        rows = numbered(hub_rows(settings.path or "", settings.revision, "train", KEY), settings.path)
+        rows = numbered(split_rows(KEY, settings.path or "", settings.revision, "train"), settings.path)
         return parse_rows(rows, io.fingerprint([settings.path, settings.revision]))
     found = (pair for file in files for pair in numbered(json_rows(file), file))
     return parse_rows(found, io.fingerprint([io.file_sha256(file) for file in files]))

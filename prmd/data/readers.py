@@ -166,15 +166,6 @@ def benchmark_files(path: str, patterns: tuple[str, ...], key: str) -> list[Path
     raise ConfigError(f"{key}: {found} has no {' or '.join(patterns)}; point it at a folder that has")
 
 
-def hub_rows(path: str, revision: str, split: str, key: str, *, name: str | None = None) -> Iterable[Row]:
-    """Rows of one split of a benchmark on the hub.
-
-    Raises:
-        ConfigError: it cannot be fetched; names the YAML key.
-    """
-    return split_rows(key, path, revision, split, name=name)
-
-
 # ------------------------------------------------------------------ local files
 def local_path(text: str, key: str) -> Path | None:
     """The local file or folder `text` names, or None where it is a hub id."""
@@ -230,7 +221,11 @@ def hub_file(
 def split_rows(
     key: str, path: str, revision: str, split: str, *, name: str | None = None, subset: str | None = None
 ) -> Iterable[Row]:
-    """Rows of one split on the hub; a mistake names the YAML key."""
+    """Rows of one split on the hub.
+
+    Raises:
+        ConfigError: it cannot be fetched, or has no such split; names the YAML key.
+    """
     dataset = _load(key, path, revision, name, subset)
     if split not in dataset:
         raise ConfigError(
