@@ -18,7 +18,7 @@ from benchmarks.side_by_side.trainings import TimedTraining, our_training, synch
 from prmd.models.sequence_models import SequenceLogps
 from prmd.policies.targets import policy_loss
 from prmd.runtime import get_device
-from prmd.training.rehearsal import peak_tensor_bytes
+from prmd.training.rehearsal import TensorBytes
 
 MEMORY_VOCABULARY = 151_936
 MEMORY_PAIRS = 8
@@ -91,6 +91,6 @@ def peak_bytes(training: TimedTraining, model: PreTrainedModel) -> int:
         torch.cuda.reset_peak_memory_stats()
         training.run()
         return torch.cuda.max_memory_allocated()
-    with peak_tensor_bytes(model.parameters()) as count:
+    with TensorBytes(model.parameters()) as count:
         training.run()
     return count.peak

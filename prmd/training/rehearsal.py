@@ -3,7 +3,7 @@
 A few layers of the configured model are run forward and backward through `models.sequence_models`, on fake tensors that have
 shapes and no data, two and three of each kind (recomputed, kept), and the count is continued linearly to all layers. So attention masks, autocast copies,
 recomputed layers, blocks of logits and gradients of tied embeddings are counted as they happen, whatever the family of
-the model. `peak_tensor_bytes` counts live tensors while any code runs: a dispatch mode sees every tensor an operator returns
+the model. `TensorBytes` counts live tensors while any code runs: a dispatch mode sees every tensor an operator returns
 and forgets it when its storage is freed, so the count has no allocator's rounding in it; scratch space inside one operator
 is not seen.
 """
@@ -32,18 +32,27 @@ from prmd.runtime import get_device
 
 
 class TensorBytes(TorchDispatchMode):
-    """Counts bytes of live storages while it is entered; see `peak_tensor_bytes`.
+    """Counts the bytes of all tensors made while it is entered, on top of `existing` ones.
+
+    Example:
+        with TensorBytes(model.parameters()) as count:
+            model(**batch).sum().backward()
+        count.peak
+
+    Args:
+        existing: tensors made before, counted from the start (weights, optimiser states).
 
     Attributes:
         current: bytes alive now.
         peak: most bytes alive at once since entering or `reset_peak`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, existing: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.current = 0
         self.peak = 0
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.register(existing)
 
     def register(self, tensors: Iterable[Tensor]) -> None:
         """Count tensors that were made before (a storage shared by several counts once)."""
@@ -89,22 +98,6 @@ def _parts(tensor: Tensor) -> Iterable[Tensor]:
     return [part for name in names for part in _parts(getattr(tensor, name))]
 
 
-def peak_tensor_bytes(existing: Iterable[Tensor] = ()) -> TensorBytes:
-    """A context that counts the bytes of all tensors made inside it, on top of `existing` ones.
-
-    Example:
-        with peak_tensor_bytes(model.parameters()) as count:
-            model(**batch).sum().backward()
-        count.peak
-
-    Args:
-        existing: tensors made before, counted from the start (weights, optimiser states).
-    """
-    count = TensorBytes()
-    count.register(existing)
-    return count
-
-
 Task = Literal["reward_model", "policy"]
 
 _FEW_LAYERS = 2
@@ -120,14 +113,12 @@ class BatchShape:
         length: tokens of each row, padding included.
         responses: responses in all rows.
         predicted: response tokens in all rows.
-        shared: whether a row holds several responses, and so needs a mask [B, 1, L, L].
     """
 
     sequences: int
     length: int
     responses: int
     predicted: int
-    shared: bool = True
 
 
 @dataclass(frozen=True)
@@ -305,7 +296,6 @@ class _Rehearsed:
     """Mixed into a sequence model: a mask that no data decides, and marks where phases end."""
 
     phases: _Phases
-    shared: bool
 
     def hidden_states(self, input_ids: Tensor, position_ids: Tensor, segment_ids: Tensor, **_: Any) -> Tensor:
         phases, (sequences, length) = self.phases, input_ids.shape
@@ -356,7 +346,7 @@ def _step(model: nn.Module, shape: BatchShape, *, autocast: bool) -> StepBytes:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    with peak_tensor_bytes([*model.parameters(), *model.buffers()]) as count:
+    with TensorBytes([*model.parameters(), *model.buffers()]) as count:
         phases = model.phases = _Phases(count)
         batch = _batch(shape)
         with torch.autocast(get_device().type, torch.bfloat16, enabled=autocast):

@@ -27,7 +27,7 @@ from prmd.models.sequence_models import SequenceLogps, SequenceRewards
 from prmd.models.tokenization import PrefixRow
 from prmd.runtime import missing_compiler
 from prmd.training.memory import device_memory, plan_memory
-from prmd.training.rehearsal import TensorBytes, peak_tensor_bytes
+from prmd.training.rehearsal import TensorBytes
 from prmd.training.run import choose_precision
 from prmd.training.trainer import Columns, PairData, PairLoss
 
@@ -69,7 +69,7 @@ class _Peak:
     """The most bytes alive from the second optimizer step's first micro-batch to the third's, where the training ends."""
 
     def __init__(self, device: torch.device) -> None:
-        self.count: TensorBytes | None = None if device.type == "cuda" else peak_tensor_bytes()
+        self.count: TensorBytes | None = None if device.type == "cuda" else TensorBytes()
         self.calls, self.bytes, self.before = 0, 0, 0
         if self.count is None:
             self.before = _allocated_beforehand(device)

@@ -20,7 +20,7 @@ from prmd.inference.noise import gumbel, sample_key, splitmix64
 from prmd.models.card import MOST_SEQUENCES, prompts_at_once, sampling_bytes
 from prmd.models.loading import load_tokenizer_from
 from prmd.models.tokenization import Tokens, tokenize_prompt
-from prmd.training.rehearsal import peak_tensor_bytes
+from prmd.training.rehearsal import TensorBytes
 
 PROMPTS = [(5, 6, 7, 8, 9, 10, 11, 12), (20,), (30, 31, 32), (9, 8, 7, 6, 5, 4, 3)]
 DECODING = Decoding(3, 14, seed=4, temperature=1.0, top_p=1.0, stop=1, pad=0)
@@ -163,7 +163,7 @@ def test_what_is_counted_is_what_a_sampling_holds(prompts: int, length: int, sam
     model.lm_head.weight.data[399] = 0
     texts = [tuple(range(3 + i, 3 + i + length)) for i in range(prompts)]
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    with peak_tensor_bytes(model.parameters()) as count:
+    with TensorBytes(model.parameters()) as count:
         generation._generate_batch(model, texts, decoding)
     planned = prompts * sampling_bytes(SMALL, torch.float32).of_prompt(length, samples=samples, new_tokens=24)
     assert 0.75 < (count.peak - weights) / planned < 1.25

@@ -17,7 +17,7 @@ from prmd.models.loading import load_tokenizer_from
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
-from prmd.training.rehearsal import peak_tensor_bytes
+from prmd.training.rehearsal import TensorBytes
 
 BLOCK_ELEMENTS = 2**17
 
@@ -40,7 +40,7 @@ def step(model: nn.Module, length: int) -> None:
 def peak(vocabulary: int, length: int) -> int:
     """Bytes of one step's tensors beside the weights and their gradients."""
     model = model_of(vocabulary)
-    with peak_tensor_bytes(model.parameters()) as count:
+    with TensorBytes(model.parameters()) as count:
         step(model, length)
     return count.peak - 2 * sum(p.numel() * p.element_size() for p in model.parameters())
 
@@ -52,7 +52,7 @@ def test_peak_of_the_log_probabilities_grows_by_hidden_states_alone(vocabulary: 
     peaks = []
     for tokens in (256, 512, 768):
         hidden = torch.randn(tokens, 32, requires_grad=True)
-        with peak_tensor_bytes([*model.parameters(), hidden]) as count:
+        with TensorBytes([*model.parameters(), hidden]) as count:
             model.token_logps(hidden, torch.zeros(tokens, dtype=torch.long)).sum().backward()
         peaks.append(count.peak)
     slopes = [(b - a) / 256 for a, b in pairwise(peaks)]

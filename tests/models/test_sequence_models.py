@@ -28,7 +28,7 @@ from prmd.models import sequence_models
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps, SequenceRewards, supports_shared_prompts
 from prmd.models.tokenization import PrefixRow
-from prmd.training.rehearsal import peak_tensor_bytes
+from prmd.training.rehearsal import TensorBytes
 
 WINDOWED = ("mistral", "gemma3", "gemma2")
 ROWS = [
@@ -223,7 +223,7 @@ def test_peak_memory_does_not_grow_with_tokens_times_vocabulary(monkeypatch):
     def peak(tokens: int) -> int:
         hidden = torch.randn(tokens, 16, requires_grad=True)
         targets = torch.zeros(tokens, dtype=torch.long)
-        with peak_tensor_bytes([hidden, head.weight, targets]) as count:
+        with TensorBytes([hidden, head.weight, targets]) as count:
             scorer.token_logps(hidden, targets).sum().backward()
         return count.peak
 

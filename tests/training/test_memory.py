@@ -32,7 +32,7 @@ from prmd.policies.sample_pairs import GAMMA_SAMPLES, with_gamma_samples
 from prmd.policies.targets import policy_loss
 from prmd.training.memory import MemoryPlan, plan_memory, weight_bytes
 from prmd.training.precision import Precision, eight_bit_precision, lora_precision
-from prmd.training.rehearsal import enable_gradient_checkpointing, meta_model, peak_tensor_bytes
+from prmd.training.rehearsal import TensorBytes, enable_gradient_checkpointing, meta_model
 
 FLOAT32 = Precision("adamw_float32", True, False, 5e-7, "full")
 MASTER = Precision("adamw_float32", True, True, 5e-7, "full")
@@ -108,7 +108,7 @@ def _measured(
     if eight_bit:
         existing += _eight_bit_states(trained)
     optimizer = None if eight_bit else torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    with peak_tensor_bytes(existing) as count:
+    with TensorBytes(existing) as count:
         _two_steps(model, precision, optimizer, row)
     return count.peak
 
@@ -169,7 +169,7 @@ def test_plan_is_that_of_a_real_step(
 def test_torch_counts_the_planned_bytes(
     config: Any, precision: Precision, task: str, checkpointing: bool | int
 ) -> None:
-    """The same steps counted by torch's own `MemTracker`, which shares no line with the plan or with `peak_tensor_bytes`."""
+    """The same steps counted by torch's own `MemTracker`, which shares no line with the plan or with `TensorBytes`."""
     model = _sequence_model(config, precision, task, checkpointing)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4, fused=True)
     tracker = MemTracker()
@@ -325,7 +325,7 @@ def test_eight_bit_states_are_those_of_torchao() -> None:
     pytest.importorskip("torchao", reason="torchao is not installed (pip install torchao)")
     model = _sequence_model(LLAMA, EIGHT_BIT, "policy", False)
     states = _eight_bit_states(list(model.parameters()))
-    held = peak_tensor_bytes(states).current
+    held = TensorBytes(states).current
     steps = 4 * len(list(model.parameters()))
     assert _plan(LLAMA, EIGHT_BIT).optimizer == held + steps
 

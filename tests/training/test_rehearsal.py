@@ -14,12 +14,12 @@ from prmd.models.loading import add_lora
 from prmd.models.prefix_rows import collate_rows
 from prmd.models.sequence_models import SequenceLogps
 from prmd.models.tokenization import PrefixRow
-from prmd.training.rehearsal import enable_gradient_checkpointing, peak_tensor_bytes, separate_layers
+from prmd.training.rehearsal import TensorBytes, enable_gradient_checkpointing, separate_layers
 
 
 def test_count_follows_storages_not_views() -> None:
     old = torch.zeros(1000)
-    with peak_tensor_bytes([old, old[:10]]) as count:
+    with TensorBytes([old, old[:10]]) as count:
         assert count.current == 4000
         new = torch.ones(500, dtype=torch.float64)
         view = new[100:].reshape(20, 20).t()
@@ -35,7 +35,7 @@ def test_count_follows_storages_not_views() -> None:
 
 def test_count_sees_what_autograd_keeps() -> None:
     weight = torch.ones(100, 100, requires_grad=True)
-    with peak_tensor_bytes([weight]) as count:
+    with TensorBytes([weight]) as count:
         hidden = (weight * 2.0).exp()  # exp keeps its result for the backward pass
         total = hidden.sum()
         del hidden
