@@ -20,6 +20,7 @@ from prmd.pessimism.draft_equations import PAPER_METHODS, negative_target_share,
 from prmd.policies.methods import aggregation, method_of, unread_settings
 from prmd.policies.pairs import PairScores
 from prmd.policies.robust_reward import objective_weights, weighted_objectives
+from prmd.rewards.metrics import NEARLY_ONE_MODEL
 from prmd.statistics.reliability import mean_pairwise_correlation
 
 
@@ -89,10 +90,6 @@ def coincidence_notes(
             reasons.append("one objective")
         notes.append(f"{name} = {', '.join(others)}" + (f": {'; '.join(reasons)}" if reasons else ""))
     return notes
-
-
-ONE_MODEL = 0.95
-"""Correlation of the members' margins above which an ensemble is effectively one model."""
 
 
 def method_notes(policy: PolicySection, method: str, train: PairScores, targets: Tensor) -> tuple[str, ...]:
@@ -211,9 +208,9 @@ def _one_model(policy: PolicySection, method: str, rewards: Tensor) -> list[str]
         if own.shape[1] < 2 or bool((own.std(dim=1) == 0).any()):
             continue
         correlation = mean_pairwise_correlation(own)
-        if correlation > ONE_MODEL:
+        if correlation > NEARLY_ONE_MODEL:
             notes.append(
-                f"members of {objective} correlate {correlation:.3f} (over {ONE_MODEL}: effectively one model), so within "
+                f"members of {objective} correlate {correlation:.3f} (over {NEARLY_ONE_MODEL}: effectively one model), so within "
                 f"it {method} hardly differs from the mean of the members"
             )
     return notes
