@@ -66,11 +66,6 @@ def describe_policies(config: PolicyConfig, methods: Sequence[str]) -> None:
     splits = read_if_there(files, partial(read_splits, paths))
     train = splits["train"] if splits else {}
     sizes, count = split_sizes(train), reference_sample_count(config.pairs, shared.calibration)
-    how: dict[str, Any] = {
-        "tuning": config.tuning,
-        "training": config.training,
-        "task": "policy",
-    }
     for method in dict.fromkeys(methods):
         directory, reads = paths.policy(method, config.run_name), method_of(method).reads_rewards
         if method == SOUP:
@@ -87,10 +82,12 @@ def describe_policies(config: PolicyConfig, methods: Sequence[str]) -> None:
             pairs=[train[k][i] for k, i in dict.fromkeys(drawn)],
             epoch=sum(int(row["draws"]) for row in draws.values()),
             drawn=len(drawn),
+            tuning=config.tuning,
+            training=config.training,
+            task="policy",
             output=directory,
             sampled=sampled,
             sampling=with_sample_count(shared, count).calibration if count and reads else None,
-            **how,
         )
         if draws:
             logger.info("%s", draws_line(draws))
@@ -116,10 +113,8 @@ def gamma_lengths(policy: PolicySection, methods: Sequence[str], max_new_tokens:
 
 
 def _sampled(config: PolicyConfig, method: str) -> Sampled:
-    drawn, longest = (
-        config.pairs.reference_samples and config.pairs.share,
-        config.shared.calibration.max_new_tokens,
-    )
+    longest = config.shared.calibration.max_new_tokens
+    drawn = config.pairs.reference_samples and config.pairs.share
     pairs = drawn and method_of(method).reward is not None
     return Sampled(gamma_lengths(config.policy, [method], longest), longest if pairs else 0)
 
