@@ -49,7 +49,7 @@ from prmd.publishing.records import base_license
 from prmd.runtime import GIB, free_memory, set_seed
 from prmd.setup_check import Check
 from prmd.training.dry_run import PLANNED_CARD, precision_on
-from prmd.training.memory import device_memory, plan_memory
+from prmd.training.memory import device_memory, memory_planner
 from prmd.training.rehearsal import Task, meta_model
 
 COLUMNS = 100
@@ -377,13 +377,7 @@ def _check_memory(base: _Base, reward_models: RewardModelConfig, policies: Polic
 def _plan(base: _Base, name: str, task: Task, tuning: TuningConfig, training: TrainingConfig) -> Check:
     """Against the card of this machine, or one of 32 GiB; of pairs at their longest."""
     card = device_memory() or PLANNED_CARD
-    plan = partial(
-        plan_memory,
-        model_config=base.config,
-        tuning=tuning,
-        training=training,
-        task=task,
-    )
+    plan = memory_planner(base.config, tuning, training, task)
     try:
         precision, lacking = precision_on(plan, base.settings, tuning, training, card)
         found = plan(precision=precision, device_bytes=card)

@@ -26,7 +26,7 @@ from prmd.models.tokenization import PrefixRow, tokenize_pairs
 from prmd.pairs import PREPARE_COMMAND, PreferencePair
 from prmd.runtime import GIB, free_disk_bytes
 from prmd.training.batches import plan_training, step_size
-from prmd.training.memory import MemoryPlan, device_memory, plan_memory, precision_for, weight_bytes
+from prmd.training.memory import MemoryPlan, device_memory, memory_planner, precision_for, weight_bytes
 from prmd.training.merging import fill_card
 from prmd.training.precision import Precision, eight_bit_precision
 from prmd.training.rehearsal import Task, meta_model
@@ -184,14 +184,7 @@ def memory_lines(
     except UserError as error:
         return [f"memory      not known: {error}"]
     rows = known_rows(model, paths, pairs, training, task, sample_tokens=sampled.paired)
-    plan = partial(
-        plan_memory,
-        model_config=model_config,
-        tuning=tuning,
-        training=training,
-        task=task,
-        sampled=sampled.gamma,
-    )
+    plan = memory_planner(model_config, tuning, training, task, sampled.gamma)
     card = device_memory()
     lines = [_row_line(rows.longest, training) + _gamma_clause(sampled)]
     some = [_with_samples(row, sampled.gamma) for row in rows.some]
@@ -282,7 +275,7 @@ def precision_on(
     """The precision that a run would choose on a card of so many bytes, and what it lacks here, else empty.
 
     Args:
-        plan: `plan_memory` of this model and training, all but precision and card.
+        plan: `memory.memory_planner` of this model and training.
 
     Raises:
         ConfigError: none can be chosen.

@@ -10,7 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -169,6 +169,20 @@ def plan_memory(
         ) from error
 
 
+def memory_planner(
+    model_config: Any, tuning: TuningConfig, training: TrainingConfig, task: Task, sampled: Sequence[int] = ()
+) -> Callable[..., MemoryPlan]:
+    """`plan_memory` of one training, all but its precision and the card."""
+    return partial(
+        plan_memory,
+        model_config=model_config,
+        tuning=tuning,
+        training=training,
+        task=task,
+        sampled=sampled,
+    )
+
+
 def precision_for(
     plan: Callable[..., MemoryPlan],
     model: ModelConfig,
@@ -179,7 +193,7 @@ def precision_for(
     """The optimiser and number formats of a training: what the YAML says, or for `auto` what fits the card.
 
     Args:
-        plan: `plan_memory` of this model and training, all but precision and card.
+        plan: `memory_planner` of this model and training.
         device_bytes: memory of the card, or None, without which nothing need be planned.
 
     Raises:

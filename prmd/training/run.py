@@ -35,7 +35,7 @@ from prmd.training.checkpoints import (
     checkpoint_steps,
     newest_complete,
 )
-from prmd.training.memory import device_memory, plan_memory, precision_for, state_bytes
+from prmd.training.memory import device_memory, memory_planner, precision_for, state_bytes
 from prmd.training.merging import MOST_TOKENS, Filling, fill_card, least_memory, recomputing
 from prmd.training.precision import Precision, refuse_if_stuck
 from prmd.training.rehearsal import Task, enable_gradient_checkpointing, meta_model
@@ -84,14 +84,7 @@ def choose_precision(
     sampled: Sequence[int] = (),
 ) -> Precision:
     """The optimiser and number formats of a training: what the YAML says, or for `auto` what fits the card."""
-    plan = partial(
-        plan_memory,
-        model_config=load_model_config(model, paths),
-        tuning=tuning,
-        training=training,
-        task=task,
-        sampled=sampled,
-    )
+    plan = memory_planner(load_model_config(model, paths), tuning, training, task, sampled)
     return precision_for(plan, model, tuning, training, device_memory())
 
 
@@ -288,13 +281,8 @@ def _fill(
     run: TrainingRun, precision: Precision, plan: TrainingPlan, training: TrainingConfig, most: int
 ) -> Filling:
     """How the card is filled; behind `check_agreement`, which may find that this model shares no prompts."""
-    planned = partial(
-        plan_memory,
-        model_config=load_model_config(run.shared.model, run.shared.paths),
-        tuning=run.tuning,
-        precision=precision,
-        task=run.task,
-    )
+    model_config = load_model_config(run.shared.model, run.shared.paths)
+    planned = partial(memory_planner(model_config, run.tuning, training, run.task), precision=precision)
     return fill_card(
         plan, run.data.rows, training, planned=planned, device_bytes=least_memory(), most_tokens=most
     )
