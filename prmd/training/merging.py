@@ -1,9 +1,9 @@
 """How full a card is worked: micro-batches of a step merged by their tokens, then layers kept instead of recomputed.
 
 Neither changes a step: its loss and gradient are sums over its pairs, divided once, whatever it is cut into, and a layer that
-is recomputed computes what it would have kept. Merging comes first. Launching the work of a micro-batch takes a card as long
-as about 2,000 tokens of it (84 ms for the 3B shape on an H100), so that a step of 7,000 tokens in 5 micro-batches instead of 8 is
-done in three quarters of the time, which is also all that keeping every layer saves.
+is recomputed computes what it would have kept. Merging comes first: where a micro-batch is small, the card waits for its
+launches (one of some 920 tokens of the 3B shape took an H100 84 ms, at a fifth of its peak), so that 5 instead of 8 may save
+three eighths of a step; keeping every layer saves a quarter at most.
 
 Without a card nothing is merged and `auto` recomputes nothing, so that results on a CPU stay what they are to the bit.
 """
@@ -24,7 +24,7 @@ from prmd.training.memory import MemoryPlan, device_memory
 logger = logging.getLogger(__name__)
 
 MOST_TOKENS = 16_384
-"""Tokens, padding included, beyond which nothing is merged: to launch as many takes an eighth of their time."""
+"""Tokens, padding included, beyond which nothing is merged: a card is busy long before."""
 
 
 @dataclass(frozen=True)
