@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths
+from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths, remember_options, with_options
 from prmd.objectives import OBJECTIVES
 from prmd.setup_check import check_needs
 from utils import config_file_of, load_stage, stage_parser, start_run_log, user_errors_exit
@@ -43,11 +43,11 @@ def stages(objectives: Sequence[str] = OBJECTIVES) -> list[Stage]:
 
 
 def say(line: str) -> None:
-    """Print a line of the overall progress, from process 0 only."""
+    """Print a line of the overall progress, from process 0 only; commands in it are of this run's configuration."""
     from prmd.runtime import is_main_process
 
     if is_main_process():
-        print(line, flush=True)
+        print(with_options(line), flush=True)
 
 
 def run_stages(configs: "dict[type, AnyConfig]", *, force: bool, dry_run: bool) -> dict[str, float]:
@@ -123,8 +123,10 @@ def main() -> None:
     arguments = stage_parser(__doc__ or "", CONFIG_DIR, files).parse_intermixed_args()
     with user_errors_exit():
         from prmd.config.loading import CONFIG_FILES, RewardModelConfig, load_pipeline
+        from prmd.config.repeated import options_of_stages
 
         configs = load_pipeline(arguments.config, arguments.overrides)
+        remember_options(options_of_stages(arguments.config, arguments.overrides))
         start_run_log(configs[RewardModelConfig].paths)
         if (
             arguments.dry_run or not configs[RewardModelConfig].paths.processed.is_dir()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from prmd.artifacts.hub import use_project_cache
-from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths
+from prmd.artifacts.paths import CONFIG_DIR, ArtifactPaths, remember_options, with_options
 from prmd.config.masking import masked
 from prmd.errors import StoppedError, UserError, user_line
 from prmd.setup_check import check_everything, missing_package, report
@@ -47,9 +47,11 @@ def run_stage(stage: str, *, description: str, **stage_arguments: Any) -> None:
     arguments = stage_parser(description, CONFIG_DIR / own_file, [own_file]).parse_intermixed_args()
     with user_errors_exit():
         from prmd.config.loading import CONFIG_FILES, load_config, named_arguments
+        from prmd.config.repeated import options_of_stages
 
         given, overrides = named_arguments(arguments.overrides, stage_arguments)
-        config = load_config(arguments.config, CONFIG_FILES[own_file], overrides)
+        config = load_config(arguments.config, kind := CONFIG_FILES[own_file], overrides)
+        remember_options(options_of_stages(arguments.config, overrides, kind))
         start_run_log(config.paths)
         path = load_stage(stage)(config, force=arguments.force, dry_run=arguments.dry_run, **given)
     logger.info("%s %s", "would write" if arguments.dry_run else "result:", path)
@@ -81,7 +83,7 @@ def start_run_log(paths: ArtifactPaths) -> None:
     use_project_cache(paths.hub_cache)
     from prmd.runtime import configure_logging, start_processes
 
-    configure_logging()
+    configure_logging(with_options)
     start_processes()
 
 
@@ -120,8 +122,7 @@ def config_parser(description: str, default: Path) -> argparse.ArgumentParser:
     """A command line that names a configuration; read it with `parse_intermixed_args`."""
     forgive_console()
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shown = default.relative_to(CONFIG_DIR.parent).as_posix()
-    told = f"YAML file or its folder; default {shown}"
+    told = f"YAML file or its folder; default {default.relative_to(CONFIG_DIR.parent).as_posix()}"
     parser.add_argument("--config", type=Path, default=default, metavar="PATH", help=told)
     parser.add_argument(
         "overrides",
@@ -146,7 +147,7 @@ def user_errors_exit(advice: str = "") -> Iterator[None]:
     except (UserError, OSError, ImportError) as error:
         if not (line := user_line(error) or missing_package(error)):
             raise
-        print(f"{line}\n{advice}".rstrip(), file=sys.stderr)
+        print(f"{with_options(line)}\n{advice}".rstrip(), file=sys.stderr)
         raise SystemExit(USER_ERROR_STATUS) from None
     except (StoppedError, KeyboardInterrupt) as stop:
         said = str(stop) or "stopped; what is finished is kept, and the same command goes on from there"

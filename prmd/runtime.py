@@ -14,7 +14,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,13 +116,21 @@ def set_seed(seed: int) -> None:
 class _ProgressSafeHandler(logging.Handler):
     """Writes log lines to stderr through tqdm, so that no line is torn by a progress bar."""
 
+    def __init__(self, shown: Callable[[str], str]) -> None:
+        super().__init__()
+        self._shown = shown
+
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        tqdm.write(self._shown(self.format(record)), file=sys.stderr)
 
 
-def configure_logging() -> None:
-    """One line per event on stderr: ours from INFO, other libraries' from WARNING; only errors beside process 0."""
-    handler = _ProgressSafeHandler()
+def configure_logging(shown: Callable[[str], str] = str) -> None:
+    """One line per event on stderr: ours from INFO, other libraries' from WARNING; only errors beside process 0.
+
+    Args:
+        shown: what a line becomes before it is written.
+    """
+    handler = _ProgressSafeHandler(shown)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
     main = is_main_process()
     root = logging.getLogger()

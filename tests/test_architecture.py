@@ -256,6 +256,8 @@ def test_one_owner_each() -> None:
     }
     assert callers("load_dataset") <= {"prmd/data/readers.py"}
     assert callers("save_file") | callers("load_file") <= {"prmd/artifacts/io.py"}
+    # the command line of a run is for its console: no file, card or page repeats it
+    assert callers("with_options") <= {"utils.py", "run_pipeline.py"}
 
 
 def test_runs_writes_yaml_and_only_loading_reads_it() -> None:

@@ -16,6 +16,7 @@ from prmd import runtime
 from prmd.artifacts import io
 from prmd.artifacts.manifest import list_files
 from prmd.artifacts.paths import PROJECT_ROOT
+from prmd.config.repeated import shell_word
 from prmd.objectives import OBJECTIVES
 
 REWARD_MODELS = {objective: f"2_reward_modeling/train_{objective}_rm.py" for objective in OBJECTIVES}
@@ -37,7 +38,7 @@ def refused(copied: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     `vouched`: what a test has changed counts as written by its own stage, so that what it says is looked at.
     """
     monkeypatch.setattr(
-        "prmd.runtime.configure_logging", lambda: None
+        "prmd.runtime.configure_logging", lambda shown: None
     )  # it would take pytest's handlers away
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
@@ -92,7 +93,13 @@ def test_a_lost_or_changed_file_is_named_with_the_command_that_makes_it_again(
     path.write_bytes(bytes(content)[: -8 if lost else None])
     said = refused(script, vouched=False)
     assert f"{path.name} {'has' if lost else 'was changed'}" in said
+    command = f"{command} {options(copied)}"
     assert said.rstrip().endswith(command if lost else f"{command} --force")
+
+
+def options(pipeline: Pipeline) -> str:
+    """What `refused` gives every script, and what a command in a message has to repeat."""
+    return f"--config {shell_word(str(pipeline.configs))} artifact_root={pipeline.root.as_posix()}"
 
 
 def snapshot(root: Path) -> dict[str, tuple[int, int]]:
@@ -202,7 +209,7 @@ def test_a_calibration_on_pairs_that_were_prepared_anew(copied: Pipeline, refuse
 
 def test_a_reward_model_without_calibration(copied: Pipeline, refused: Refused) -> None:
     (copied.paths.reward_model("helpful") / "calibration.json").unlink()
-    assert f"python {REWARD_MODELS['helpful']} --force" in refused(DISTILLED[0])
+    assert f"python {REWARD_MODELS['helpful']} {options(copied)} --force" in refused(DISTILLED[0])
 
 
 def test_ensembles_of_different_size(copied: Pipeline, refused: Refused) -> None:

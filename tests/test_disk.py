@@ -50,7 +50,7 @@ def error_of(name: str, path: Path | str | None) -> OSError:
 @pytest.fixture
 def said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Said:
     """Run a script, which has to stop with status 2; returns its lines on stderr."""
-    monkeypatch.setattr("prmd.runtime.configure_logging", lambda: None)
+    monkeypatch.setattr("prmd.runtime.configure_logging", lambda shown: None)
 
     def run(script: str, *overrides: str) -> str:
         config = [

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import run_pipeline
+from prmd.artifacts import paths
 from prmd.artifacts.io import read_json, write_json
 from prmd.artifacts.paths import CONFIG_DIR, PROJECT_ROOT, ArtifactPaths
 from prmd.config.evaluation import EvaluationConfig
@@ -146,3 +147,20 @@ def test_only_process_zero_speaks(
     monkeypatch.setenv("RANK", "1")
     run_pipeline.say("two")
     assert capsys.readouterr().out == "one\n"
+
+
+def test_a_script_named_by_a_failure_is_of_the_same_configuration(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def fails(config: Any, **_: Any) -> Path:
+        raise DataError(f"damaged; make it again with: {paths.stage_command('split_objectives')} --force")
+
+    monkeypatch.setattr(paths, "_options", {})
+    monkeypatch.setattr(run_pipeline, "load_stage", lambda stage: fails)
+    monkeypatch.setattr(run_pipeline, "start_run_log", lambda paths: None)
+    given = ("--config", "configs/own_pairs", f"artifact_root={tmp_path.as_posix()}")
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, *given, "training.epochs=2", "policy.methods=[cvar]")
+    assert stop.value.code == 2
+    command = f"python 1_data_preparation/split_objectives.py {' '.join(given)} training.epochs=2 --force"
+    assert f"make it again with: {command}\n{run_pipeline.ADVICE}" in capsys.readouterr().err

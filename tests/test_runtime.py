@@ -126,6 +126,12 @@ def test_log_lines_are_ours_from_info_and_others_from_warning(capsys: pytest.Cap
     )
 
 
+def test_a_log_line_is_shown_as_the_caller_wants_it(capsys: pytest.CaptureFixture[str]) -> None:
+    runtime.configure_logging(lambda line: line.replace("%d of 3", "two"))
+    logging.getLogger("prmd.data").info("give %s", "%d of 3")
+    assert capsys.readouterr().err.endswith("INFO prmd.data: give two\n")
+
+
 def test_other_processes_only_report_errors(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +96,16 @@ def test_dry_run_writes_nothing_and_names_what_is_missing(script: str, tmp_path:
     for needed in NEEDS[script]:
         assert f"python {needed}" in done.stderr, done.stderr
     assert not root.exists() and not list(elsewhere.iterdir())
+
+
+@pytest.mark.slow
+def test_the_command_for_what_is_missing_is_of_the_same_configuration(tmp_path: Path) -> None:
+    given = ("--config", "configs/own_pairs", f"artifact_root={tmp_path / 'my root'}")
+    done = run(
+        str(PROJECT_ROOT / "2_reward_modeling/train_rm.py"), *given, "objective=helpful", folder=PROJECT_ROOT
+    )
+    assert done.returncode == 2 and "approach 'own_pairs' is missing" in done.stderr
+    program, script, *advised = shlex.split(done.stderr.rpartition("make it with: ")[2])
+    assert (program, script, tuple(advised)) == ("python", SPLIT, given)
+    copied = run(script, *advised, "--dry-run", folder=PROJECT_ROOT)
+    assert copied.returncode == 0 and "own_pairs" in copied.stderr and "hh" not in copied.stderr

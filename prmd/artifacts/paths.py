@@ -6,6 +6,7 @@ written; reading and writing are in `io`.
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -202,6 +203,33 @@ def policy_command(name: str) -> str:
     own = ("baseline_dpo", "hierarchical")
     stage = next((method for method in own if name.split("-")[0] == method), "pessimistic")
     return stage_command(f"{stage.removesuffix('_dpo')}_dpo")
+
+
+_COMMAND = re.compile(r"python (?P<stage>[1-4])_\w+/[\w*]+\.py")
+_QUOTES = "\"'"
+_options: dict[str, tuple[str, ...]] = {}
+"""What a command of each stage, 1 to 4, has to repeat of the one that this process was started with; nothing in a library."""
+
+
+def remember_options(options: Mapping[str, Sequence[str]]) -> None:
+    """Keep what `with_options` puts behind the commands of stages 1 to 4, each word as a shell reads it."""
+    _options.clear()
+    _options.update({stage: tuple(words) for stage, words in options.items()})
+
+
+def with_options(text: str) -> str:
+    """A message whose commands are of the configuration of this process: for the console alone, never for a file.
+
+    An override that the message gives itself is left to it.
+    """
+
+    def complete(found: re.Match[str]) -> str:
+        rest = text[found.end() :].partition("`")[0]
+        words = _options.get(found["stage"], ())
+        given = (word for word in words if f"{word.strip(_QUOTES).partition('=')[0]}=" not in rest)
+        return " ".join([found[0], *given])
+
+    return _COMMAND.sub(complete, text)
 
 
 # ------------------------------------------------------------------ what users name

@@ -97,7 +97,7 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> dict[type[BaseMo
     kinds, folder = tuple(CONFIG_FILES.values()), config_directory(path)
     parsed = _parse_overrides(overrides, kinds, mistakes)
     configs = {
-        kind: _build(folder, kind, [o for o in parsed if _takes(kind, o.keys)], mistakes) for kind in kinds
+        kind: _build(folder, kind, [o for o in parsed if takes(kind, o.keys)], mistakes) for kind in kinds
     }
     _refuse(mistakes)
     return configs  # type: ignore[return-value]
@@ -274,12 +274,13 @@ def _found(text: str | Path, key: str, mistakes: list[str]) -> Path | None:
         return None
 
 
-def _shown(path: Path) -> str:
+def shown_path(path: Path) -> str:
+    """A path as messages say it: from the working folder where it lies below it, else absolute."""
     resolved = path.resolve()
     return str(resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved)
 
 
-def _read_tree(path: Path, asked_by: str, mistakes: list[str], chain: tuple[Path, ...] = ()) -> Node | None:
+def read_tree(path: Path, asked_by: str, mistakes: list[str], chain: tuple[Path, ...] = ()) -> Node | None:
     """The node tree of a file with what it extends merged below it; None if that cannot be read."""
     try:
         path = path.resolve()
@@ -287,28 +288,28 @@ def _read_tree(path: Path, asked_by: str, mistakes: list[str], chain: tuple[Path
         mistakes.append(f"{asked_by}: got {str(path)!r:.80}, wanted a readable YAML file; correct the path")
         return None
     if path in chain:
-        circle = " -> ".join(_shown(p) for p in (*chain[chain.index(path) :], path))
+        circle = " -> ".join(shown_path(p) for p in (*chain[chain.index(path) :], path))
         mistakes.append(f"{asked_by}: extends goes in a circle: {circle}; remove one of them")
         return None
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError:
-        mistakes.append(f"{asked_by}: got {_shown(path)}, wanted a readable YAML file; correct the path")
+        mistakes.append(f"{asked_by}: got {shown_path(path)}, wanted a readable YAML file; correct the path")
         return None
     except UnicodeDecodeError:
-        mistakes.append(f"{_shown(path)}: not UTF-8; save the file as UTF-8")
+        mistakes.append(f"{shown_path(path)}: not UTF-8; save the file as UTF-8")
         return None
     if not text.strip():
         mistakes.append(
-            f"{_shown(path)}: empty, wanted `key: value` lines; restore the file, or write {{}} for all defaults"
+            f"{shown_path(path)}: empty, wanted `key: value` lines; restore the file, or write {{}} for all defaults"
         )
         return None
-    node = _parse_yaml(text, _shown(path), path.parent, mistakes)
+    node = _parse_yaml(text, shown_path(path), path.parent, mistakes)
     if node is None:
         return None
-    tree = Node({} if node.value is None else node.value, _shown(path), path.parent)
+    tree = Node({} if node.value is None else node.value, shown_path(path), path.parent)
     if not isinstance(tree.value, dict):
-        mistakes.append(f"{_shown(path)}:1: got {quote(tree.plain())}, wanted `key: value` lines")
+        mistakes.append(f"{shown_path(path)}:1: got {quote(tree.plain())}, wanted `key: value` lines")
         return None
     parent = tree.value.pop("extends", None)
     if parent is None:
@@ -326,7 +327,7 @@ def _read_referred(key: str, node: Node, mistakes: list[str], chain: tuple[Path,
     path = beside(node.folder, node.value)
     if in_command:
         path = _found(node.value, asked_by, mistakes)
-    return _read_tree(path, asked_by, mistakes, chain) if path else None
+    return read_tree(path, asked_by, mistakes, chain) if path else None
 
 
 def _resolve_reference(tree: Node, mistakes: list[str]) -> Node | None:
@@ -345,7 +346,8 @@ def _resolve_reference(tree: Node, mistakes: list[str]) -> Node | None:
 
 
 # ------------------------------------------------------------------ overrides
-def _takes(kind: type[BaseModel], keys: tuple[str, ...]) -> bool:
+def takes(kind: type[BaseModel], keys: Sequence[str]) -> bool:
+    """Whether an override of these keys goes to a file of this kind, or to the one it refers to."""
     if kind is RewardModelConfig:
         keys = keys[1:] if keys[0] == REFERRED else keys
         return bool(keys) and keys[0] in kind.model_fields
@@ -362,7 +364,7 @@ def _parse_overrides(
         where = f"{COMMAND_LINE}: {' '.join(text.splitlines())}"
         if not equals or not all(re.fullmatch(r"\w+", key) for key in keys):
             mistakes.append(f"{where}: got {text!r}, wanted key.sub=value, such as data.approach=pku_safe")
-        elif not any(_takes(kind, keys) for kind in kinds):
+        elif not any(takes(kind, keys) for kind in kinds):
             mistakes.append(f"{where}: {_unknown_key(keys, kinds)}")
         elif (node := _parse_yaml(value, where, Path.cwd(), mistakes)) is not None:
             for key in reversed(keys):
@@ -408,9 +410,9 @@ def _build(
 ) -> BaseModel | None:
     own_name = next(name for name, schema in CONFIG_FILES.items() if schema is kind)
     if CONFIG_FILES.get(path.name, kind) is not kind:
-        mistakes.append(f"{_shown(path)}: got {path.name}, wanted {own_name} or the folder that holds it")
+        mistakes.append(f"{shown_path(path)}: got {path.name}, wanted {own_name} or the folder that holds it")
         return None
-    tree = _read_tree(path / own_name if path.is_dir() else path, "--config", mistakes)
+    tree = read_tree(path / own_name if path.is_dir() else path, "--config", mistakes)
     first = [o for o in overrides if o.keys == (REFERRED,)]
     if tree is not None and kind is not RewardModelConfig:
         tree = _resolve_reference(_apply(tree, kind, first), mistakes)

@@ -161,8 +161,8 @@ def _log_to(path: Path) -> None:
     runtime = importlib.import_module("prmd.runtime")
     real = runtime.configure_logging
 
-    def configure() -> None:
-        real()
+    def configure(shown: Callable[[str], str]) -> None:
+        real(shown)
         logging.getLogger().handlers[:] = [logging.FileHandler(path, encoding="utf-8")]
 
     runtime.configure_logging = configure
