@@ -27,6 +27,7 @@ from prmd.config.mistakes import (
     dotted_keys,
     explain,
     is_mapping,
+    mistyped_arguments,
     quote,
     whole_overrides,
 )
@@ -104,7 +105,12 @@ def load_pipeline(path: Path, overrides: Sequence[str] = ()) -> dict[type[BaseMo
 
 
 def named_arguments(overrides: Sequence[str], arguments: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """The arguments of a stage, those that are None as `name=value` gives them, and the overrides that are left."""
+    """The arguments of a stage, those that are None as `name=value` gives them, and the overrides that are left.
+
+    Raises:
+        ConfigError: one is no key, but almost the name of such an argument.
+    """
+    _refuse(mistyped_arguments(overrides, arguments, CONFIG_FILES.values()))
     split = [(text, *text.partition("=")[::2]) for text in overrides]
     named = {name: value for _, name, value in split if arguments.get(name, "") is None}
     return arguments | named, [text for text, name, _ in split if name not in named]

@@ -6,7 +6,7 @@ Pydantic says what it refused and under which keys; the node tree knows the file
 import difflib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -159,6 +159,21 @@ def did_you_mean(text: str, known: Iterable[str]) -> str:
     candidates = [key for key, tail in zip(known, tails, strict=True) if tail in best]
     close = difflib.get_close_matches(text, candidates, n=1, cutoff=0.8) or candidates
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def mistyped_arguments(
+    overrides: Iterable[str], arguments: Mapping[str, Any], kinds: Iterable[type[BaseModel]]
+) -> list[str]:
+    """One line for each override that is no key of these schemas, but almost the name of an argument that is None."""
+    known = {REFERRED, *arguments, *(name for kind in kinds for name in kind.model_fields)}
+    wanted = [name for name, value in arguments.items() if value is None]
+    names = {text: text.partition("=")[0].strip() for text in overrides}
+    guesses = {text: did_you_mean(name, wanted) for text, name in names.items() if name.isidentifier()}
+    return [
+        f"{COMMAND_LINE}: {' '.join(text.splitlines())}: got an unknown key{guess}"
+        for text, guess in guesses.items()
+        if guess and names[text] not in known
+    ]
 
 
 def _dotted(keys: Sequence[str | int]) -> str:

@@ -92,6 +92,7 @@ def test_the_built_in_approaches_dump_what_they_always_did() -> None:
         (["policy.constraints={honest: 0.5}"], "constraints name ..honest.*known objectives are concise, polite"),
         (["policy.methods=[dpo_helpful]"], "methods name ..helpful.*known objectives are concise, polite"),
         (["policy.methods=[hard_mn]"], "did you mean hard_min"),
+        (["policy.methods=[baseline_dpo]"], r"got baseline_dpo, which 3_policy_training/baseline_dpo\.py trains in any case"),
         (["data.own_pairs.scored={path: s}"], "got none, wanted a column for each objective"),
         (["data.own_pairs.scored={path: s, scores: {polite: p}}"], "got polite, which has a file of its own"),
         (["data.own_pairs.scored={path: s, preset: ultrafeedback, scores: {x: style}}"], "UltraFeedback rates helpfulness"),
@@ -233,3 +234,13 @@ def test_rewards_that_cannot_be_had_are_refused_when_the_file_is_read(
 def test_what_needs_samples_takes_a_function() -> None:
     needs = ("policy.methods=[maxmin]", "policy.constraints={concise: 1.0}", "pairs.reference_samples=4")
     assert policy(FUNCTION, ALLOWED, *needs).pairs.reference_samples == 4
+
+
+def test_a_mistyped_name_of_an_argument_is_not_taken_for_a_key_of_the_file() -> None:
+    for text in ("objektive=helpful", "objectives=helpful"):
+        with pytest.raises(ConfigError) as refused:
+            named_arguments(["seed=1", text], {"objective": None})
+        said = f"command line: {text}: got an unknown key; did you mean objective?"
+        assert str(refused.value) == said
+        assert named_arguments([text], {"objective": "helpful"})[1] == [text]  # a script that names its own
+    assert named_arguments(["sed=1"], {"objective": None})[1] == ["sed=1"]  # for the file's own advice
