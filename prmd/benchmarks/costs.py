@@ -5,7 +5,10 @@ Counts are of one method, at most: what is cached is neither sampled nor judged 
 
 from prmd.artifacts.paths import find_user_path
 from prmd.benchmarks.base import NotRunError, needed_data
+from prmd.benchmarks.hh_holdout import no_hh_rows
 from prmd.benchmarks.mt_bench import TURNS, no_writer
+from prmd.benchmarks.truthfulqa import no_questions
+from prmd.benchmarks.truthfulqa_generation import no_truth_judge
 from prmd.config.evaluation import EvaluationConfig, JailbreakBenchConfig, MtBenchConfig, TextJudgeConfig
 from prmd.data.readers import local_path
 
@@ -39,7 +42,7 @@ def cost_of(name: str, config: EvaluationConfig) -> str | None:
 
 
 def why_not(name: str, config: EvaluationConfig) -> str | None:
-    """Why a benchmark will not run whatever its data hold, or that they are nowhere; None where nothing speaks against it yet."""
+    """Why a benchmark will not run, in the words of the run, whatever stages before it still make; None where nothing says so yet."""
     kind, section = config.text_judge.kind, getattr(config.benchmarks, name, None)
     if hasattr(section, "path"):
         key = f"benchmarks.{name}.path"
@@ -48,6 +51,12 @@ def why_not(name: str, config: EvaluationConfig) -> str | None:
                 local_path(section.path, key)
         except NotRunError as error:
             return str(error)
+    if name == "hh_holdout":
+        return no_hh_rows(config.shared.data.approach)
+    if name == "truthfulqa":
+        return no_questions(config)
+    if name == "truthfulqa_generation":
+        return no_truth_judge(config) or no_questions(config)
     if name == "mt_bench" and kind in ("none", "strings", "classifier"):
         return no_writer(kind)
     if name == "jailbreakbench" and kind == "none":

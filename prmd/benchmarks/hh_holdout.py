@@ -27,13 +27,18 @@ HH_SOURCE = "hh_rlhf/"
 
 def run_hh_holdout(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:
     """Implicit-reward accuracy on HH-RLHF's test pairs, helpful and harmless."""
-    if config.shared.data.approach != "hh_truthfulqa":
-        raise NotRunError(
-            f"the approach {config.shared.data.approach} holds no HH-RLHF rows; see heldout_pairs for its own"
-        )
+    if reason := no_hh_rows(config.shared.data.approach):
+        raise NotRunError(reason)
     objectives, limit = ("helpful", "harmless"), config.benchmarks.hh_holdout.max_pairs
     pairs = held_out_pairs(config.paths, objectives, HH_SOURCE, limit)
     return _compare(models, pairs, objectives, HH_SOURCE, config.reward_model_config.training.max_length)
+
+
+def no_hh_rows(approach: str) -> str | None:
+    """Why an approach has none of HH-RLHF's test pairs; None where it has."""
+    if approach == "hh_truthfulqa":
+        return None
+    return f"the approach {approach} holds no HH-RLHF rows; see heldout_pairs for its own"
 
 
 def run_heldout_pairs(config: EvaluationConfig, models: CandidateModels) -> BenchmarkResult:

@@ -117,6 +117,19 @@ def asked_questions(data: DataConfig, paths: ArtifactPaths, limit: int | None) -
     return asked, sha256
 
 
+def no_questions(config: EvaluationConfig) -> str | None:
+    """Why there is none to ask, whatever stage 1 is still to make; None where there are some, or where nobody knows yet."""
+    data = config.shared.data
+    try:
+        asked_questions(data, config.paths, config.benchmarks.truthfulqa.max_questions)
+    except NotRunError as error:
+        is_fetched_by_stage_1 = error.__cause__ is not None and "truthfulqa" in required_sources(data)
+        return None if is_fetched_by_stage_1 else str(error)
+    except DataError:  # there are, and which of them are free is known when the pairs are made
+        return None
+    return None
+
+
 def answer_logps(
     models: CandidateModels, rows: Sequence[PrefixRow], paths: ArtifactPaths, *, tokens_per_batch: int
 ) -> list[Tensor]:

@@ -76,25 +76,47 @@ def make_truth_judge(config: EvaluationConfig) -> TruthJudge:
     Raises:
         NotRunError: there is none.
     """
-    kind, truthfulqa = config.benchmarks.truthfulqa.truth_judge, config.shared.data.truthfulqa.path
+    judge, truthfulqa = _configured_judge(config), config.shared.data.truthfulqa.path
+    if judge is None:
+        return RewardTruthJudge(trained_judge("honest", _honest_judge(config.shared)), truthfulqa)
+    return TextTruthJudge(judge, truthfulqa)
+
+
+def no_truth_judge(config: EvaluationConfig) -> str | None:
+    """Why there is none, whatever is still to be trained; None where there is one, or can be."""
+    try:
+        with needed("judge missing: "):
+            _configured_judge(config)
+    except NotRunError as error:
+        return str(error)
+    return None
+
+
+def _configured_judge(config: EvaluationConfig) -> TextJudge | None:
+    """The text judge that is configured; None where it is the honest judge, which stage 4 trains.
+
+    Raises:
+        NotRunError: none can be.
+    """
+    kind, objectives = config.benchmarks.truthfulqa.truth_judge, config.paths.objectives
     if kind == "none":
         raise NotRunError("no judge of truth: benchmarks.truthfulqa.truth_judge is none")
     if kind == "trained":
-        return RewardTruthJudge(trained_judge("honest", _honest_judge(config.shared)), truthfulqa)
+        if "honest" not in objectives:
+            raise NotRunError(
+                f"no objective named honest ({', '.join(objectives)}): truthfulqa's reward judge is not run; a text "
+                "judge can: benchmarks.truthfulqa.truth_judge"
+            )
+        return None
     judge = make_text_judge(config)
     if judge is None or not judge.answers(TRUTH):
         raise NotRunError(
             f"no judge of truth: text_judge.kind is {config.text_judge.kind}, which cannot tell true from false"
         )
-    return TextTruthJudge(judge, truthfulqa)
+    return judge
 
 
 def _honest_judge(shared: SharedConfig) -> RewardModel:
-    if "honest" not in shared.paths.objectives:
-        raise NotRunError(
-            f"no objective named honest ({', '.join(shared.paths.objectives)}): truthfulqa's reward judge is not run; a text "
-            "judge can: benchmarks.truthfulqa.truth_judge"
-        )
     folder = shared.paths.judge("honest")
     run, prepared = read_run(folder), read_run(shared.paths.processed)
     command = stage_command("compute_metrics")

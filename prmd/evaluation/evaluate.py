@@ -299,20 +299,26 @@ def _say_what_would_be_evaluated(config: EvaluationConfig, target: Path) -> None
 
 def _say_what_would_be_benchmarked(config: EvaluationConfig, target: Path) -> None:
     _say_inputs(config)
+    for name in benchmark_names(config.benchmarks.run):
+        if reason := why_not(name, config):  # no warning, as in the run: most are configured so
+            logger.info("%s: would not run: %s", name, reason)
+            continue
+        if name == "truthfulqa":
+            _say_questions(config)
+        folder = config.paths.benchmark(name)
+        logger.info("%s: would write %s for the reference and every policy", name, folder)
+        if cost := cost_of(name, config):
+            logger.info("%s: costs each of them %s", name, cost)
+    logger.info("results below %s", target)
+
+
+def _say_questions(config: EvaluationConfig) -> None:
+    """The questions of TruthfulQA, or the command that fetches them."""
     try:
         questions, sha256 = read_questions(config.shared.data, config.paths)
         logger.info("TruthfulQA: %d questions, sha256 %s", len(questions), sha256[:16])
     except UserError as error:
         logger.warning("TruthfulQA: %s", error)
-    for name in benchmark_names(config.benchmarks.run):
-        if reason := why_not(name, config):
-            logger.warning("%s: would not run: %s", name, reason)
-        else:
-            folder = config.paths.benchmark(name)
-            logger.info("%s: would write %s for the reference and every policy", name, folder)
-            if cost := cost_of(name, config):
-                logger.info("%s: costs each of them %s", name, cost)
-    logger.info("results below %s", target)
 
 
 def _say_inputs(config: EvaluationConfig) -> None:

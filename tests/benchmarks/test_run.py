@@ -1,6 +1,7 @@
 """`benchmarks`: held-out pairs against plain scoring, what does not run, files of the stage."""
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prmd.artifacts import io
 from prmd.benchmarks import TASKS, benchmark_names
-from prmd.benchmarks.base import content_key
+from prmd.benchmarks.base import NotRunError, content_key
 from prmd.benchmarks.hh_holdout import held_out_pairs, run_heldout_pairs, run_hh_holdout
 from prmd.benchmarks.run import _fingerprint, _is_finished
 from prmd.config.evaluation import (
@@ -30,7 +31,9 @@ from prmd.config.evaluation import (
     HhHoldoutConfig,
     MtBenchConfig,
     TextJudgeConfig,
+    TruthfulQaBenchmarkConfig,
 )
+from prmd.config.shared import TruthfulQaConfig
 from prmd.errors import DataError
 from prmd.evaluation.evaluate import benchmark_eval
 from prmd.models.loading import load_policy
@@ -208,6 +211,55 @@ def test_a_dry_run_names_everything_and_writes_nothing(
     assert "split_objectives.py" in caplog.text and "3_policy_training" in caplog.text
     assert all(name in caplog.text for name in benchmark_names(config.benchmarks.run))
     assert "mt_bench: would not run: data missing at benchmarks.mt_bench.path: null" in caplog.text
+
+
+def said_of(config: EvaluationConfig, caplog: pytest.LogCaptureFixture) -> dict[str, str]:
+    """What a dry run says of each benchmark."""
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        benchmark_eval(config, dry_run=True)
+    lines = (record.message.partition(": ")[::2] for record in caplog.records)
+    return {name: said for name, said in lines if name in (*TASKS, "TruthfulQA")}
+
+
+def test_a_dry_run_says_what_would_not_run_in_the_words_of_the_run(
+    workspace: EvaluationConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    nowhere = TruthfulQaConfig(path="truthfulqa/truthful_qa")
+    data = workspace.shared.data.model_copy(update={"truthfulqa": nowhere})
+    shared = workspace.reward_model_config.model_copy(update={"data": data})
+    config = workspace.model_copy(update={"reward_model_config": shared})
+    said, warned = said_of(config, caplog), [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert warned == [] and "TruthfulQA" not in said
+    assert said["heldout_pairs"].startswith("would write ")
+    for name in ("hh_holdout", "truthfulqa"):
+        with pytest.raises(NotRunError) as refusal:
+            TASKS[name].run(config, candidate(config, "reference"))
+        assert said[name] == f"would not run: {refusal.value}"
+    assert said["truthfulqa_generation"] == said["truthfulqa"]
+    assert "embedded downloads no TruthfulQA" in said["truthfulqa"]
+
+
+def test_a_dry_run_says_of_truthfulqa_what_is_known(
+    workspace: EvaluationConfig, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    said = said_of(workspace, caplog)
+    assert re.fullmatch(r"\d+ questions, sha256 \w+", said["TruthfulQA"])
+    assert said["truthfulqa"].startswith("would write ")
+    assert said["truthfulqa_generation"].startswith("would write ")  # its judge is trained before it
+    fetched = evaluation_config(tmp_path, approach="hh_truthfulqa")
+    said = said_of(fetched, caplog)  # stage 1 is still to fetch them
+    assert "download_dataset.py" in said["TruthfulQA"] and said["truthfulqa"].startswith("would write ")
+    assert said["hh_holdout"].startswith("would write ")
+    strings = workspace.benchmarks.model_copy(
+        update={"truthfulqa": TruthfulQaBenchmarkConfig(truth_judge="text_judge")}
+    )
+    said = said_of(workspace.model_copy(update={"benchmarks": strings}), caplog)
+    assert (
+        said["truthfulqa_generation"]
+        == "would not run: no judge of truth: text_judge.kind is strings, which cannot tell true from false"
+    )
+    assert said["truthfulqa"].startswith("would write ")
 
 
 def test_a_result_without_its_items_is_not_finished(tmp_path: Path) -> None:
