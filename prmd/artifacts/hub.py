@@ -30,6 +30,17 @@ def is_offline() -> bool:
     return os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
+def id_problem(text: str) -> str | None:
+    """Why the hub's client would not take a text for a repository's name; None where it would ask the hub for it."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id  # `use_project_cache` comes first
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError as error:
+        return str(error)
+    return None
+
+
 def cache_of(repository: str, revision: str | None = None) -> str | None:
     """The user's own cache where it holds this model whole; None: the client's, which is the project's or the user's choice.
 

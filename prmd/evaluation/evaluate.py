@@ -7,7 +7,7 @@ weights and its KL is measured). What is finished with the same inputs is reused
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -39,7 +39,9 @@ from prmd.evaluation.comparison import compare_benchmarks, compare_methods
 from prmd.evaluation.frontier import write_frontier
 from prmd.evaluation.held_out import Evaluation, evaluate_methods, is_finished
 from prmd.inference.candidates import Candidate, evaluation_prompts, find_candidates, policy_folders
-from prmd.judges.reward_model import RewardModelJudge, check_judge, given_judge, trained_judge
+from prmd.judges.reward_model import JUDGE_REMEDY, RewardModelJudge, check_judge, given_judge, trained_judge
+from prmd.models.foreign import POLICY_REMEDY, local_folder
+from prmd.models.identity import require_weights
 from prmd.models.loading import load_tokenizer
 from prmd.pairs import PREPARE_COMMAND, read_pairs
 from prmd.report.benchmark_sections import benchmark_results, benchmark_table
@@ -269,7 +271,12 @@ def _say_what_would_be_evaluated(config: EvaluationConfig, target: Path) -> None
     for objective in config.paths.objectives:
         folder = config.paths.judge(objective)
         if objective in config.judges.paths:
-            logger.info("%s judge: would be read from %s", objective, config.judges.paths[objective])
+            source = config.judges.paths[objective]
+            _say_source(
+                f"{objective} judge",
+                source,
+                partial(local_folder, source, f"judges.paths.{objective}", JUDGE_REMEDY),
+            )
         elif read_run(folder) is not None:
             logger.info("%s judge: %s, trained anew if its settings or data have changed", objective, folder)
         else:
@@ -337,7 +344,8 @@ def _say_inputs(config: EvaluationConfig) -> None:
         size = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
         logger.info("policy %s: %s, %.1f MB of weights", folder.name, folder, size / 1e6)
     for name, source in config.generation.policies.items():
-        logger.info("policy %s, not trained here: would be read from %s", name, source)
+        find = partial(local_folder, source, f"generation.policies.{name}", POLICY_REMEDY)
+        _say_source(f"policy {name}, not trained here", source, find)
     if not folders:
         command = stage_command("baseline_dpo")
         logger.warning("%s: no finished policy; make some with: %s", paths.policies, command)
@@ -345,3 +353,18 @@ def _say_inputs(config: EvaluationConfig) -> None:
         "reference: %s in %s; one model is in memory at a time, two for the KL of a policy with full weights",
         *(model.name, model.dtype),
     )
+
+
+def _say_source(what: str, source: str, find: Callable[[], Path | None]) -> None:
+    """From where a given model would be read, or the line that the run would stop with.
+
+    Args:
+        find: its local folder; None where it may be on the hub.
+    """
+    try:
+        if (folder := find()) is not None:
+            require_weights(folder)
+        place = folder or f"the hub, as {source} is no folder here"
+        logger.info("%s: would be read from %s", what, place)
+    except UserError as error:
+        logger.warning("%s: would stop the run: %s", what, error)

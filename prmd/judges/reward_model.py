@@ -27,6 +27,7 @@ from prmd.statistics.intervals import accuracy_with_ties
 
 logger = logging.getLogger(__name__)
 
+JUDGE_REMEDY = "give the folder of a one-logit classifier, or remove the key to train a judge"
 CARD_PAIRS = 256
 """Held-out pairs on which the accuracy of a judge that was not trained here is measured."""
 
@@ -133,8 +134,7 @@ def judge_folder(name: str, objective: str) -> Path:
     Raises:
         ConfigError: it is neither an existing folder nor a hub id that can be reached.
     """
-    remedy = "give the folder of a one-logit classifier, or remove the key to train a judge"
-    return model_folder(name, f"judges.paths.{objective}", remedy)[0]
+    return model_folder(name, f"judges.paths.{objective}", JUDGE_REMEDY)[0]
 
 
 def check_scores(scores: np.ndarray, judge: RewardModelJudge) -> None:

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+POLICY_REMEDY = "give the folder of a policy saved by save_pretrained"
 _FETCHED = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 
 
@@ -76,8 +77,7 @@ def find_foreign(
         DataError: there are no weights in its folder.
     """
     key = f"generation.policies.{name}"
-    remedy, trust = "give the folder of a policy saved by save_pretrained", model.trust_remote_code
-    folder, shown = model_folder(source, key, remedy, trust=trust, ignored=["*/*"])
+    folder, shown = model_folder(source, key, POLICY_REMEDY, trust=model.trust_remote_code, ignored=["*/*"])
     weight_files(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         adapter, base = _check_adapter(folder, key), adapter_base(folder, model, paths, what=key)
@@ -106,8 +106,8 @@ def model_folder(
     Raises:
         ConfigError: it is neither an existing folder nor a hub id that can be reached.
     """
-    if folder := find_user_path(source, "folder"):
-        return folder.resolve(), source
+    if folder := local_folder(source, key, remedy):
+        return folder, source
     hub_id, _, revision = source.partition("@")
     patterns = [*_FETCHED, *(["*.py"] if trust else [])]
     try:
@@ -120,12 +120,26 @@ def model_folder(
                 cache_dir=hub.cache_of(hub_id, revision or None),
             )
         )
-    except (OSError, ValueError) as error:  # unreachable, unknown or offline; not a repository's name
-        raise ConfigError(
-            f"{key}: {source!r} is no folder ({places_tried(source)}) and cannot be fetched from the hub "
-            f"({first_line(error)}); {remedy}"
-        ) from error
+    except (OSError, ValueError) as error:  # unreachable, unknown or offline
+        raise ConfigError(_nowhere(source, key, first_line(error), remedy)) from error
     return folder, f"{hub_id}@{folder.name}"
+
+
+def local_folder(source: str, key: str, remedy: str) -> Path | None:
+    """The local folder that a source names; None where it may be on the hub, which is not asked.
+
+    Raises:
+        ConfigError: it is neither an existing folder nor what the hub could have.
+    """
+    if folder := find_user_path(source, "folder"):
+        return folder.resolve()
+    if problem := hub.id_problem(source.partition("@")[0]):
+        raise ConfigError(_nowhere(source, key, problem, remedy))
+    return None
+
+
+def _nowhere(source: str, key: str, detail: str, remedy: str) -> str:
+    return f"{key}: {source!r} is no folder ({places_tried(source)}) and cannot be fetched from the hub ({detail}); {remedy}"
 
 
 # ------------------------------------------------------------------ checks

@@ -38,9 +38,18 @@ def weight_files(folder: Path) -> Files:
     Raises:
         DataError: there is none.
     """
-    if found := _weights(folder):
-        return found
-    raise DataError(f"{folder}: no .safetensors weights; give a folder saved by save_pretrained")
+    require_weights(folder)
+    return _weights(folder)
+
+
+def require_weights(folder: Path) -> None:
+    """Refuse a folder without weights, and read none.
+
+    Raises:
+        DataError: there is no weight file.
+    """
+    if not _weight_paths(folder):
+        raise DataError(f"{folder}: no .safetensors weights; give a folder saved by save_pretrained")
 
 
 def model_files(folder: Path, paths: ArtifactPaths | None = None) -> Files:
@@ -127,7 +136,11 @@ def _record_around(folder: Path) -> dict[str, Any] | None:
 
 
 def _weights(folder: Path) -> Files:
-    return _hashed(_matching(folder, ("*.safetensors",)) or _matching(folder, _PICKLED))
+    return _hashed(_weight_paths(folder))
+
+
+def _weight_paths(folder: Path) -> list[Path]:
+    return _matching(folder, ("*.safetensors",)) or _matching(folder, _PICKLED)
 
 
 def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:

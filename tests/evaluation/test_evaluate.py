@@ -21,10 +21,12 @@ from transformers import AutoModelForCausalLM
 
 from prmd.artifacts import io
 from prmd.config.evaluation import EvaluationConfig
-from prmd.errors import DataError
+from prmd.errors import ConfigError, DataError
 from prmd.evaluation.evaluate import compute_metrics
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
+from prmd.judges.reward_model import judge_folder
+from prmd.models.foreign import policy_folder
 from prmd.models.loading import load_policy
 from prmd.objectives import OBJECTIVES
 
@@ -265,6 +267,35 @@ def test_a_dry_run_says_what_would_happen_and_writes_nothing(
     assert sorted(tmp_path.rglob("*")) == before
     assert "7 prompts x 3 responses x 1 methods = 21 responses" in caplog.text
     assert "no finished policy" in caplog.text
+
+
+def test_a_dry_run_says_of_given_models_what_the_run_says(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, (lost, empty) = evaluation_config(tmp_path), (tmp_path / "lost", tmp_path / "empty")
+    empty.mkdir()
+    given = {"mine": str(lost), "none": str(empty), "theirs": "org/name@main", "whole": str(tmp_path / "w")}
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "model.safetensors").write_bytes(b"")
+    judges = config.judges.model_copy(update={"paths": {"helpful": str(lost), "honest": "org/judge"}})
+    generation = config.generation.model_copy(update={"policies": given})
+    config = config.model_copy(update={"judges": judges, "generation": generation})
+    with caplog.at_level(logging.INFO):
+        compute_metrics(config, dry_run=True)
+    said = {r.message.partition(": would ")[0]: r.message.partition(": would ")[2] for r in caplog.records}
+    policy = "policy {}, not trained here".format
+    with pytest.raises(ConfigError) as refusal:
+        policy_folder(str(lost), "generation.policies.mine", trust=False)
+    assert said[policy("mine")] == f"stop the run: {refusal.value}" and "Repo id" in str(refusal.value)
+    with pytest.raises(ConfigError) as refusal:
+        judge_folder(str(lost), "helpful")
+    assert said["helpful judge"] == f"stop the run: {refusal.value}" and f"{lost} is not there" in str(
+        refusal.value
+    )
+    assert said[policy("none")].startswith(f"stop the run: {empty}: no .safetensors weights")
+    assert said[policy("theirs")] == "be read from the hub, as org/name@main is no folder here"
+    assert said[policy("whole")] == f"be read from {tmp_path / 'w'}"
+    assert said["honest judge"] == "be read from the hub, as org/judge is no folder here"
 
 
 def test_a_dry_run_says_of_data_that_are_not_prepared_once(
