@@ -16,7 +16,7 @@ from prmd.artifacts.paths import EMBEDDED_DIR, ArtifactPaths, stage_command
 from prmd.config.shared import DataConfig
 from prmd.data import sources
 from prmd.data.collection import RawFile, StoredRows
-from prmd.data.own.files import reward_columns
+from prmd.data.own.files import refuse_empty, reward_columns
 from prmd.data.readers import Row, SourceFile
 from prmd.errors import DataError
 from prmd.runtime import progress, require_disk
@@ -58,10 +58,13 @@ def fetch_source(source: str, data: DataConfig, paths: ArtifactPaths, *, force: 
         else:
             rows = former[file.name]["rows"]
             logger.info("%s: kept %s (%d rows, sha256 as recorded)", source, file.name, rows)
-    if not any(entries[file.name]["rows"] for file in plan):
+    filled = {file.label for file in plan if entries[file.name]["rows"]}
+    if not filled:
         raise DataError(
             f"data.{source}: {', '.join(file.label for file in plan)} of {identity['path']} hold no row; put the data there"
         )
+    if source == "own_pairs":
+        refuse_empty(filled, data.own_pairs)
     manifest = {**head, "complete": True, "files": {file.name: entries[file.name] for file in plan}}
     io.write_json(directory / MANIFEST, manifest)
     _remove_leftovers(directory, manifest)

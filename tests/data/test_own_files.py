@@ -495,6 +495,43 @@ def test_files_that_cannot_be_read_are_named(name, content, said, tmp_path):
         prepared(own_config(tmp_path, tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["p.jsonl", "p.csv", "folder"])
+def test_an_objective_without_a_row_is_refused_at_the_download(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    header = "prompt,chosen,rejected\n"
+    for file, text in (("p.jsonl", ""), ("p.csv", header), ("folder/a.csv", header), ("folder/b.json", "[]")):
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    config = own_config(tmp_path, tmp_path / name)
+    for _ in range(2):  # also where the empty file was kept
+        with pytest.raises(DataError) as said:
+            download_dataset(config)
+        place = f"data.own_pairs.objectives.polite.path: {tmp_path / name} holds no row"
+        assert str(said.value).startswith(place) and "\n" not in str(said.value)
+
+
+def test_an_empty_file_beside_others_of_its_objective_is_no_mistake(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.jsonl").write_text("", encoding="utf-8")
+    write_jsonl(tmp_path / "folder" / "b.jsonl", rows("polite"))
+    config = own_config(tmp_path, tmp_path / "folder")
+    prepared(config)
+    assert len(all_pairs(config, "polite")) == 40
+
+
+def test_a_scored_file_without_a_row_is_refused_at_the_download(tmp_path):
+    concise, scored = (
+        write_jsonl(tmp_path / "c.jsonl", rows("concise")),
+        write_jsonl(tmp_path / "s.jsonl", []),
+    )
+    config = config_of(
+        tmp_path, {"concise": {"path": str(concise)}}, scored={"path": str(scored), "scores": SCORES}
+    )
+    with pytest.raises(
+        DataError, match=r"^data\.own_pairs\.scored\.path: .*s\.jsonl holds no row, so \w+ has 0"
+    ):
+        download_dataset(config)
+
+
 def test_an_empty_folder_and_a_lost_path_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"objectives\.polite\.path: .*empty holds no \.jsonl"):

@@ -55,6 +55,26 @@ def plan_own(data: DataConfig) -> list[SourceFile]:
     return files
 
 
+def refuse_empty(filled: Iterable[str], own: OwnPairsConfig) -> None:
+    """Refuse an objective without any row, which no split could be made of.
+
+    Args:
+        filled: labels of the files that hold rows.
+
+    Raises:
+        DataError: names its key and its path.
+    """
+    held = {label.partition("/")[0] for label in filled}
+    named = [(k, f"objectives.{k}", source.path, (k,)) for k, source in own.objectives.items()]
+    named += [(SCORED, "scored", own.scored.path, tuple(own.scored.scores))] if own.scored else []
+    for label, key, path, objectives in named:
+        if label not in held:
+            raise DataError(
+                f"data.own_pairs.{key}.path: {path} holds no row, so {objectives[0]} has 0 pairs of 0 rows; put its pairs "
+                "there, or correct the path"
+            )
+
+
 def reward_columns(own: OwnPairsConfig) -> dict[str, tuple[str, str]]:
     """The columns (of chosen, of rejected) that hold the rewards of an objective."""
     return {
