@@ -219,17 +219,29 @@ def hub_file(
 
 
 def split_rows(
-    key: str, path: str, revision: str, split: str, *, name: str | None = None, subset: str | None = None
+    key: str,
+    path: str,
+    revision: str,
+    split: str,
+    *,
+    name: str | None = None,
+    subset: str | None = None,
+    section: str | None = None,
 ) -> Iterable[Row]:
     """Rows of one split on the hub.
+
+    Args:
+        key: of `path` in the configuration.
+        section: whose key `split` is; None where it is no key.
 
     Raises:
         ConfigError: it cannot be fetched, or has no such split; names the YAML key.
     """
     dataset = _load(key, path, revision, name, subset)
     if split not in dataset:
+        given = f"{section}.split" if section else key
         raise ConfigError(
-            f"{key}: {path}@{revision} has no split {split!r} (it has {', '.join(dataset)}); correct it"
+            f"{given}: {path}@{revision} has no split {split!r} (it has {', '.join(dataset)}); correct it"
         )
     return dataset[split]
 

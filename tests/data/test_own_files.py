@@ -201,6 +201,9 @@ def test_a_hub_data_set_is_read_at_its_revision_and_split(tmp_path, monkeypatch)
     assert asked == [("data.own_pairs.objectives.polite.path", "me/prefs", "abc")]
     with pytest.raises(ConfigError, match=r"polite\.revision: got none, wanted the commit of me/prefs"):
         download_dataset(own_config(tmp_path, "me/prefs"))
+    said = r"^data\.own_pairs\.objectives\.polite\.split: me/prefs@abc has no split 'test' \(it has train, train_prefs\)"
+    with pytest.raises(ConfigError, match=said):
+        download_dataset(own_config(tmp_path, "me/prefs", revision="abc", split="test"))
 
 
 # ------------------------------------------------------------------ every row

@@ -109,7 +109,8 @@ def _planned(
                 f"{key}.revision: got none, wanted the commit of {settings.path} on the hub, so that its pairs stay the same; "
                 f"if a file is meant: {places_tried(settings.path)}"
             )
-        read = partial(split_rows, f"{key}.path", settings.path, settings.revision, settings.split)
+        hub = (settings.path, settings.revision, settings.split)
+        read = partial(split_rows, f"{key}.path", *hub, section=key)
         origin = f"{settings.path}@{settings.revision}:{settings.split} {kept}"
         rows = partial(_kept, keep, read, settings.path)
         return [SourceFile(label, None, origin, _HUB_BYTES, rows)]
