@@ -122,13 +122,20 @@ class OwnSource(Section):
 
     path: str
     revision: str | None = None
+    name: str | None = None
     split: str = "train"
     columns: dict[str, str | None] = Field(default_factory=dict)
 
     @property
     def kept_columns(self) -> dict[str, Any]:
         """What else decides which rows are kept of the file."""
-        return self.model_dump(exclude={"path", "revision", "split", "pairs_per_prompt", "least_difference"})
+        where = {"path", "revision", "name", "split"}
+        return self.model_dump(exclude=where | {"pairs_per_prompt", "least_difference"})
+
+    @model_serializer(mode="wrap")
+    def name_where_there_is_one(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """The values as pydantic dumps them; without `name`, which is younger, where there is none."""
+        return {key: value for key, value in dump(self).items() if key != "name" or value is not None}
 
     def _refuse_columns(self, *known: str) -> None:
         if unknown := sorted(set(self.columns) - set(known)):

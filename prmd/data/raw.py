@@ -138,7 +138,14 @@ def _identity(source: str, data: DataConfig) -> dict[str, Any]:
         own = data.own_pairs
         named = {**own.objectives, **({"scored": own.scored} if own.scored else {})}
         kept = {
-            name: [file.path, file.revision, file.split, file.kept_columns] for name, file in named.items()
+            label: [
+                file.path,
+                file.revision,
+                file.split,
+                file.kept_columns,
+                *([file.name] if file.name else []),
+            ]
+            for label, file in named.items()
         }
         columns = {k: list(both) for k, both in reward_columns(own).items()}
         rewards = {"rewards": columns} if columns else {}

@@ -232,12 +232,20 @@ def split_rows(
 
     Args:
         key: of `path` in the configuration.
-        section: whose key `split` is; None where it is no key.
+        section: whose keys `name` and `split` are; None where they are no keys.
 
     Raises:
         ConfigError: it cannot be fetched, or has no such split; names the YAML key.
     """
-    dataset = _load(key, path, revision, name, subset)
+    try:
+        dataset = _load(key, path, revision, name, subset)
+    except ConfigError as error:
+        said = " ".join(str(error.__cause__).split())
+        if section is None or not said.startswith(_NO_SUCH_NAME):
+            raise
+        raise ConfigError(
+            f"{section}.name: got {name or 'none'}, wanted a configuration of {path}@{revision} ({said[:240]})"
+        ) from error
     if split not in dataset:
         given = f"{section}.split" if section else key
         raise ConfigError(
@@ -250,7 +258,9 @@ _CLIENTS = ("httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub")
 """Libraries whose errors say that the connection broke."""
 _SAYS_NOTHING = "An error occurred while generating the dataset"
 """What `datasets` says of a file that it cannot read; the cause says what."""
-_NOT_AS_ROWS = ("Config name is missing", "BuilderConfig", "Dataset scripts are no longer supported")
+_NO_SUCH_NAME = ("Config name is missing", "BuilderConfig")
+"""How `datasets` begins about a set of several configurations of which none, or one that it has not, is named."""
+_NOT_AS_ROWS = (*_NO_SUCH_NAME, "Dataset scripts are no longer supported")
 """How `datasets` begins a plain ValueError or RuntimeError about a data set that is not one table; its own errors say the rest."""
 
 

@@ -15,6 +15,7 @@ from prmd.config.shared import RewardModelConfig
 from prmd.data import prepare, readers
 from prmd.data.own.scored import as_score, preferred
 from prmd.data.prepare import download_dataset, split_objectives
+from prmd.data.raw import _identity
 from prmd.errors import ConfigError, DataError
 from prmd.objectives import SPLITS
 from prmd.pairs import read_pairs
@@ -204,6 +205,72 @@ def test_a_hub_data_set_is_read_at_its_revision_and_split(tmp_path, monkeypatch)
     said = r"^data\.own_pairs\.objectives\.polite\.split: me/prefs@abc has no split 'test' \(it has train, train_prefs\)"
     with pytest.raises(ConfigError, match=said):
         download_dataset(own_config(tmp_path, "me/prefs", revision="abc", split="test"))
+
+
+@pytest.fixture
+def two_configurations(monkeypatch):
+    """A data set on the hub with two of them, as `datasets` loads it."""
+
+    def load_dataset(path, name=None, *, data_dir, revision):
+        sets = {"polite": rows("polite"), "gruff": rows("garrulous")}
+        if name is None:
+            raise ValueError(
+                f"Config name is missing.\nPlease pick one among the available configs: {[*sets]}"
+            )
+        if name not in sets:
+            raise ValueError(f"BuilderConfig {name!r} not found. Available: {[*sets]}")
+        return {"train": sets[name]}
+
+    readers._load.cache_clear()
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    yield
+    readers._load.cache_clear()
+
+
+def test_one_of_the_configurations_of_a_hub_data_set_is_read_by_name(tmp_path, two_configurations):
+    config = own_config(tmp_path, "me/prefs", revision="abc", name="polite")
+    prepared(config)
+    assert {p.chosen for p in all_pairs(config, "polite")} == {row["chosen"] for row in rows("polite")}
+    other = own_config(tmp_path, "me/prefs", revision="abc", name="gruff")
+    with pytest.raises(DataError, match="the configuration says"):
+        split_objectives(other)
+    prepared(other)
+    assert {p.chosen for p in all_pairs(other, "polite")} == {row["chosen"] for row in rows("garrulous")}
+
+
+@pytest.mark.parametrize("given", [{}, {"name": "kind"}])
+def test_a_hub_data_set_without_such_a_configuration_says_which_it_has(given, tmp_path, two_configurations):
+    with pytest.raises(ConfigError) as said:
+        download_dataset(own_config(tmp_path, "me/prefs", revision="abc", **given))
+    got = given.get("name", "none")
+    wanted = f"data.own_pairs.objectives.polite.name: got {got}, wanted a configuration of me/prefs@abc ("
+    assert str(said.value).startswith(wanted) and str(said.value).endswith("['polite', 'gruff'])")
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "."])
+def test_a_configuration_of_files_that_are_here_is_refused(name, tmp_path):
+    write_jsonl(tmp_path / "p.jsonl", rows("polite"))
+    with pytest.raises(
+        ConfigError, match=r"^data\.own_pairs\.objectives\.polite\.name: got x, .*is here; leave it out$"
+    ):
+        download_dataset(own_config(tmp_path, tmp_path / name, name="x"))
+
+
+def test_without_a_name_nothing_that_was_finished_changes(tmp_path):
+    config = own_config(tmp_path, tmp_path / "p.jsonl")
+    (concise, polite) = config.model_dump(mode="json")["data"]["own_pairs"]["objectives"].values()
+    assert list(polite) == list(concise) == ["path", "revision", "split", "columns"]
+    identity = _identity("own_pairs", config.data)
+    assert identity["named"]["polite"] == [str(tmp_path / "p.jsonl"), None, "train", {"columns": {}}]
+    named = own_config(tmp_path, "me/prefs", revision="abc", name="x").data
+    assert named.model_dump()["own_pairs"]["objectives"]["polite"]["name"] == "x"
+    assert _identity("own_pairs", named)["named"]["polite"] == [
+        "me/prefs",
+        "abc",
+        "train",
+        {"columns": {}},
+        "x",
+    ]
 
 
 # ------------------------------------------------------------------ every row

@@ -110,10 +110,16 @@ def _planned(
                 f"if a file is meant: {places_tried(settings.path)}"
             )
         hub = (settings.path, settings.revision, settings.split)
-        read = partial(split_rows, f"{key}.path", *hub, section=key)
-        origin = f"{settings.path}@{settings.revision}:{settings.split} {kept}"
+        read = partial(split_rows, f"{key}.path", *hub, name=settings.name, section=key)
+        named = f"{settings.name}/" if settings.name else ""
+        origin = f"{settings.path}@{settings.revision}:{named}{settings.split} {kept}"
         rows = partial(_kept, keep, read, settings.path)
         return [SourceFile(label, None, origin, _HUB_BYTES, rows)]
+    if settings.name is not None:
+        raise ConfigError(
+            f"{key}.name: got {settings.name}, which names one of the configurations of a set on the hub, and {path} is here; "
+            "leave it out"
+        )
     found = [path] if path.is_file() else sorted(file for file in path.iterdir() if _kind(file))
     if not found:
         raise ConfigError(f"{key}.path: {path} holds no {', '.join(_SUFFIXES)} file (or .gz); put one there")
