@@ -26,6 +26,7 @@ from prmd.config.mistakes import (
     did_you_mean,
     dotted_keys,
     explain,
+    given_twice,
     is_mapping,
     mistyped_arguments,
     quote,
@@ -54,11 +55,12 @@ Config = TypeVar("Config", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Override:
-    """`a.b=value` from the command line: its keys and the tree {a: {b: value}}."""
+    """`a.b=value` from the command line: its keys, the tree {a: {b: value}}, and whether a mistake was found in the text."""
 
     keys: tuple[str, ...]
     text: str
     tree: Node
+    is_mistaken: bool = False
 
 
 # ------------------------------------------------------------------ what callers use
@@ -237,7 +239,7 @@ def _convert(node: yaml.Node, loader: _Loader, where: str, folder: Path, mistake
         if not isinstance(key, str) or not key.isprintable():  # half a character, a line break
             mistakes.append(f"{line}: got the key {key!r:.60}, wanted text on one line")
         elif key in children:
-            mistakes.append(f"{line}: {key}: given twice, first at {children[key].where}; keep one of them")
+            mistakes.append(given_twice(line, key, children[key].where))
         else:
             children[key] = replace(_convert(value_node, loader, where, folder, mistakes), where=line)
     return Node(children, place, folder)
@@ -365,6 +367,7 @@ def _parse_overrides(
 ) -> list[Override]:
     parsed = []
     for text in whole_overrides(texts, mistakes):
+        before = len(mistakes)
         name, equals, value = text.partition("=")
         keys = tuple(name.strip().split("."))
         where = f"{COMMAND_LINE}: {' '.join(text.splitlines())}"
@@ -375,7 +378,7 @@ def _parse_overrides(
         elif (node := _parse_yaml(value, where, Path.cwd(), mistakes)) is not None:
             for key in reversed(keys):
                 node = Node({key: node}, where, node.folder)
-            parsed.append(Override(keys, text, node))
+            parsed.append(Override(keys, text, node, len(mistakes) > before))
     return parsed
 
 
@@ -430,7 +433,8 @@ def _build(
             json.dumps(_over_defaults(kind.model_construct(), tree.plain())), strict=True
         )
     except ValidationError as error:
-        mistakes.extend(explain(error, tree, kind))
+        said = tuple(o.tree.where for o in overrides if o.is_mistaken)  # what follows from that is no news
+        mistakes.extend(line for line in explain(error, tree, kind) if not line.startswith(said))
         return None
 
 

@@ -67,6 +67,13 @@ def explain(error: ValidationError, tree: Node, kind: type[BaseModel]) -> Iterat
         yield f"{place}: {_complaint(got, items)}"
 
 
+def given_twice(where: str, key: str, first: str) -> str:
+    """The line for a key that stands twice in one mapping; both places are one on the command line."""
+    if not where.startswith(COMMAND_LINE):
+        return f"{where}: {key}: given twice, first at {first}; keep one of them"
+    return f"{where.partition('=')[0]}: {key}: given twice; keep one of them"
+
+
 def _place(where: str, keys: Sequence[str | int]) -> str:
     """Where a value stands: file, line and key; of an override its text, and the key where that lies within its value."""
     if not where.startswith(COMMAND_LINE):

@@ -251,6 +251,27 @@ def test_what_is_no_plain_yaml_is_refused_with_its_line(
     assert any(m.startswith(f"reward_model_config.yaml:{line}: ") and problem in m for m in lines), lines
 
 
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("data.own_pairs.objectives={a: {path: x.csv}, a: {path: y.csv}}", "data.own_pairs.objectives: a"),
+        ("data.splits={val_fraction: 2, val_fraction: 0.1}", "data.splits: val_fraction"),
+    ],
+)
+def test_a_key_that_an_override_gives_twice_is_one_short_line(folder: Path, override: str, said: str) -> None:
+    own = [] if "splits" in override else ["data.approach=own_pairs"]
+    (line,) = mistakes(folder, RewardModelConfig, [*own, override])
+    assert line == f"command line: {said}: given twice; keep one of them"
+
+
+def test_a_mistake_in_one_override_hides_none_of_another(folder: Path) -> None:
+    lines = mistakes(folder, RewardModelConfig, ["data.splits={val_fraction: 1, val_fraction: 2}", "seed=x"])
+    assert lines == [
+        "command line: data.splits: val_fraction: given twice; keep one of them",
+        'command line: seed=x: got "x", wanted a valid integer',
+    ]
+
+
 def test_circles_and_missing_files_name_who_asked(folder: Path) -> None:
     write(folder / "a.yaml", "extends: b.yaml\n")
     write(folder / "b.yaml", "seed: 1\nextends: a.yaml\n")
