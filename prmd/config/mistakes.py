@@ -62,6 +62,8 @@ def explain(error: ValidationError, tree: Node, kind: type[BaseModel]) -> Iterat
         else:
             if item["type"] in ("list_type", "tuple_type") and not isinstance(node.value, dict):
                 item["msg"] += f", which has brackets: write {_in_brackets(node, shown)}"
+            if item["type"] in ("model_type", "dict_type", "missing"):
+                item["msg"] = f"a section, such as {_form(_annotation_at(kind, keys), node.plain())}"
             wanted.setdefault((place, quote(node.plain()), item["type"] == "value_error"), []).append(item)
     for (place, got, _), items in wanted.items():
         yield f"{place}: {_complaint(got, items)}"
@@ -93,12 +95,38 @@ def _in_brackets(node: Node, keys: Sequence[str | int]) -> str:
     return masked(f"{_dotted(keys[-1:])}: {listed}")
 
 
+def _form(annotation: Any, value: Any = None) -> str:
+    """How a section or mapping is written: `{path: x.csv}`, with what was given in the place of its only needed key."""
+    if _is_dict(annotation):
+        inner = get_args(annotation)[1]
+        return f"{{NAME: {'0.5' if inner is float else _form(inner)}, ...}}"
+    fields = section.model_fields if (section := _section(annotation)) else {}
+    needed = [name for name, field in fields.items() if field.is_required()]
+    if len(needed) == 1 and isinstance(value, str):
+        plain = re.fullmatch(r"[\w./~@-]+", value)
+        return f"{{{needed[0]}: {value if plain else quote(value)}}}"
+    if not fields:
+        return "[...]" if get_origin(annotation) is tuple else "..."
+    shown = [f"{name}: ..." for name in needed or list(fields)[:3]]
+    return f"{{{', '.join(shown if needed or len(fields) <= 3 else [*shown, '...'])}}}"
+
+
+def _annotation_at(kind: type[BaseModel], keys: Sequence[str | int]) -> Any:
+    """The type of what stands under these keys; None where the schema has no such place."""
+    found: Any = kind
+    for key in keys:
+        if _is_dict(found):
+            found = get_args(found)[1]
+        else:
+            fields = section.model_fields if (section := _section(found)) else {}
+            found = fields[str(key)].annotation if str(key) in fields else None
+    return found
+
+
 def _complaint(got: str, items: list[dict[str, Any]]) -> str:
     if items[0]["type"] == "value_error":
         return str(items[0]["ctx"]["error"])
-    wishes = [
-        item["msg"].removeprefix("Input should be ").replace("an object", "a section") for item in items
-    ]
+    wishes = [item["msg"].removeprefix("Input should be ") for item in items]
     choices = [c for item in items for c in re.findall(r"'([^']*)'", item.get("ctx", {}).get("expected", ""))]
     return (
         f"got {got}, wanted {' or '.join(dict.fromkeys(wishes))}{did_you_mean(got.strip(chr(34)), choices)}"

@@ -264,6 +264,31 @@ def test_a_key_that_an_override_gives_twice_is_one_short_line(folder: Path, over
     assert line == f"command line: {said}: given twice; keep one of them"
 
 
+@pytest.mark.parametrize(
+    ("override", "got", "form"),
+    [
+        ("data.own_pairs.objectives={a: {path: y.csv}, b: x.csv}", '"x.csv"', "{path: x.csv}"),
+        ("data.own_pairs.objectives={a: {path: y.csv}, b: 'x y.csv'}", '"x y.csv"', '{path: "x y.csv"}'),
+        ("data.own_pairs.objectives={a: {path: y.csv}, b: {}}", "{}", "{path: ...}"),
+        ("data.own_pairs.objectives=x.csv", '"x.csv"', "{NAME: {path: ...}, ...}"),
+        ("data.own_pairs.scored=x.csv", '"x.csv"', "{path: x.csv}"),
+        ("policy.weights=[1,2,3]", "[1, 2, 3]", "{NAME: 0.5, ...}"),
+        ("debias.features=length", '"length"', "{NAME: [...], ...}"),
+        (
+            "data.own_pairs.rewards={a: f.py:x}",
+            '"f.py:x"',
+            "{function: ..., column_chosen: ..., column_rejected: ...}",
+        ),
+        ("model=org/name", '"org/name"', "{source: ..., name: ..., revision: ..., ...}"),
+        ("data.splits=null", "null", "{val_fraction: ..., test_fraction: ..., judge_fraction: ..., ...}"),
+    ],
+)
+def test_what_should_be_a_section_is_shown_as_one(folder: Path, override: str, got: str, form: str) -> None:
+    (line,) = mistakes(folder, PolicyConfig, [override])
+    assert line.startswith(f"command line: {override}: ")
+    assert line.endswith(f"got {got}, wanted a section, such as {form}")
+
+
 def test_a_mistake_in_one_override_hides_none_of_another(folder: Path) -> None:
     lines = mistakes(folder, RewardModelConfig, ["data.splits={val_fraction: 1, val_fraction: 2}", "seed=x"])
     assert lines == [
