@@ -30,6 +30,7 @@ from prmd.config.mistakes import (
     is_mapping,
     mistyped_arguments,
     quote,
+    shown_path,
     whole_overrides,
 )
 from prmd.config.policy import PolicyConfig
@@ -280,12 +281,6 @@ def _found(text: str | Path, key: str, mistakes: list[str]) -> Path | None:
     except ConfigError as error:
         mistakes.append(str(error))
         return None
-
-
-def shown_path(path: Path) -> str:
-    """A path as messages say it: from the working folder where it lies below it, else absolute."""
-    resolved = path.resolve()
-    return str(resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved)
 
 
 def read_tree(path: Path, asked_by: str, mistakes: list[str], chain: tuple[Path, ...] = ()) -> Node | None:

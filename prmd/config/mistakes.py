@@ -69,6 +69,12 @@ def explain(error: ValidationError, tree: Node, kind: type[BaseModel]) -> Iterat
         yield f"{place}: {_complaint(got, items)}"
 
 
+def shown_path(path: Path) -> str:
+    """A path as messages say it: from the working folder where it lies below it, else absolute."""
+    resolved = path.resolve()
+    return str(resolved.relative_to(Path.cwd()) if resolved.is_relative_to(Path.cwd()) else resolved)
+
+
 def given_twice(where: str, key: str, first: str) -> str:
     """The line for a key that stands twice in one mapping; both places are one on the command line."""
     if not where.startswith(COMMAND_LINE):

@@ -8,9 +8,9 @@ from pydantic import BaseModel
 
 from prmd.artifacts.paths import CONFIG_DIR, beside, find_user_path
 from prmd.config.evaluation import EvaluationConfig
-from prmd.config.loading import CONFIG_FILES, read_tree, shown_path, takes
+from prmd.config.loading import CONFIG_FILES, read_tree, takes
 from prmd.config.masking import masked
-from prmd.config.mistakes import REFERRED
+from prmd.config.mistakes import REFERRED, shown_path
 from prmd.config.policy import PolicyConfig
 from prmd.config.shared import RewardModelConfig
 
