@@ -26,7 +26,7 @@ from prmd.evaluation.evaluate import compute_metrics
 from prmd.inference.candidates import CandidateModels
 from prmd.inference.generation import GeneratedResponse
 from prmd.judges.reward_model import judge_folder
-from prmd.models.foreign import policy_folder
+from prmd.models.foreign import POLICY_REMEDY, model_folder
 from prmd.models.loading import load_policy
 from prmd.objectives import OBJECTIVES
 
@@ -285,7 +285,7 @@ def test_a_dry_run_says_of_given_models_what_the_run_says(
     said = {r.message.partition(": would ")[0]: r.message.partition(": would ")[2] for r in caplog.records}
     policy = "policy {}, not trained here".format
     with pytest.raises(ConfigError) as refusal:
-        policy_folder(str(lost), "generation.policies.mine", trust=False)
+        model_folder(str(lost), "generation.policies.mine", POLICY_REMEDY)
     assert said[policy("mine")] == f"stop the run: {refusal.value}" and "Repo id" in str(refusal.value)
     with pytest.raises(ConfigError) as refusal:
         judge_folder(str(lost), "helpful")
