@@ -107,6 +107,11 @@ def _configured_judge(config: EvaluationConfig) -> TextJudge | None:
                 f"no objective named honest ({', '.join(objectives)}): truthfulqa's reward judge is not run; a text "
                 "judge can: benchmarks.truthfulqa.truth_judge"
             )
+        if "honest" in config.judges.paths and read_run(config.paths.judge("honest")) is None:
+            raise NotRunError(
+                "judges.paths.honest names a judge that may have learned these questions, so none is trained here: remove "
+                "that key, or set benchmarks.truthfulqa.truth_judge"
+            )
         return None
     judge = make_text_judge(config)
     if judge is None or not judge.answers(TRUTH):

@@ -29,6 +29,7 @@ from prmd.benchmarks.run import _fingerprint, _is_finished
 from prmd.config.evaluation import (
     EvaluationConfig,
     HhHoldoutConfig,
+    JudgeConfig,
     MtBenchConfig,
     TextJudgeConfig,
     TruthfulQaBenchmarkConfig,
@@ -228,7 +229,7 @@ def test_a_dry_run_says_what_would_not_run_in_the_words_of_the_run(
     nowhere = TruthfulQaConfig(path="truthfulqa/truthful_qa")
     data = workspace.shared.data.model_copy(update={"truthfulqa": nowhere})
     shared = workspace.reward_model_config.model_copy(update={"data": data})
-    config = workspace.model_copy(update={"reward_model_config": shared})
+    config = workspace.model_copy(update={"reward_model_config": shared, "judges": JudgeConfig()})
     said, warned = said_of(config, caplog), [r for r in caplog.records if r.levelno >= logging.WARNING]
     assert warned == [] and "TruthfulQA" not in said
     assert said["heldout_pairs"].startswith("would write ")
@@ -243,7 +244,8 @@ def test_a_dry_run_says_what_would_not_run_in_the_words_of_the_run(
 def test_a_dry_run_says_of_truthfulqa_what_is_known(
     workspace: EvaluationConfig, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    said = said_of(workspace, caplog)
+    own_judges = workspace.model_copy(update={"judges": JudgeConfig()})
+    said = said_of(own_judges, caplog)
     assert re.fullmatch(r"\d+ questions, sha256 \w+", said["TruthfulQA"])
     assert said["truthfulqa"].startswith("would write ")
     assert said["truthfulqa_generation"].startswith("would write ")  # its judge is trained before it
@@ -260,6 +262,18 @@ def test_a_dry_run_says_of_truthfulqa_what_is_known(
         == "would not run: no judge of truth: text_judge.kind is strings, which cannot tell true from false"
     )
     assert said["truthfulqa"].startswith("would write ")
+
+
+def test_no_judge_of_truth_is_asked_for_that_nobody_would_train(
+    workspace: EvaluationConfig, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    config = evaluation_config(tmp_path, truthfulqa=workspace.shared.data.truthfulqa.path)
+    assert "honest" in config.judges.paths and not config.paths.judge("honest").exists()
+    said = said_of(config, caplog)["truthfulqa_generation"]
+    with pytest.raises(NotRunError) as refusal:
+        TASKS["truthfulqa_generation"].run(config, candidate(workspace, "reference"))
+    assert said == f"would not run: {refusal.value}" and "compute_metrics" not in said
+    assert said.startswith("would not run: judges.paths.honest names a judge that may have learned")
 
 
 def test_a_result_without_its_items_is_not_finished(tmp_path: Path) -> None:

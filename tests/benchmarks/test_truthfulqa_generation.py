@@ -38,6 +38,7 @@ from prmd.benchmarks.truthfulqa_generation import (
 from prmd.config.evaluation import (
     BenchmarksConfig,
     EvaluationConfig,
+    JudgeConfig,
     TextJudgeConfig,
     TruthfulQaBenchmarkConfig,
 )
@@ -160,7 +161,9 @@ def test_what_is_missing_is_said(root: Path, tmp_path: Path, monkeypatch: pytest
     assert "truth_judge is none" in reason(settings(root, "none"))
     strings = settings(root, "text_judge", text_judge=TextJudgeConfig(kind="strings"))
     assert "text_judge.kind is strings" in reason(strings)
-    untrained = evaluation_config(tmp_path)
+    given = evaluation_config(tmp_path)
+    assert reason(given).startswith("judges.paths.honest names a judge that may have learned these questions")
+    untrained = given.model_copy(update={"judges": JudgeConfig()})
     assert "compute_metrics.py" in reason(untrained) and str(tmp_path) in reason(untrained)
     prepared = {"fingerprint": "later", "started": "2026-03-01T00:00:00+00:00"}
     monkeypatch.setattr(
